@@ -1,0 +1,92 @@
+"""The baseline routers, and the errors every router owes."""
+
+import pytest
+import torch
+
+from workbench.errors import InputError
+from workbench.lib.core.routers import ExpertChoiceRouter, FixedRandomRouter, HashRouter, LinearRouter
+from workbench.lib.core.routing import Context
+
+
+@pytest.fixture
+def x():
+    return torch.randn(11, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_linear_router_takes_the_largest_probabilities(x):
+    torch.manual_seed(0)
+    routing = LinearRouter(8, 5, 2)(x, Context())
+    expected = routing.probs.topk(2).values
+    assert torch.allclose(routing.weights, expected / expected.sum(-1, keepdim=True))
+    assert torch.allclose(routing.probs.sum(-1), torch.ones(11))
+
+
+def test_top1_keeps_the_probability_so_that_the_router_learns(x):
+    torch.manual_seed(0)
+    router = LinearRouter(8, 5, 1)
+    routing = router(x, Context())
+    assert torch.equal(routing.weight, routing.probs.amax(-1))
+    routing.weight.sum().backward()
+    assert router.projection.weight.grad.abs().sum() > 0
+    frozen = LinearRouter(8, 5, 1, renormalize=True)
+    frozen(x, Context()).weight.sum().backward()
+    assert torch.allclose(frozen.projection.weight.grad, torch.zeros(5, 8), atol=1e-6)
+
+
+def test_set_top_k_changes_the_next_routing_and_no_parameter(x):
+    router = LinearRouter(8, 5, 4)
+    before = {k: v.clone() for k, v in router.state_dict().items()}
+    router.set_top_k(1)
+    assert router(x, Context()).top_k == 1
+    assert all(torch.equal(before[k], v) for k, v in router.state_dict().items())
+    with pytest.raises(InputError, match="top_k is 6"):
+        router.set_top_k(6)
+
+
+def test_fixed_random_router_has_nothing_to_train(x):
+    router = FixedRandomRouter(8, 4, 2)
+    assert not any(p.requires_grad for p in router.parameters())
+    assert router(x, Context()).probs.amax(-1).mean() > 0.3
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_hash_router_depends_on_the_token_id_alone(x, top_k):
+    router = HashRouter(256, 4, top_k, seed=3)
+    ids = torch.tensor([5, 5, 9, 200, 5, 9, 0, 1, 2, 3, 4])
+    routing = router(x, Context(token_ids=ids))
+    assert torch.equal(routing.indices[0], routing.indices[1]) and torch.equal(routing.indices[2], routing.indices[5])
+    assert all(len(set(row)) == top_k for row in router.table.tolist())
+    assert torch.equal(router.table, HashRouter(256, 4, top_k, seed=3).table)
+    share = torch.bincount(router.table[:, 0], minlength=4)
+    assert share.max() - share.min() <= 1
+    with pytest.raises(InputError, match="token_ids"):
+        router(x, Context())
+
+
+def test_expert_choice_is_balanced_by_construction(x):
+    routing = ExpertChoiceRouter(8, 4, capacity=2.0)(x, Context())
+    assert routing.counts.tolist() == [6, 6, 6, 6]  # ceil(2 * 11 / 4)
+    assert routing.top_k is None and torch.equal(routing.dense()[routing.mask()], routing.probs[routing.mask()])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LinearRouter(8, 4, 5), "top_k is 5 but must be between 1 and n_experts = 4"),
+        (lambda: LinearRouter(8, 4, 0), "top_k is 0"),
+        (lambda: LinearRouter(8, 0, 1), "n_experts is 0"),
+        (lambda: HashRouter(256, 4, 9), "top_k is 9"),
+        (lambda: ExpertChoiceRouter(8, 4, capacity=5.0), "capacity is 5"),
+    ],
+)
+def test_impossible_sizes_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("router", [LinearRouter(8, 4, 2), ExpertChoiceRouter(8, 4)])
+def test_nan_and_empty_input_are_refused(router, x):
+    with pytest.raises(InputError, match="NaN or infinite"):
+        router(torch.full((3, 8), float("nan")), Context())
+    with pytest.raises(InputError, match="at least one token"):
+        router(x[:0], Context())

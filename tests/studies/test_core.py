@@ -1,0 +1,88 @@
+"""The machinery of a study: every arm at every seed, in order, one rule, the same in any number of processes."""
+
+import json
+
+import pytest
+import torch
+
+from workbench.errors import InputError
+from workbench.studies.core import NOT_RESOLVED, REPRODUCED, Judgement, Row, Study, load_study
+
+
+def arms(settings):
+    return ["method", "baseline"]
+
+
+def run(arm, seed, settings):
+    torch.manual_seed(seed)
+    value = float(torch.rand(())) + (1.0 if arm == "method" else 0.0)
+    return Row(
+        arm, seed, 10, 5, 100, settings["steps"], value, {"threads": torch.get_num_threads(), "nan": float("nan")}
+    )
+
+
+def judge(rows, settings):
+    effect = rows[0].metric - rows[1].metric
+    return Judgement(REPRODUCED, effect, (float("-inf"), float("inf")), "The method is higher.", {"n": len(rows)})
+
+
+STUDY = Study(
+    slug="toy",
+    title="Toy",
+    claim="One is more than zero.",
+    metric="score",
+    unit="points",
+    higher_is_better=True,
+    rule="Reproduced if the method is higher.",
+    presets={"smoke": {"seeds": 2, "steps": 3}, "small": {"seeds": 3, "steps": 3}},
+    arms=arms,
+    run=run,
+    judge=judge,
+)
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
+    return [without_seconds(v) for v in value] if isinstance(value, list) else value
+
+
+def test_rows_come_seed_by_seed_with_one_thread_each():
+    seen = []
+    result = STUDY.execute("smoke", seed=4, progress=lambda *event: seen.append(event))
+    assert [(r.arm, r.seed) for r in result.rows] == [
+        ("method", 4), ("baseline", 4), ("method", 5), ("baseline", 5)
+    ]  # fmt: skip
+    assert result.arms == ["method", "baseline"] and result.seeds == [4, 5]
+    assert all(row.extra["threads"] == 1 for row in result.rows)
+    assert [e[:2] for e in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(row.seconds > 0 for row in result.rows)
+
+
+def test_the_dictionary_is_json_and_the_same_in_one_process_and_in_two():
+    one, two = STUDY.execute("smoke", jobs=1).to_dict(), STUDY.execute("smoke", jobs=2).to_dict()
+    assert json.dumps(without_seconds(one)) == json.dumps(without_seconds(two))
+    fields = {"slug", "preset", "seeds", "arms", "effect", "ci", "verdict", "rule"}
+    assert fields <= set(one) and one["ci"] == ["-inf", "inf"]
+    assert {"params", "active_params", "flops", "steps", "metric"} <= set(one["arms"][0])
+    assert json.loads(json.dumps(one, allow_nan=False))["arms"][0]["extra"]["nan"] == "nan"
+
+
+def test_the_result_prints_itself_with_the_verdict_and_the_rule():
+    result = STUDY.execute("smoke")
+    assert "reproduced: The method is higher." in str(result) and "2 seeds" in str(result)
+    assert "**reproduced**" in result._repr_markdown_() and STUDY.rule in result._repr_markdown_()
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(InputError, match="preset 'smal' is unknown; did you mean 'small'"):
+        STUDY.execute("smal")
+    with pytest.raises(InputError, match="seed is -1"):
+        STUDY.execute("smoke", seed=-1)
+    with pytest.raises(InputError, match="jobs is 0"):
+        STUDY.execute("smoke", jobs=0)
+    with pytest.raises(InputError, match="verdict 'proved' is unknown"):
+        Judgement("proved", 0.0, (0, 0), "")
+    assert Judgement(NOT_RESOLVED, 0.0, (0, 0), "").verdict == "not resolved at this scale"
+    with pytest.raises(InputError, match="no study yet"):
+        load_study("moba")

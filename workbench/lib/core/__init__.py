@@ -1,0 +1,1 @@
+"""What every family builds on: routing, routers, expert banks, the MoE layer, models, tasks, training."""

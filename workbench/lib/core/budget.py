@@ -1,0 +1,70 @@
+"""What a model costs: parameters, active parameters, floating-point operations. Studies match and print these."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from workbench.lib.core.moe import MoELayer
+from workbench.lib.core.task import Batch, Task
+
+aten = torch.ops.aten
+UNCOUNTED = {  # operators of the CPU paths that torch's own counter does not know
+    aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Cost of one model.
+
+    Attributes:
+        params: trained and fixed parameters together.
+        active_params: parameters a token uses on average (the rest are experts it is not routed to).
+        flops: floating-point operations of one forward and backward pass over `rows` rows, counted, not estimated.
+        rows: rows of the batch the operations were counted on.
+    """
+
+    params: int
+    active_params: int
+    flops: int
+    rows: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters, each shared one counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def measure_budget(model: nn.Module, task: Task, batch: Batch) -> Budget:
+    """Count the cost of `model` on `batch`; gradients are left as they were found (None if there were none)."""
+    kept = {p: p.grad for p in model.parameters()}
+    for p in kept:
+        p.grad = None
+    used: dict[nn.Module, float] = {}  # experts per token, by bank: several layers may share one
+
+    def note(layer, routing, context):
+        used[layer.experts] = used.get(layer.experts, 0.0) + routing.expert.numel() / routing.n_tokens
+
+    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    handles = [layer.observe(note) for layer in layers]
+    try:
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, torch.enable_grad():
+            loss, context = task.loss(model, batch)
+            (loss + context.aux).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad in kept.items():
+            p.grad = grad
+    idle = sum(count_params(bank) * max(0.0, 1 - k / bank.n_experts) for bank, k in used.items())
+    params = count_params(model)
+    return Budget(params, round(params - idle), counter.get_total_flops(), len(batch))

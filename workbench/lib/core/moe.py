@@ -1,0 +1,96 @@
+"""The mixture-of-experts layer: any router with any bank of experts.
+
+Tensor letters: N tokens, D model width, E experts, K active experts per token, P routed pairs.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from workbench.errors import InputError
+from workbench.lib.core.routing import Context, Experts, Router, Routing
+
+Observer = Callable[["MoELayer", Routing, Context], None]
+
+
+class MoELayer(nn.Module):
+    """y = sum_k weight_k expert_k(x) [+ shared(x)], with observers who see every routing decision.
+
+    Args:
+        router: see `Router`.
+        experts: see `Experts`; the router and the bank must agree on the number of experts.
+        shared: a block every token passes through as well, (..., D) -> (..., D).
+        capacity_factor: each expert serves at most C = ceil(capacity_factor * P / E) pairs of a batch, those of the
+            highest combine weight; the rest is dropped (the token keeps its residual stream). None: no limit.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        capacity_factor: float | None = None,
+    ):
+        super().__init__()
+        if router.n_experts != experts.n_experts:
+            raise InputError(
+                f"router.n_experts is {router.n_experts} but must equal experts.n_experts = {experts.n_experts}"
+            )
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise InputError(f"capacity_factor is {capacity_factor} but must be above 0, or None for no limit")
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+        self.capacity_factor = capacity_factor
+        self._observers: OrderedDict[int, Observer] = OrderedDict()
+
+    @property
+    def n_experts(self) -> int:
+        return self.router.n_experts
+
+    def observe(self, observer: Observer) -> RemovableHandle:
+        """Call `observer(layer, routing, context)` after each forward, until the returned handle's `remove()`."""
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
+
+    def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch dim"]:
+        context = context if context is not None else Context()
+        tokens = x.reshape(-1, x.shape[-1])
+        return self.serve(tokens, self.router(tokens, context), context).view_as(x)
+
+    def serve(
+        self, tokens: Float[Tensor, "tokens dim"], routing: Routing, context: Context
+    ) -> Float[Tensor, "tokens dim"]:
+        """The layer for a routing that is already decided: run its experts, add its losses, announce it."""
+        if self.capacity_factor is not None:
+            routing.kept = within_capacity(routing, self.capacity_factor)
+        y = self.experts(tokens, routing.served())
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        context.state = routing.state if routing.state is not None else context.state
+        for name, coefficient in self.router.coefficients.items():
+            context.aux = context.aux + coefficient * routing.losses[name]
+        for observer in tuple(self._observers.values()):
+            observer(self, routing, context)
+        return y
+
+
+def within_capacity(routing: Routing, capacity_factor: float) -> Bool[Tensor, " pairs"]:
+    """(P,) True for the C = ceil(capacity_factor * P / E) pairs of highest weight of each expert."""
+    capacity = math.ceil(capacity_factor * routing.expert.numel() / routing.n_experts)
+    by_weight = torch.argsort(routing.weight.detach(), descending=True, stable=True)
+    order = by_weight[torch.argsort(routing.expert[by_weight], stable=True)]  # by expert, heaviest first
+    counts = routing.counts
+    rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank < capacity)
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The MoE layers of a model by their module name, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}

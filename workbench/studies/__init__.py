@@ -1,0 +1,1 @@
+"""A paper's claim as a runnable comparison: `workbench/studies/<family>/<slug>.py` with `STUDY`."""
