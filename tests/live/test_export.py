@@ -1,0 +1,57 @@
+"""A run as parquet and JSON: everything is in it, and read back by another library it is the same."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from workbench.errors import InputError
+from workbench.live.store import Run, RunWriter
+from workbench.live.synthetic import write_synthetic_run
+
+
+def test_export_holds_everything(tmp_path):
+    folder = write_synthetic_run(tmp_path / "run", n_steps=120, n_layers=2, n_experts=4)
+    run = Run(folder)
+    out = run.export(tmp_path / "out")
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["meta"] == run.meta and meta["state"] == "finished" and meta["last_step"] == 119
+    scalars = pq.read_table(out / "scalars.parquet").to_pandas()
+    exported = {(prefix, name) for prefix, name in zip(scalars["name"], scalars["step"], strict=True)}
+    assert len(exported) == len(scalars) == sum(len(run.steps(n)) for n in run.names() if run.dtype(n) is None)
+    steps, values = run.scalars("train/loss")
+    loss = scalars[scalars["name"] == "train/loss"]
+    assert loss["step"].tolist() == steps.tolist() and loss["value"].tolist() == values.tolist()
+    seen = set()
+    for path in (out / "tensors").rglob("*.parquet"):
+        table = pq.read_table(path).to_pandas()
+        for name, rows in table.groupby("name", observed=True):
+            steps, arrays = run.tensors(name)
+            assert rows["step"].tolist() == steps.tolist()
+            for shape, flat, array in zip(rows["shape"], rows["values"], arrays, strict=True):
+                np.testing.assert_array_equal(flat.reshape(shape), array)
+                assert flat.dtype == array.dtype
+            seen.add(name)
+    assert seen == {name for name in run.names() if run.dtype(name) is not None}
+    assert (out / "tensors/valid/load.uint32.parquet").exists()
+    with pytest.raises(InputError, match="must be new or empty"):
+        run.export(out)
+
+
+def test_export_in_more_than_one_piece(tmp_path, monkeypatch):
+    writer = RunWriter.create(tmp_path / "run", {})
+    run = Run(writer.folder)
+    monkeypatch.setattr("workbench.live.export.ROWS", 3)
+    for step in range(8):
+        writer.tensors(step, {"t/x": np.full(3, step, np.int32)})
+    writer.tensors(8, {"s": np.float16(2.5)})
+    writer.event(8, "note", "hello")
+    writer.event(9, "note", "after the last commit")
+    writer.commit(8)
+    out = run.export(tmp_path / "out")
+    assert pq.read_table(out / "tensors/t.int32.parquet")["step"].to_pylist() == list(range(8))
+    assert pq.read_table(out / "tensors/s.float16.parquet").to_pylist() == [
+        {"name": "s", "step": 8, "shape": [], "values": [2.5]}
+    ]
+    assert pq.read_table(out / "events.parquet")["text"].to_pylist() == ["hello"]

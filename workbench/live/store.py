@@ -1,0 +1,100 @@
+"""The run store: ``RunWriter`` writes a run, ``Run`` reads it, ``runs`` and ``find`` say which there are.
+
+A run is a folder: ``run.sqlite`` (write-ahead log, crash-safe, many readers), ``lock`` (held by the writer while it
+lives) and ``checkpoints/``. All processes that use a run must be on one machine; a network file system will not do.
+"""
+
+import re
+import secrets
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from workbench.errors import InputError, unknown
+from workbench.live.control import Command
+from workbench.live.reader import Answer, Event, Run, Status
+from workbench.live.schema import DATABASE, FORMAT, RunStopped
+from workbench.live.writer import CHECKPOINTS, RunWriter
+from workbench.paths import home
+
+__all__ = [
+    "CHECKPOINTS",
+    "FORMAT",
+    "Answer",
+    "Command",
+    "DamagedRun",
+    "Event",
+    "Run",
+    "RunStopped",
+    "RunWriter",
+    "Status",
+    "find",
+    "new_folder",
+    "runs",
+]
+
+
+class DamagedRun(Run):
+    """A folder in the list of runs that cannot be read: it has a name and says why; the rest raises that InputError."""
+
+    def __init__(self, folder: Path, reason: str):
+        self.folder, self.name, self.reason = folder, folder.name, reason
+        self._guard, self._db = threading.RLock(), None
+        self.created = datetime.fromtimestamp(folder.stat().st_mtime, UTC).isoformat(timespec="microseconds")
+
+    @property
+    def status(self) -> Status:
+        return Status("damaged", self.reason)
+
+    def _reading(self):
+        raise InputError(self.reason)
+
+
+def runs(root: str | Path | None = None) -> list[Run]:
+    """The runs in ``root`` (default: the user's), newest first; damaged ones are listed with state "damaged"."""
+    found = []
+    for database in _root(root).glob(f"*/{DATABASE}"):
+        try:
+            with Run(database.parent) as run:  # closed: a long list holds no files open, and a use opens again
+                found.append(run)
+        except InputError as error:
+            found.append(DamagedRun(database.parent, str(error)))
+    return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
+
+
+def find(name_or_path: str | Path, root: str | Path | None = None) -> Run:
+    """A run by its name, by a prefix that only it has, by its path, or the newest as "latest"."""
+    text = str(name_or_path)
+    folder = Path(text).expanduser()
+    known = [] if folder.is_absolute() else [path.parent for path in sorted(_root(root).glob(f"*/{DATABASE}"))]
+    names = [path.name for path in known]
+    if text in names:
+        return Run(known[names.index(text)])
+    if text == "latest":
+        newest = next((run for run in runs(root) if run.status.state != "damaged"), None)
+        if newest is None:
+            raise InputError(f"there is no run in {_root(root)} yet")
+        return newest
+    starting = [path for path in known if text and path.name.startswith(text)]
+    if len(starting) == 1:
+        return Run(starting[0])
+    if len(starting) > 1:
+        raise InputError(f"run {text!r} could be any of {', '.join(path.name for path in starting)}")
+    if folder.is_dir() or len(folder.parts) > 1:
+        return Run(folder)
+    raise unknown("run", text, names)
+
+
+def new_folder(kind: str, root: str | Path | None = None) -> Path:
+    """A path for a new run, such as runs/2026-11-22-1405-lm-3f2a; it is not made yet."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", kind):
+        raise InputError(f"kind is {kind!r} but must be letters, digits, '.', '_' and '-'")
+    while True:
+        path = _root(root) / f"{time.strftime('%Y-%m-%d-%H%M')}-{kind}-{secrets.token_hex(2)}"
+        if not path.exists():
+            return path
+
+
+def _root(root: str | Path | None) -> Path:
+    return (home() / "runs" if root is None else Path(root)).expanduser().absolute()

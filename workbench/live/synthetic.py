@@ -1,0 +1,224 @@
+"""A run without training: every name a trainer records, with routing that drifts, for views, tests and measurements.
+
+- Tokens are drawn and routed for real, from tables of affinities that take a random walk: loads, co-activations,
+  transitions and token counts of a step belong to one batch and agree with each other.
+- Spectra and gradients are drawn directly: decaying singular values, and domain gradients that share a direction.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workbench.live.store import RunWriter
+
+VOCABULARY = 256  # bytes
+WIDTH = 128
+GROUPS = ("embedding", "attention", "router", "experts", "head")
+CADENCE = {"routing": 10, "structure": 50, "conflict": 100, "evaluation": 500}  # steps
+CAPACITY_FACTOR = 1.25
+
+
+def write_synthetic_run(
+    folder: str | Path,
+    n_steps: int,
+    n_layers: int = 4,
+    n_experts: int = 8,
+    top_k: int = 2,
+    seed: int = 0,
+    domains: Sequence[str] = ("python", "docs", "names"),
+    n_tokens: int = 1024,
+) -> Path:
+    """Write a finished run of ``n_steps`` steps into ``folder`` and return that."""
+    meta = synthetic_meta(n_steps, n_layers, n_experts, top_k, seed, domains)
+    with RunWriter.create(folder, meta) as writer:
+        for _ in synthetic_steps(writer, n_steps, n_layers, n_experts, top_k, seed, domains, n_tokens):
+            pass
+        return writer.folder
+
+
+def synthetic_meta(
+    n_steps: int, n_layers: int, n_experts: int, top_k: int, seed: int, domains: Sequence[str]
+) -> dict[str, Any]:
+    """The meta of such a run."""
+    return {
+        "kind": "train",
+        "seed": seed,
+        "recipe": {"name": "synthetic", "n_layers": n_layers, "n_experts": n_experts, "top_k": top_k},
+        "versions": {"numpy": np.__version__},
+        "git": None,
+        "data": {},
+        "total_steps": n_steps,
+        "cadence": CADENCE,
+        "model": {
+            "layers": [{"name": layer, "n_experts": n_experts, "top_k": top_k} for layer in _layers(n_layers)],
+            "groups": {group: 1000 * (i + 1) for i, group in enumerate(GROUPS)},
+            "matrices": _matrices(n_layers, n_experts),
+            "domains": list(domains),
+            "vocabulary": "bytes",
+            "parameters": 15_000,
+            "active_parameters": 9_000,
+            "flops": 18_000,
+        },
+    }
+
+
+def synthetic_steps(
+    writer: RunWriter,
+    n_steps: int,
+    n_layers: int = 4,
+    n_experts: int = 8,
+    top_k: int = 2,
+    seed: int = 0,
+    domains: Sequence[str] = ("python", "docs", "names"),
+    n_tokens: int = 1024,
+) -> Iterator[int]:
+    """Record and commit steps 0 to n_steps - 1, one at each turn, and yield the step."""
+    rng = np.random.default_rng(seed)
+    layers = [_Layer(rng, len(domains), n_experts, top_k) for _ in range(n_layers)]
+    names = _layers(n_layers)
+    for step in range(n_steps):
+        loss = 2.0 + 3.0 * np.exp(-step / 400) + 0.05 * rng.standard_normal()
+        scalars = {
+            "train/loss": loss,
+            "train/aux": 0.01 + 0.02 * np.exp(-step / 200) + 0.001 * rng.random(),
+            "train/lr": 1e-3 * min(1.0, (step + 1) / 100),
+            "train/grad_norm": 0.5 + rng.gamma(4.0, 0.1),
+            "train/step_seconds": 0.05 + 0.002 * rng.random(),
+            "cost/probe_seconds": 0.001 * rng.random(),
+            "cost/store_seconds": 0.0002 * rng.random(),
+        }
+        tensors: dict[str, np.ndarray] = {}
+        if step % CADENCE["routing"] == 0:
+            batch = _Batch(rng, n_tokens, len(domains))
+            for name, layer in zip(names, layers, strict=True):
+                layer.drift(rng)
+                layer.route(rng, batch)
+                scalars[f"router/{name}/confidence"], scalars[f"router/{name}/entropy"] = layer.sharpness()
+                tensors |= {f"{key}/{name}": value for key, value in layer.loads(batch).items()}
+                tensors[f"dropped/{name}"] = layer.dropped()
+            if step % CADENCE["structure"] == 0:
+                tensors |= _structure(names, layers)
+                tensors |= _spectra(rng, n_layers, n_experts, step)
+        if step % CADENCE["conflict"] == 0:
+            tensors |= {f"conflict/{group}": _conflict(rng, len(domains), i) for i, group in enumerate(GROUPS)}
+            tensors |= {f"tokens/{name}": layer.take_tokens() for name, layer in zip(names, layers, strict=True)}
+        if step % CADENCE["evaluation"] == 0:
+            for i, domain in enumerate(domains):
+                scalars[f"valid/loss/{domain}"] = loss + 0.1 + 0.2 * i
+            scalars["valid/loss"] = np.mean([scalars[f"valid/loss/{domain}"] for domain in domains])
+            batch = _Batch(rng, n_tokens, len(domains))
+            for name, layer in zip(names, layers, strict=True):
+                layer.route(rng, batch)
+                tensors |= {f"valid/{key}/{name}": value for key, value in layer.loads(batch).items()}
+        writer.scalars(step, scalars)
+        writer.tensors(step, tensors)
+        writer.commit(step)
+        yield step
+
+
+class _Batch:
+    """N tokens: their domain (N,) and id (N,), each domain with token frequencies of its own."""
+
+    def __init__(self, rng: np.random.Generator, n_tokens: int, n_domains: int):
+        self.domain = rng.integers(n_domains, size=n_tokens)
+        common = (rng.zipf(1.3, size=n_tokens) - 1) % VOCABULARY
+        self.token = (common + 37 * self.domain) % VOCABULARY
+
+
+class _Layer:
+    """One MoE layer: affinities of domains (domains, E) and of tokens (V, E), and the batch it routed last."""
+
+    def __init__(self, rng: np.random.Generator, n_domains: int, n_experts: int, top_k: int):
+        self.n_experts, self.top_k = n_experts, top_k
+        self.by_domain = 0.5 * rng.standard_normal((n_domains, n_experts))
+        self.by_token = 0.3 * rng.standard_normal((VOCABULARY, n_experts))
+        self.tokens = np.zeros((n_experts, VOCABULARY), dtype=np.uint32)
+
+    def drift(self, rng: np.random.Generator) -> None:
+        self.by_domain = 0.999 * self.by_domain + 0.03 * rng.standard_normal(self.by_domain.shape)
+        self.by_token = 0.999 * self.by_token + 0.02 * rng.standard_normal(self.by_token.shape)
+
+    def route(self, rng: np.random.Generator, batch: _Batch) -> None:
+        """Draw K experts a token without replacement: the K first arrivals of exponential clocks with rates p."""
+        logits = self.by_domain[:, None, :] + self.by_token  # (domains, V, E)
+        table = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        table /= table.sum(axis=-1, keepdims=True)
+        self.p = table[batch.domain, batch.token]  # (N, E)
+        arrival = rng.standard_exponential(self.p.shape, dtype=np.float32) / self.p
+        self.chosen = np.argpartition(arrival, self.top_k - 1, axis=1)[:, : self.top_k]  # (N, K)
+        self.mask = np.zeros(self.p.shape, dtype=np.float32)
+        np.put_along_axis(self.mask, self.chosen, 1.0, axis=1)
+        np.add.at(self.tokens, (self.chosen, batch.token[:, None]), 1)
+
+    def sharpness(self) -> tuple[float, float]:
+        """Mean of the largest probability, and mean token entropy as a share of ln E."""
+        entropy = -(self.p * np.log(self.p)).sum(axis=1)
+        return float(self.p.max(axis=1).mean()), float(entropy.mean() / np.log(max(self.n_experts, 2)))
+
+    def loads(self, batch: _Batch) -> dict[str, np.ndarray]:
+        domains = np.eye(len(self.by_domain), dtype=np.float32)[batch.domain]  # (N, domains)
+        return {
+            "load": self.mask.sum(axis=0).astype(np.uint32),
+            "importance": self.p.mean(axis=0).astype(np.float32),
+            "load_by_domain": (domains.T @ self.mask).astype(np.uint32),
+        }
+
+    def dropped(self) -> np.ndarray:
+        """(2,): dropped assignments, and tokens that lost all theirs, as rates; earlier tokens go first."""
+        capacity = int(np.ceil(CAPACITY_FACTOR * self.chosen.size / self.n_experts))
+        lost = self.mask * (np.cumsum(self.mask, axis=0) > capacity)
+        return np.array([lost.sum() / self.chosen.size, (lost.sum(axis=1) == self.top_k).mean()], dtype=np.float32)
+
+    def take_tokens(self) -> np.ndarray:
+        """The (E, V) counts since the last call."""
+        counts, self.tokens = self.tokens, np.zeros_like(self.tokens)
+        return counts
+
+
+def _structure(names: list[str], layers: list[_Layer]) -> dict[str, np.ndarray]:
+    """Pairs of experts that share tokens, within a layer (K >= 2) and from a layer to the next."""
+    found = {}
+    for i, (name, layer) in enumerate(zip(names, layers, strict=True)):
+        if layer.top_k >= 2:
+            found[f"coactivation/{name}"] = (layer.mask.T @ layer.mask).astype(np.uint32)
+        if i + 1 < len(layers):
+            found[f"transition/{name}"] = (layer.mask.T @ layers[i + 1].mask).astype(np.uint32)
+    return found
+
+
+def _spectra(rng: np.random.Generator, n_layers: int, n_experts: int, step: int) -> dict[str, np.ndarray]:
+    """Descending singular values; the weights' grow a few strong directions as the run goes on."""
+    found = {}
+    for name, shape in _matrices(n_layers, n_experts).items():
+        rank = np.arange(1, min(shape) + 1)
+        for what, scale, decay in (("weight", 4.0, 0.3), ("update", 0.01, 0.8), ("gradient", 0.1, 1.0)):
+            growth = 1 + 0.5 * np.log1p(step / 100) * np.exp(-rank / 4) if what == "weight" else 1.0
+            values = scale * growth * rank**-decay * np.exp(0.05 * rng.standard_normal(rank.size))
+            found[f"spectrum/{what}/{name}"] = -np.sort(-values).astype(np.float32)
+    return found
+
+
+def _conflict(rng: np.random.Generator, n_domains: int, group: int) -> np.ndarray:
+    """Gram matrices (3, n, n) of two half-batch gradients a domain: within each half, and across the halves."""
+    shared = rng.standard_normal(64) * (1.2 - 0.25 * group)
+    own = np.random.default_rng(group).standard_normal((n_domains, 64))  # the same from step to step
+    half = [shared + own + 0.8 * rng.standard_normal((n_domains, 64)) for _ in range(2)]
+    return np.stack([half[0] @ half[0].T, half[1] @ half[1].T, half[0] @ half[1].T])
+
+
+def _layers(n_layers: int) -> list[str]:
+    return [f"blocks.{i}.ffn" for i in range(n_layers)]
+
+
+def _matrices(n_layers: int, n_experts: int) -> dict[str, list[int]]:
+    return {
+        name: shape
+        for i in range(n_layers)
+        for name, shape in (
+            (f"blocks.{i}.attention.qkv", [3 * WIDTH, WIDTH]),
+            (f"blocks.{i}.attention.out", [WIDTH, WIDTH]),
+            (f"blocks.{i}.ffn.router", [n_experts, WIDTH]),
+        )
+    }
