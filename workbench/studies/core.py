@@ -122,7 +122,7 @@ class Study:
         return StudyResult(self, preset, seeds, dict(settings), rows, judgement, time.perf_counter() - began)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StudyResult:
     """The rows of a study and the judgement on them; prints itself as a table with the verdict."""
 
@@ -197,6 +197,8 @@ class StudyResult:
         text = ["  ".join(key.ljust(widths[key]) for key in widths)]
         text += ["  ".join(line[key].ljust(widths[key]) for key in widths) for line in lines]
         return "\n".join([f"{self.study.slug}: {self.study.claim}", "", *text, "", self._verdict_line()])
+
+    __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
         lines = self.table()

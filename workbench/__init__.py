@@ -1,0 +1,46 @@
+"""Workbench: mixture-of-experts, low-rank adaptation, model merging and subspace methods, to run, compare and watch.
+
+    import workbench
+
+    workbench.methods()                                   # the catalogue: seventy published systems
+    workbench.method("rmoe")                              # one of them: what it is, how to build it, where to read on
+    print(workbench.study("rmoe", preset="smoke"))        # its paper's claim as a comparison with a verdict
+
+    with workbench.watch(model, "my-run") as watched:     # in a training script of your own, for the live views
+        ...
+        watched.step(loss=loss.item())                    # after optimizer.step()
+
+Importing this package is light: torch, panel and the rest are imported by the names that need them.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> where it lives. Nothing of it is imported before it is asked for.
+_LAZY = {
+    "methods": "workbench.catalogue:methods",
+    "method": "workbench.catalogue:method",
+    "study": "workbench.studies.core:run_study",
+    "train": "workbench.lib.core.train:train",
+    "watch": "workbench.live.watch:watch",
+    "runs": "workbench.live.store:runs",
+    "find_run": "workbench.live.store:find",
+    "home": "workbench.paths:home",
+    "InputError": "workbench.errors:InputError",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    module, _, attribute = _LAZY[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

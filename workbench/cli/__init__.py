@@ -1,0 +1,133 @@
+"""The ``workbench`` command: the same parts as in Python, from a shell.
+
+Results go to stdout and progress to stderr, so every ``--json`` can be piped. Exit status: 0 done, 1 it ran and failed,
+2 wrong input (one line on stderr says what is allowed), 130 interrupted by Ctrl-C. This module builds the parser; what
+a command does is the function of its name in ``commands.py``, imported when it is known that it will be needed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from workbench.errors import InputError, unknown
+
+PRESETS = ("smoke", "small", "full")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose complaints are one ``InputError`` with the nearest names."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        # the only place where argparse refuses a choice; its own message has no near names
+        if action.choices is not None and value not in action.choices:
+            raise unknown((action.metavar or action.dest).lower(), value, action.choices)
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``low`` to ``high``."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"is {text!r} but must be a whole number {allowed}")
+        return value
+
+    return convert
+
+
+def build_parser(argv: Sequence[str] = ()) -> Parser:
+    """The parser of every command. The many flags of live take time to make: only with "live" in ``argv``."""
+    from workbench import __version__
+
+    parser = Parser(
+        prog="workbench",
+        description="Mixture-of-experts, low-rank adaptation, merging and subspace methods: run, compare, watch.",
+        epilog="Runs and cached data are kept in $WORKBENCH_HOME, or ~/.workbench. workbench COMMAND --help says more.",
+    )
+    parser.add_argument("--version", action="version", version=f"workbench {__version__}")
+    add = parser.add_subparsers(dest="command", metavar="COMMAND", required=True).add_parser
+
+    def command(name: str, text: str, *, json: bool = True) -> Parser:
+        sub = add(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if json:
+            sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    sub = command("methods", "list the catalogue of published systems")
+    sub.add_argument("--family", metavar="F", help="only this family, such as routing")
+    sub.add_argument("--status", metavar="S", help="only ready or only planned ones")
+
+    sub = command("method", "say what one system is, how to build it and where to read on")
+    sub.add_argument("slug", metavar="SLUG", help="its name in the catalogue, such as rmoe")
+
+    sub = command("study", "run a paper's claim as a comparison and print the verdict")
+    sub.add_argument("slug", metavar="SLUG", help="its name in the catalogue, such as rmoe")
+    sub.add_argument("--preset", choices=PRESETS, default="small", help="how much to spend (default: small)")
+    sub.add_argument("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N", help="first seed (default: 0)")
+    sub.add_argument("--jobs", type=whole(1), metavar="N", help="processes (default: one for each core)")
+
+    sub = command("live", "train a small model and watch it in a browser", json=False)
+    sub.add_argument(
+        "--port", type=whole(1, 65535), metavar="N", help="port of the page (default: a free one from 5006)"
+    )
+    sub.add_argument("--no-browser", action="store_true", help="only print the address")
+    if "live" in argv:
+        from workbench.cli.live import add_recipe
+
+        add_recipe(sub)
+
+    sub = command("run", "run a notebook with parameters, checked before it starts")
+    sub.add_argument("notebook", metavar="NOTEBOOK", help="a path, or a name such as 01_routing")
+    sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    sub.add_argument("-o", "--output", metavar="FILE", help="where to write (default: out/<notebook>-<hash>.ipynb)")
+    sub.add_argument("--parameters", action="store_true", help="list what can be set, and run nothing")
+
+    command("runs", "list the runs that are kept, newest first")
+
+    sub = command("resume", "continue a run that was stopped or died, to the same final weights")
+    sub.add_argument("run", metavar="RUN", help="its name or folder")
+
+    sub = command("export", "write a run's record as parquet files")
+    sub.add_argument("run", metavar="RUN", help="its name or folder")
+    sub.add_argument("folder", metavar="FOLDER", help="where to write")
+
+    sub = command("data", "list the data sets, fetch them, or describe one")
+    sub.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "get", "describe"),
+        default="list",
+        help="list (default), get NAME..., describe NAME",
+    )
+    sub.add_argument("names", nargs="*", metavar="NAME", help="data sets")
+
+    command("doctor", "check that this machine has what the workbench needs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out one command and return its exit status."""
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        args = build_parser(argv).parse_args(argv)
+        return getattr(import_module("workbench.cli.commands"), args.command)(args) or 0
+    except InputError as error:
+        print(f"workbench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("workbench: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe has gone (| head); keep the interpreter from complaining about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

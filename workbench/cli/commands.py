@@ -1,0 +1,219 @@
+"""What each command does: one function of its name. Every heavy import is inside the function that needs it."""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from workbench import catalogue
+from workbench.cli.progress import progress_bar
+from workbench.errors import InputError
+
+
+def show(rows: Sequence[Sequence[object]], names: Sequence[str]) -> None:
+    """Print rows as a table as wide as its content; on a terminal the last column ends where the terminal does."""
+    texts = [[str(cell) for cell in row] for row in [names, *rows]]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(names))]
+    limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for row in texts:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()[:limit])
+
+
+def as_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def methods(args: argparse.Namespace) -> None:
+    rows = catalogue.methods(args.family, args.status)
+    if args.json:
+        return as_json([row.as_dict() for row in rows])
+    show(
+        [(row.slug, row.family, row.year, row.status, row.title) for row in rows],
+        ("slug", "family", "year", "status", "title"),
+    )
+    print(f"{len(rows)} methods, {sum(row.ready for row in rows)} ready")
+
+
+def method(args: argparse.Namespace) -> None:
+    row = catalogue.method(args.slug)
+    if args.json:
+        as_json(row.as_dict())
+    else:
+        print(row)
+
+
+def study(args: argparse.Namespace) -> None:
+    row = catalogue.method(args.slug)  # before torch is imported: a wrong name is told in a moment
+    if not row.ready:
+        raise InputError(f"slug {args.slug!r} is planned: it has no study yet; workbench methods --status ready")
+    from workbench.studies.core import run_study
+
+    with progress_bar(f"{args.slug} {args.preset}") as progress:
+        result = run_study(args.slug, args.preset, args.seed, args.jobs, progress)
+    if args.json:
+        as_json(result.to_dict())
+    else:
+        print(result)
+
+
+def live(args: argparse.Namespace) -> None:
+    from workbench.cli.live import overrides
+    from workbench.live.serve import live as serve_live
+
+    serve_live(overrides(args), port=args.port, open_browser=False if args.no_browser else None)
+
+
+def run(args: argparse.Namespace) -> int:
+    from workbench import notebook
+
+    if args.parameters:
+        found = notebook.parameters(notebook.find(args.notebook))
+        if args.json:
+            as_json({name: parameter.as_dict() for name, parameter in found.items()})
+        else:
+            show(
+                [(p.name, p.type, p.default, p.allowed, p.help) for p in found.values()],
+                ("parameter", "type", "default", "allowed", "what"),
+            )
+        return 0
+    given = dict(args.p)
+    if len(given) < len(args.p):
+        raise InputError("a parameter is given twice with -p")
+    try:
+        output = notebook.run(args.notebook, given, args.output and Path(args.output))
+    except notebook.NotebookError as error:
+        if args.json:
+            as_json({"output": str(error.output), "error": str(error)})
+        print(f"workbench: {args.notebook} failed at {error} (kept at {error.output})", file=sys.stderr)
+        return 1
+    if args.json:
+        as_json({"output": str(output), "error": None})
+    else:
+        print(output)
+    return 0
+
+
+def runs(args: argparse.Namespace) -> None:
+    from workbench.live.store import runs as all_runs
+    from workbench.paths import home
+
+    rows = [_describe_run(run) for run in all_runs()]
+    if args.json:
+        return as_json(rows)
+    table = [
+        (r["name"], r["kind"], r["state"], f"{r['steps']}/{r['total_steps'] or '?'}", r["created"][:16], r["message"])
+        for r in rows
+    ]
+    show(table, ("run", "kind", "state", "steps", "created", "message"))
+    print(f"{len(rows)} run{'s' * (len(rows) != 1)} in {home() / 'runs'}")
+
+
+def _describe_run(run) -> dict[str, object]:
+    """A run as plain values; of a damaged one only what is known without reading it."""
+    with run:
+        state, message = run.status
+        meta, steps = ({}, 0) if state == "damaged" else (run.meta, run.last_step + 1)
+    row = {"name": run.name, "folder": str(run.folder), "created": run.created, "state": state, "message": message}
+    return row | {"steps": steps} | {key: meta.get(key) for key in ("total_steps", "kind", "seed", "weights_sha256")}
+
+
+def resume(args: argparse.Namespace) -> int:
+    from workbench.live.store import RunStopped, find
+
+    with find(args.run) as run:
+        folder = run.folder
+    from workbench.live.trainer import resume as go_on  # torch; after the name is known to be right
+
+    try:
+        with progress_bar(f"resume {folder.name}") as progress:
+            go_on(folder, progress)
+    except (RunStopped, FloatingPointError) as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        return 1
+    row = _describe_run(find(folder))
+    if args.json:
+        as_json(row)
+    else:
+        print(f"{row['name']}: {row['state']} after {row['steps']} steps, kept at {row['folder']}")
+    return 0
+
+
+def export(args: argparse.Namespace) -> None:
+    from workbench.live.store import find
+
+    with find(args.run) as run:
+        folder = run.export(args.folder)
+    if args.json:
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        as_json({"folder": str(folder), "files": files})
+    else:
+        print(folder)
+
+
+def data(args: argparse.Namespace) -> None:
+    if args.action == "list" and args.names:
+        raise InputError(f"data list takes no name but got {' '.join(args.names)}")
+    if args.action != "list" and not args.names:
+        raise InputError(f"data {args.action} needs the NAME of a data set; workbench data lists them")
+    if args.action == "describe" and len(args.names) > 1:
+        raise InputError("data describe takes one NAME")
+    {"list": _data_list, "get": _data_get, "describe": _data_describe}[args.action](args)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from workbench.doctor import FAIL, OK, examine
+
+    checks = examine()
+    if args.json:
+        as_json([check.as_dict() for check in checks])
+    else:
+        show([(check.name, check.state, check.detail) for check in checks], ("check", "state", "detail"))
+        for check in checks:
+            if check.state != OK and check.mend:
+                print(f"{check.name}: {check.mend}")
+    return 1 if any(check.state == FAIL for check in checks) else 0
+
+
+def _data_list(args: argparse.Namespace) -> None:
+    from workbench.lib.data import available
+
+    entries = available()
+    if args.json:
+        return as_json([asdict(entry) for entry in entries])
+    rows = [
+        (e.name, "here" if e.present else e.needs, _size(e.bytes or e.download), e.licence, e.what) for e in entries
+    ]
+    show(rows, ("name", "get it with", "size", "licence", "what"))
+
+
+def _data_get(args: argparse.Namespace) -> None:
+    from workbench.lib.data import available, get
+
+    for name in args.names:
+        with progress_bar(f"get {name}") as progress:
+            get(name, lambda text, done, total: progress(done, total, text))
+    entries = [entry for entry in available() if entry.name in args.names]
+    if args.json:
+        return as_json([asdict(entry) for entry in entries])
+    for entry in entries:
+        print(f"{entry.name}: here, licence: {entry.licence}")
+
+
+def _data_describe(args: argparse.Namespace) -> None:
+    from workbench.lib.data import describe
+
+    found = describe(args.names[0])
+    if args.json:
+        return as_json(found)
+    print(f"{found['name']}: {found['what']}")
+    for part, manifest in found["parts"].items():
+        print(f"\n{part}")
+        for key, value in manifest.items():
+            print(f"    {key:<12} {value}")
+
+
+def _size(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.1f} MiB"
