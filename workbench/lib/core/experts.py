@@ -1,4 +1,4 @@
-"""Dense gated experts: one feed-forward block, and a bank of E of them.
+"""Dense experts: one gated feed-forward block, a bank of E of them, and a bank of plain two-layer perceptrons.
 
 Tensor letters: N tokens, D model width, H expert hidden width, E experts, P routed pairs.
 """
@@ -50,6 +50,33 @@ class GLUExperts(nn.Module):
         rows = x[routing.token[order]]
         gate, up = grouped_linear(rows, self.gate_up, counts).chunk(2, dim=-1)
         return combine(grouped_linear(F.silu(gate) * up, self.down, counts), routing, order)
+
+
+class MLPExperts(nn.Module):
+    """A bank of E two-layer perceptrons W2 relu(W1 x + b1) + b2: E (2 D H + H + D) parameters."""
+
+    def __init__(self, n_experts: int, d_model: int, d_hidden: int):
+        super().__init__()
+        if min(n_experts, d_model, d_hidden) < 1:
+            raise InputError(
+                f"n_experts, d_model, d_hidden are {n_experts}, {d_model}, {d_hidden} but must all be at least 1"
+            )
+        self.n_experts = n_experts
+        self.up, self.up_bias = _linears(n_experts, d_hidden, d_model)
+        self.down, self.down_bias = _linears(n_experts, d_model, d_hidden)
+
+    def forward(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens dim"]:
+        order = torch.argsort(routing.expert, stable=True)
+        expert, counts = routing.expert[order], routing.counts
+        hidden = torch.relu(grouped_linear(x[routing.token[order]], self.up, counts) + self.up_bias[expert])
+        return combine(grouped_linear(hidden, self.down, counts) + self.down_bias[expert], routing, order)
+
+
+def _linears(n_experts: int, d_out: int, d_in: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weights (E, out, in) and biases (E, out), each expert initialised as `nn.Linear` is."""
+    bound = d_in**-0.5
+    weight, bias = torch.empty(n_experts, d_out, d_in), torch.empty(n_experts, d_out)
+    return nn.Parameter(weight.uniform_(-bound, bound)), nn.Parameter(bias.uniform_(-bound, bound))
 
 
 def grouped_linear(

@@ -5,7 +5,8 @@ Tensor letters: N tokens, D model width, E experts, K active experts per token, 
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float
@@ -94,3 +95,17 @@ def within_capacity(routing: Routing, capacity_factor: float) -> Bool[Tensor, " 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """The MoE layers of a model by their module name, in the order of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside are seen by no observer of the model's MoE layers; afterwards all observers are back."""
+    layers = list(moe_layers(model).values())
+    observers = [layer._observers for layer in layers]
+    for layer in layers:
+        layer._observers = OrderedDict()
+    try:
+        yield
+    finally:
+        for layer, kept in zip(layers, observers, strict=True):
+            layer._observers = kept

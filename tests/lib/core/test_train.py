@@ -1,0 +1,198 @@
+"""The training loop: schedule, optimizer groups, hooks, determinism, resuming in memory."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from workbench.errors import InputError
+from workbench.lib.core.checkpoint import weights_digest
+from workbench.lib.core.experts import GLUExperts
+from workbench.lib.core.models import DecoderLM
+from workbench.lib.core.moe import MoELayer
+from workbench.lib.core.routers import LinearRouter
+from workbench.lib.core.routing import Context
+from workbench.lib.core.task import LanguageModelling
+from workbench.lib.core.train import Hook, State, TrainConfig, make_optimizer, step_seed, train
+from workbench.lib.data.types import TextDomains
+
+
+@pytest.fixture(scope="module")
+def task() -> LanguageModelling:
+    generator = torch.Generator().manual_seed(0)
+
+    def text() -> torch.Tensor:
+        return torch.randint(97, 105, (2000,), generator=generator).to(torch.uint8)
+
+    splits = {split: {name: text() for name in ("a", "b")} for split in ("train", "validation", "test")}
+    return LanguageModelling(TextDomains("letters", ("a", "b"), splits, {}), seq_len=16)
+
+
+def model(seed: int = 0, bias_rate: float = 0.0) -> DecoderLM:
+    torch.manual_seed(seed)
+
+    def ffn(layer: int) -> MoELayer:
+        router = LinearRouter(16, 4, 2, coefficients={"lbl": 0.01}, bias_rate=bias_rate)
+        return MoELayer(router, GLUExperts(4, 16, 8))
+
+    return DecoderLM(256, 16, 2, 2, ffn, seq_len=16)
+
+
+def test_learning_rate_rises_linearly_then_falls_along_a_cosine():
+    config = TrainConfig(steps=110, lr=0.2, warmup=10, final_lr=0.1)
+    assert config.lr_at(0) == pytest.approx(0.02)
+    assert config.lr_at(9) == config.lr_at(10) == pytest.approx(0.2)
+    assert config.lr_at(109) == pytest.approx(0.02)
+    half = 10 + 99 / 2
+    assert (config.lr_at(math.floor(half)) + config.lr_at(math.ceil(half))) / 2 == pytest.approx(0.11, rel=1e-3)
+    assert all(config.lr_at(step) > config.lr_at(step + 1) for step in range(10, 109))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("batch_size", 0), ("seed", -1), ("lr", 0.0), ("lr", 1.5), ("lr", math.nan)]
+)
+def test_an_impossible_value_is_named(name: str, value: float):
+    with pytest.raises(InputError, match=f"{name} is {value} but must be"):
+        TrainConfig(**{"steps": 1, name: value})
+
+
+def test_seeds_of_steps_are_fixed_and_distinct():
+    seeds = {(seed, step): step_seed(seed, step) for seed in range(20) for step in range(50)}
+    assert len(set(seeds.values())) == len(seeds)
+    assert seeds[3, 7] == step_seed(3, 7)
+    assert all(0 <= seed < 2**63 for seed in seeds.values())
+
+
+def test_only_matrices_are_decayed():
+    module = nn.ModuleDict({"e": nn.Embedding(5, 4), "l": nn.Linear(4, 4), "n": nn.RMSNorm(4)})
+    module["frozen"] = nn.Linear(4, 4).requires_grad_(False)
+    decayed, others = make_optimizer(module, TrainConfig(steps=1, weight_decay=0.3)).param_groups
+    assert [id(p) for p in decayed["params"]] == [id(module["l"].weight)]
+    assert {id(p) for p in others["params"]} == {id(module["e"].weight), id(module["l"].bias), id(module["n"].weight)}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+
+
+def test_the_same_seed_gives_the_same_numbers_bit_for_bit(task):
+    config = TrainConfig(steps=20, batch_size=4, seed=3, eval_every=10, eval_batches=1)
+    first, second = (train(model(bias_rate=0.01), task, config) for _ in range(2))
+    assert weights_digest(first.model) == weights_digest(second.model)
+    assert first.history == second.history and first.loss == second.loss
+    other = train(model(bias_rate=0.01), task, TrainConfig(steps=20, batch_size=4, seed=4))
+    assert weights_digest(other.model) != weights_digest(first.model)
+
+
+def test_training_learns(task):
+    losses = []
+
+    class Note(Hook):
+        def after_step(self, state: State) -> None:
+            losses.append(state.loss)
+
+    train(model(), task, TrainConfig(steps=60, batch_size=8, lr=1e-2, warmup=5), [Note()])
+    assert losses[0] == pytest.approx(math.log(256), rel=0.02)
+    assert min(losses[-10:]) < math.log(12)  # eight letters; ln 8 is the best there is
+
+
+def test_evaluation_comes_on_time_and_changes_nothing(task):
+    config = {"steps": 12, "batch_size": 4, "eval_batches": 1}
+    often = train(model(bias_rate=0.01), task, TrainConfig(**config, eval_every=5))
+    assert [step for step, _ in often.history] == [5, 10, 12]
+    assert often.history[-1][1] == often.metrics
+    assert set(often.metrics) == {"bits_per_byte", "bits_per_byte/a", "bits_per_byte/b"}
+    never = train(model(bias_rate=0.01), task, TrainConfig(**config))
+    assert [step for step, _ in never.history] == [12]
+    assert weights_digest(often.model) == weights_digest(never.model)
+
+
+def test_going_on_from_a_step_is_as_if_it_never_stopped(task):
+    config = TrainConfig(steps=12, batch_size=4)
+    whole = train(model(), task, config)
+
+    class StopAfter(Hook):
+        def after_step(self, state: State) -> None:
+            state.stop = state.step == 6
+
+    part = train(model(), task, config, [StopAfter()])
+    assert part.step == 7
+    torch.manual_seed(99)  # whatever happened in between
+    rest = train(part.model, task, config, optimizer=part.optimizer, start=part.step)
+    assert rest.step == 12
+    assert weights_digest(rest.model) == weights_digest(whole.model)
+
+
+def test_hooks_see_each_step_in_order_with_clipped_gradients(task):
+    calls = []
+
+    class Note(Hook):
+        def before_step(self, state: State) -> None:
+            calls.append(("before_step", state.step))
+            self.weights = weights_digest(state.model)
+
+        def before_update(self, state: State) -> None:
+            calls.append(("before_update", state.step))
+            assert weights_digest(state.model) == self.weights
+            squares = sum(p.grad.square().sum() for p in state.model.parameters() if p.grad is not None)
+            assert float(squares.sqrt()) <= 0.1 * (1 + 1e-5) < state.grad_norm
+
+        def after_evaluation(self, state: State) -> None:
+            calls.append(("after_evaluation", state.step))
+
+        def after_step(self, state: State) -> None:
+            calls.append(("after_step", state.step))
+            assert weights_digest(state.model) != self.weights
+            assert math.isfinite(state.loss) and state.aux > 0 and state.seconds > 0
+
+    train(model(), task, TrainConfig(steps=2, batch_size=4, clip=0.1, eval_batches=1), [Note()])
+    step = ("before_step", "before_update", "after_step")
+    assert calls == [(c, 0) for c in step] + [(c, 1) for c in (*step[:2], "after_evaluation", "after_step")]
+
+
+def test_a_hook_may_scale_the_learning_rate_and_stop_before_a_step(task):
+    rates = []
+
+    class Steer(Hook):
+        def before_step(self, state: State) -> None:
+            state.lr_scale = 0.5 if state.step else 1.0
+            state.stop = state.step == 3
+
+        def after_step(self, state: State) -> None:
+            rates.append(state.lr)
+
+    config = TrainConfig(steps=10, batch_size=2, warmup=0)
+    state = train(model(), task, config, [Steer()])
+    assert state.step == 3
+    assert rates == [config.lr_at(0), 0.5 * config.lr_at(1), 0.5 * config.lr_at(2)]
+    assert {group["lr"] for group in state.optimizer.param_groups} == {rates[-1]}
+
+
+def test_the_bias_of_loss_free_balancing_moves_once_a_step(task):
+    trained = model(bias_rate=0.125)
+    train(trained, task, TrainConfig(steps=3, batch_size=4, eval_every=1, eval_batches=1))
+    bias = trained.blocks[0].ffn.router.bias
+    assert set((bias.bias / 0.125).abs().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    assert bias.bias.any() and not bias.load.any()
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_a_reason(task):
+    class Broken(LanguageModelling):
+        def loss(self, module, batch):
+            loss, context = super().loss(module, batch)
+            return loss * float("nan"), context
+
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+        train(model(), Broken(task.data, 16), TrainConfig(steps=3, batch_size=2))
+
+
+def test_a_model_without_experts_trains_too(task):
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+            return self.linear(x)
+
+    torch.manual_seed(0)
+    state = train(DecoderLM(256, 16, 1, 2, lambda layer: Dense(), 16), task, TrainConfig(steps=2, batch_size=2))
+    assert state.aux == 0.0 and math.isfinite(state.loss)
