@@ -83,7 +83,9 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path: Path):
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
 def test_any_torch_optimizer_is_kept(tmp_path: Path, kind: type):
     models = Model(), Model(seed=1)
-    optimizers = [kind(model.parameters(), lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {})) for model in models]
+    optimizers = [
+        kind(model.parameters(), lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {})) for model in models
+    ]
     step(models[0], optimizers[0], 0)
     save(tmp_path, 1, models[0], optimizers[0])
     load(tmp_path, models[1], optimizers[1])
@@ -130,7 +132,9 @@ def damage(path: Path) -> None:
         lambda path: (path / "checkpoint.json").unlink(),
         lambda path: (path / "checkpoint.json").write_text("[]"),
         lambda path: os.truncate(path / "model.safetensors", 100),
-        lambda path: (path / "checkpoint.json").write_text((path / "checkpoint.json").read_text().replace("0.25", "0.75")),
+        lambda path: (path / "checkpoint.json").write_text(
+            (path / "checkpoint.json").read_text().replace("0.25", "0.75")
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm):
@@ -150,7 +154,9 @@ def test_without_one_good_checkpoint_the_reasons_are_given(tmp_path: Path):
     assert load(tmp_path, model, optimizer) is None
     assert load(tmp_path / "nowhere", model, optimizer) is None
     damage(save(tmp_path, 1, model, optimizer) / "model.safetensors")
-    with pytest.raises(InputError, match=r"no checkpoint in .* can be used: step-00000001: model.safetensors is damaged"):
+    with pytest.raises(
+        InputError, match=r"no checkpoint in .* can be used: step-00000001: model.safetensors is damaged"
+    ):
         load(tmp_path, model, optimizer)
 
 

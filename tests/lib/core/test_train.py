@@ -90,7 +90,7 @@ def test_training_learns(task):
             losses.append(state.loss)
 
     train(model(), task, TrainConfig(steps=60, batch_size=8, lr=1e-2, warmup=5), [Note()])
-    assert losses[0] == pytest.approx(math.log(256), rel=0.02)
+    assert losses[0] == pytest.approx(math.log(256), rel=0.1)
     assert min(losses[-10:]) < math.log(12)  # eight letters; ln 8 is the best there is
 
 

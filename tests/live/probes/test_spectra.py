@@ -1,0 +1,76 @@
+"""Spectra of weights, updates and gradients against numpy, and of adapters without forming their product."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from workbench.live.probes import find
+from workbench.live.probes.spectra import SpectrumProbe
+
+
+def test_spectra_are_those_of_numpy(model, task):
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5, weight_decay=0.1)
+    spectra = SpectrumProbe(find.matrices(module, find.blocks(module)))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    loss, _ = task.loss(module, task.batch("train", 4, torch.Generator().manual_seed(0)))
+    loss.backward()
+    spectra.remember()
+    optimizer.step()
+    found = spectra.take(seed=0)
+
+    def expected(matrix: torch.Tensor) -> np.ndarray:
+        return np.linalg.svd(matrix.detach().double().numpy(), compute_uv=False)
+
+    out = module.blocks[1].attention.out.weight
+    gate_up, old = module.blocks[2].ffn.experts.gate_up, before["blocks.2.ffn.experts.gate_up"]
+    for name, matrix in {
+        "weight/blocks.1.attention.out": out,
+        "update/blocks.1.attention.out": out - before["blocks.1.attention.out.weight"],
+        "gradient/blocks.1.attention.out": out.grad,
+        "weight/blocks.2.ffn.experts.0.up": gate_up[0, 8:],
+        "update/blocks.2.ffn.experts.0.gate": (gate_up - old)[0, :8],
+        "gradient/blocks.2.ffn.experts.0.gate": gate_up.grad[0, :8],
+        "weight/embedding": module.embedding.weight,
+    }.items():
+        values = found[f"spectrum/{name}"]
+        assert values.dtype == np.float32 and (np.diff(values) <= 0).all()
+        np.testing.assert_allclose(values, expected(matrix), rtol=1e-4, atol=1e-6 * values[0])
+    module.zero_grad()
+    again = spectra.take(seed=0)
+    assert {name.split("/")[1] for name in again} == {"weight"}
+
+
+class Lora(nn.Module):
+    """A LoRA layer in PEFT's layout: W x + scaling * B A x."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(12, 10).requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(12, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, 10, bias=False)})
+        self.scaling = {"default": 2.0}
+
+    def product(self) -> torch.Tensor:
+        return 2.0 * self.lora_B["default"].weight.detach() @ self.lora_A["default"].weight.detach()
+
+
+def test_the_product_of_an_adapter_is_watched_as_one_matrix():
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"proj": Lora()})
+    (matrix,) = find.matrices(module, [])
+    assert (matrix.name, matrix.shape) == ("proj.lora", (10, 12))
+    spectra = SpectrumProbe([matrix])
+    old = module["proj"].product()
+    spectra.remember()
+    with torch.no_grad():
+        for factor in module.parameters():
+            if factor.requires_grad:
+                factor.add_(torch.randn_like(factor))
+    found = spectra.take(seed=0)
+    new = module["proj"].product()
+    for what, dense, rank in (("weight", new, 3), ("update", new - old, 6)):
+        values = found[f"spectrum/{what}/proj.lora"]
+        np.testing.assert_allclose(values, torch.linalg.svdvals(dense)[: len(values)], rtol=1e-4, atol=1e-4)
+        assert len(values) == rank
+    assert set(found) == {"spectrum/weight/proj.lora", "spectrum/update/proj.lora"}

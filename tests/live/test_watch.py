@@ -1,0 +1,255 @@
+"""`watch` in a training script of one's own: what is recorded, when, and that it can be taken off again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import workbench
+from workbench.errors import InputError
+from workbench.lib.core.checkpoint import weights_digest
+from workbench.lib.core.experts import GLUExperts
+from workbench.lib.core.models import DecoderLM
+from workbench.lib.core.moe import MoELayer, moe_layers
+from workbench.lib.core.routers import LinearRouter
+from workbench.lib.core.task import LanguageModelling
+from workbench.lib.data.types import TextDomains
+from workbench.live.store import Run, RunWriter
+from workbench.live.watch import Cadence, watch
+
+CADENCE = {"routing": 2, "structure": 4, "conflict": 6}
+
+
+@pytest.fixture(scope="module")
+def task() -> LanguageModelling:
+    generator = torch.Generator().manual_seed(0)
+    splits = {
+        split: {name: torch.randint(97, 105, (500,), generator=generator).to(torch.uint8) for name in ("a", "b")}
+        for split in ("train", "validation", "test")
+    }
+    return LanguageModelling(TextDomains("letters", ("a", "b"), splits, {"a": {"sha256": "0"}}), seq_len=8)
+
+
+def language_model() -> DecoderLM:
+    torch.manual_seed(0)
+
+    def ffn(layer: int) -> MoELayer:
+        return MoELayer(LinearRouter(8, 4, 2, coefficients={"lbl": 0.01}), GLUExperts(4, 8, 4))
+
+    return DecoderLM(256, 8, 2, 2, ffn, seq_len=8)
+
+
+def script(model: DecoderLM, task: LanguageModelling, steps: int, watching=None, zero_first: bool = False) -> None:
+    """A training loop as somebody else would write it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        loss, context = task.loss(model, task.batch("train", 4, torch.Generator().manual_seed(step)))
+        (loss + context.aux).backward()
+        optimizer.step()
+        if zero_first:
+            optimizer.zero_grad()
+        if watching:
+            watching.step(loss=loss.item(), lr=1e-2)
+        optimizer.zero_grad()
+
+
+def test_a_watched_script_records_every_name_at_its_cadence(task, home):
+    model = language_model()
+    with workbench.watch(model, "mine", task=task, total_steps=9, cadence=CADENCE) as watching:
+        script(model, task, 9, watching)
+        watching.evaluation(task.evaluate(model))
+    with Run(home / "runs" / "mine") as run:
+        assert run.status.state == "finished" and run.last_step == 8
+        meta = run.meta
+        assert (meta["kind"], meta["total_steps"], meta["cadence"]) == ("watch", 9, CADENCE)
+        assert meta["versions"]["torch"] == torch.__version__ and meta["data"] == task.manifest
+        described = meta["model"]
+        layers = ["blocks.0.ffn", "blocks.1.ffn"]
+        assert described["layers"] == [{"name": name, "n_experts": 4, "top_k": 2} for name in layers]
+        assert described["domains"] == ["a", "b"] and described["vocabulary"] == "bytes"
+        assert sum(described["groups"].values()) == described["parameters"]
+
+        steps = {name: run.steps(name).tolist() for name in run.names()}
+        every, two, four, six = list(range(9)), [0, 2, 4, 6, 8], [0, 4, 8], [0, 6]
+        expected = dict.fromkeys(["train/loss", "train/lr", "train/step_seconds"], every)
+        expected |= dict.fromkeys(["cost/probe_seconds", "cost/store_seconds"], every)
+        for name in layers:
+            expected |= {f"{what}/{name}": two for what in ("load", "importance", "load_by_domain")}
+            expected |= {f"router/{name}/{what}": two for what in ("confidence", "entropy")}
+            expected |= {f"coactivation/{name}": four, f"tokens/{name}": six}
+            expected |= {f"valid/{what}/{name}": [8] for what in ("load", "importance", "load_by_domain")}
+        expected["transition/blocks.0.ffn"] = four
+        for matrix in described["matrices"]:
+            expected |= {f"spectrum/{what}/{matrix}": four for what in ("weight", "update", "gradient")}
+        expected |= {f"conflict/{group}": six for group in described["groups"]}
+        expected |= {f"valid/{name}": [8] for name in ("bits_per_byte", "bits_per_byte/a", "bits_per_byte/b")}
+        assert steps == expected
+
+        for name, shape in described["matrices"].items():
+            assert run.tensor(f"spectrum/update/{name}")[1].shape == (min(shape),)
+        assert run.tensor("conflict/trunk")[1].shape == (3, 2, 2)
+        # the batches of the steps 2, 4 and 6
+        assert run.tensor("tokens/blocks.0.ffn")[1].sum() == 3 * 4 * 8 * 2
+        assert (run.scalars("cost/probe_seconds")[1] >= 0).all() and (run.scalars("train/step_seconds")[1] > 0).all()
+        validation = sum(len(b) for b in task.batches("validation", 64)) * 8 * 2
+        assert run.tensor("valid/load/blocks.1.ffn")[1].sum() == validation
+
+
+def test_watching_changes_nothing_and_leaves_nothing(task, tmp_path: Path):
+    plain, model = language_model(), language_model()
+    script(plain, task, 8)
+    with watch(model, tmp_path / "run", task=task, cadence=CADENCE) as watching:
+        script(model, task, 8, watching)
+    assert weights_digest(model) == weights_digest(plain)
+    assert not any(layer._observers for layer in moe_layers(model).values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(InputError, match="closed"):
+        watching.step(loss=1.0)
+
+
+def test_gradients_that_are_gone_are_not_recorded(task, tmp_path: Path):
+    model = language_model()
+    with watch(model, tmp_path / "run") as watching:
+        script(model, task, 1, watching, zero_first=True)
+    with Run(tmp_path / "run") as run:
+        assert {name.split("/")[1] for name in run.names("spectrum/")} == {"weight", "update"}
+        assert run.names("conflict/") == []  # without a task there are no domains to compare
+        assert run.meta["model"]["domains"] == [] and "load_by_domain/blocks.0.ffn" not in run.names()
+
+
+def test_a_plain_network_is_watched_too(tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model[0].weight.detach().clone()
+    with watch(model, tmp_path / "run", cadence={"structure": 1}) as watching:
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+        watching.step()
+    update = torch.linalg.svdvals(model[0].weight.detach() - before)
+    with Run(tmp_path / "run") as run:
+        np.testing.assert_allclose(run.tensor("spectrum/update/0")[1], update, rtol=1e-3, atol=1e-6)
+        assert run.names("load/") == [] and "train/loss" not in run.names()
+        assert run.meta["model"]["layers"] == []
+
+
+def test_a_script_that_fails_leaves_a_failed_run(task, tmp_path: Path):
+    model = language_model()
+    with pytest.raises(RuntimeError), watch(model, tmp_path / "run") as watching:
+        script(model, task, 2, watching)
+        raise RuntimeError("out of patience")
+    with Run(tmp_path / "run") as run:
+        assert tuple(run.status) == ("failed", "RuntimeError: out of patience") and run.last_step == 1
+    assert not any(layer._observers for layer in moe_layers(model).values())
+
+
+def test_a_writer_of_ones_own_is_continued_and_left_open(task, tmp_path: Path):
+    model = language_model()
+    with RunWriter.create(tmp_path / "run", {"kind": "watch"}) as writer:
+        for _ in range(2):
+            with watch(model, writer, cadence={"conflict": 0}) as watching:
+                script(model, task, 3, watching)
+        writer.event(5, "note", "still open")
+        assert writer.last_step == 5
+    with Run(tmp_path / "run") as run:
+        assert run.steps("load/blocks.0.ffn").tolist() == [0]
+        assert run.names("tokens/") == []
+
+
+def test_runs_are_named(home, task):
+    model = language_model()
+    watch(model, "one").close()
+    with pytest.raises(InputError, match="holds a run already"):
+        watch(model, "one")
+    assert not any(layer._observers for layer in moe_layers(model).values())
+    with watch(model) as watching:
+        assert watching.writer.folder.parent == home / "runs" and "watch" in watching.writer.name
+    for name in ("", "..", " "):
+        with pytest.raises(InputError, match="run is"):
+            watch(model, name)
+
+
+@pytest.mark.parametrize(
+    ("cadence", "message"),
+    [
+        ({"routng": 1}, "cadence 'routng' is unknown; did you mean 'routing'"),
+        ({"routing": -1}, "cadence routing is -1 but must be"),
+        ({"conflict": 1.5}, "cadence conflict is 1.5 but must be"),
+    ],
+)
+def test_a_wrong_cadence_is_refused(cadence: dict, message: str, tmp_path: Path):
+    with pytest.raises(InputError, match=message):
+        watch(nn.Linear(2, 2), tmp_path / "run", cadence=cadence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_kind_is_recorded_at_the_first_step():
+    assert all(Cadence().due(kind, 0) for kind in ("routing", "structure", "conflict"))
+    assert not Cadence(conflict=0).due("conflict", 0)
+
+
+# -- models of other libraries
+
+
+def test_a_mixtral_of_transformers_is_watched(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=16,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.randint(50, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    with watch(model, tmp_path / "run") as watching:
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        watching.step(loss=loss.item())
+    with Run(tmp_path / "run") as run:
+        layers = run.meta["model"]["layers"]
+        assert [(layer["n_experts"], layer["top_k"]) for layer in layers] == [(4, 2)] * 2
+        first = layers[0]["name"]
+        assert first.startswith("model.layers.0.")
+        assert run.tensor(f"load/{first}")[1].sum() == mask.sum() * 2
+        assert run.tensor(f"importance/{first}")[1].sum() == pytest.approx(1)
+        assert run.tensor(f"transition/{first}")[1].sum() == mask.sum() * 4
+        assert {f"{first}.router", f"{first}.experts", "model.layers.1.attention", "trunk"} <= set(
+            run.meta["model"]["groups"]
+        )
+        assert "spectrum/gradient/model.layers.1.self_attn.q_proj" in run.names()
+        assert run.tensor(f"spectrum/weight/{first}.experts.0.gate")[1].shape == (8,)
+
+
+def test_an_adapter_of_peft_is_watched(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=8, target_modules=["0", "1"]))
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+    with watch(model, tmp_path / "run", cadence={"structure": 1}) as watching:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(8, 12)).square().mean().backward()
+            optimizer.step()
+            watching.step()
+    layer = model.base_model.model[0]
+    product = layer.get_delta_weight("default").detach()
+    with Run(tmp_path / "run") as run:
+        matrices = run.meta["model"]["matrices"]
+        assert len(matrices) == 2 and all(shape == [12, 12] for shape in matrices.values())
+        (name,) = [name for name in matrices if ".0." in name]
+        step, values = run.tensor(f"spectrum/weight/{name}")
+        assert step == 1
+        np.testing.assert_allclose(values, torch.linalg.svdvals(product)[:2], rtol=1e-4, atol=1e-6)

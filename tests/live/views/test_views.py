@@ -1,0 +1,372 @@
+"""The views show the measures of what was recorded: at the newest step, scrubbed back, for one run and for two."""
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from workbench.lib.measures.coactivation import coactivation
+from workbench.lib.measures.conflict import conflict_stats
+from workbench.lib.measures.routing import load_stats, routing_information
+from workbench.lib.measures.spectra import effective_rank
+from workbench.lib.measures.transition import transition_lift
+from workbench.live.store import Run, RunWriter
+from workbench.live.views import VIEWS, CoactivationView, ConflictView, ImbalanceView, LossView, Overview, SpectraView
+from workbench.live.views.readings import Nothing
+from workbench.live.views.selection import Selection
+
+
+def figure(view, card: str, which: int = 0) -> go.Figure:
+    return view.cards[card].figures[which]
+
+
+def messages(view) -> list[str]:
+    return [str(content) for card in view.cards.values() for content in card.contents if isinstance(content, Nothing)]
+
+
+def double(array: np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(array.astype(np.float64))
+
+
+# -- what all views have in common
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_plot_has_a_title_axes_and_a_text_on_how_to_read_it(kind, theme, run, other):
+    view = kind(run, other, theme=theme)
+    for card in view.cards.values():
+        assert "How to read this" in card._how.object
+        assert len(card._how.object) > 150
+        assert len(card.contents) == 2
+        for shown in card.figures:
+            assert shown.layout.title.text.startswith("<b>")
+            assert "first" in shown.layout.title.text or "second" in shown.layout.title.text
+            assert "·" in shown.layout.title.text
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_run_without_a_step_says_what_to_wait_for_and_fills_by_itself(kind, growing):
+    view = kind(growing.run)
+    assert len(messages(view)) == len(view.cards)
+    growing.grow(1)
+    view.selection.poll()
+    assert len(messages(view)) <= 1  # drawn with the first record; there is none of a loss by domain before evaluation
+    assert not any(
+        isinstance(content, str) and not content for card in view.cards.values() for content in card.contents
+    )
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_run_that_records_none_of_it_is_named_so(kind, tmp_path):
+    with RunWriter.create(tmp_path / "bare", {"kind": "watch"}) as writer:
+        writer.scalars(0, {"train/loss": 3.0})
+        writer.commit(0)
+    view = kind(tmp_path / "bare")
+    assert all(message for message in messages(view))
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_view_can_be_displayed(kind, run):
+    assert kind(run).__panel__() is not None
+
+
+def test_an_unknown_run_is_refused_by_name(run):
+    with pytest.raises(ValueError, match="firts"):
+        ImbalanceView("firts")
+
+
+def test_nothing_is_drawn_again_without_news(run):
+    view = Overview(run)
+    before = {name: card.figures[0] for name, card in view.cards.items()}
+    view.selection.poll()
+    view.refresh()
+    assert all(card.figures[0] is before[name] for name, card in view.cards.items())
+
+
+def test_a_hidden_view_catches_up_when_it_is_shown(growing):
+    growing.grow(1)
+    selection = Selection()
+    selection.choose(growing.run)
+    view = ImbalanceView(selection=selection)
+    assert not view.cards["load"].contents
+    view.visible = True
+    assert len(figure(view, "load").data[0].x) == 1
+    view.visible = False
+    growing.grow(10)
+    selection.poll()
+    assert len(figure(view, "load").data[0].x) == 1
+    view.visible = True
+    assert len(figure(view, "load").data[0].x) == 2
+
+
+def test_a_slow_browser_is_waited_for(growing):
+    growing.grow(1)
+    view = ImbalanceView(growing.run)
+    growing.grow(10)
+    view.selection.settled = lambda: False
+    view.selection.poll()
+    assert len(figure(view, "load").data[0].x) == 1
+    view.selection.settled = lambda: True
+    view.selection.poll()
+    assert len(figure(view, "load").data[0].x) == 2
+
+
+# -- imbalance
+
+
+def test_loads_and_balance_are_those_recorded(run):
+    view = ImbalanceView(run)
+    view.selection.layer = 1
+    steps, loads = run.tensors("load/blocks.1.ffn")
+    heat = figure(view, "load").data[0]
+    assert list(heat.x) == list(steps)
+    np.testing.assert_allclose(heat.z, (loads / loads.mean(axis=1, keepdims=True)).T, rtol=1e-6)
+    stats = load_stats(double(loads), 2)
+    lines = {(line.name, line.yaxis): line.y for line in figure(view, "balance").data}
+    for axis, measure in (("y", "max_vio"), ("y2", "cv"), ("y3", "min_ratio"), ("y4", "dead")):
+        np.testing.assert_allclose(lines["1", axis], getattr(stats, measure).numpy(), rtol=1e-5)
+    bands = [shape for shape in figure(view, "balance").layout.shapes if shape.type == "rect"]
+    cv = next(band for band in bands if band.yref == "y2")
+    assert cv.y0 < float(stats.null_cv[0]) < cv.y1
+
+
+def test_load_beside_probability_and_by_layer(run):
+    view = ImbalanceView(run)
+    load, importance = run.tensor("load/blocks.0.ffn")[1], run.tensor("importance/blocks.0.ffn")[1]
+    bars, dots = figure(view, "share").data
+    np.testing.assert_allclose(bars.y, load / load.mean())
+    np.testing.assert_allclose(dots.y, importance / importance.mean(), rtol=1e-6)
+    assert figure(view, "layers").data[0].z.shape == (3, 8)
+
+
+def test_domains_information_and_drops(run):
+    view = ImbalanceView(run)
+    _, counts = run.tensors("load_by_domain/blocks.0.ffn")
+    lines = figure(view, "information").data
+    information = routing_information(double(counts), 2, null="first_order")
+    np.testing.assert_allclose(lines[0].y, 100 * information.normalised.numpy(), rtol=1e-5)
+    null = 100 * (information.null / information.row_entropy).numpy()
+    np.testing.assert_allclose(lines[-1].y, null, rtol=1e-5)
+    np.testing.assert_allclose(figure(view, "dropped").data[0].y, 100 * run.tensors("dropped/blocks.0.ffn")[1][:, 0])
+
+
+def test_the_busiest_expert_is_looked_into_until_one_is_clicked(run):
+    view = ImbalanceView(run)
+    load = run.tensor("load/blocks.0.ffn")[1]
+    assert f"expert {load.argmax()}," in figure(view, "tokens").layout.title.text
+    view.cards["load"].on_click({"x": 100, "y": 3})
+    assert "expert 3," in figure(view, "tokens").layout.title.text
+    tokens = run.tensor("tokens/blocks.0.ffn")[1]
+    share = np.sort(tokens[3] / tokens[3].sum())[::-1]
+    np.testing.assert_allclose(figure(view, "tokens").data[0].x, 100 * share[:12])
+    by_domain = run.tensor("load_by_domain/blocks.0.ffn")[1]
+    np.testing.assert_allclose(figure(view, "domains").data[0].x, 100 * by_domain[:, 3] / by_domain[:, 3].sum())
+    assert figure(view, "share").data[0].marker.line.width[3] == 2
+    view.choose_expert(None)
+    assert f"expert {load.argmax()}," in figure(view, "tokens").layout.title.text
+
+
+def test_without_a_capacity_nothing_is_dropped(growing):
+    layer = {"name": "a", "n_experts": 4, "top_k": 2}
+    folder = growing.run.folder.parent / "free"
+    with RunWriter.create(folder, {"model": {"layers": [layer]}}) as writer:
+        writer.tensors(0, {"load/a": np.array([2, 2, 2, 2], dtype=np.uint32)})
+        writer.commit(0)
+    view = ImbalanceView(folder)
+    assert "no capacity limit" in str(view.cards["dropped"].contents[0])
+    assert figure(view, "share").data[0].y[0] == 1  # and a load without probabilities is shown alone
+    assert len(figure(view, "share").data) == 1
+
+
+def test_scrubbing_back_moves_the_mark_and_shows_the_records_of_that_step(run):
+    view = ImbalanceView(run)
+    drawn = figure(view, "load")
+    view.selection.step = 57
+    load = run.tensor("load/blocks.0.ffn", 57)[1]
+    np.testing.assert_allclose(figure(view, "share").data[0].y, load / load.mean())
+    assert figure(view, "load") is drawn  # not built again: the page moves its mark
+    assert view.cards["load"]._slots[0].step == 57
+    view.selection.step = None
+    assert view.cards["load"]._slots[0].step is None
+
+
+# -- two runs
+
+
+def test_two_runs_share_one_colour_scale_and_one_axis(run, other):
+    view = ImbalanceView(run, other)
+    first, second = (figure(view, "load", i).data[0] for i in (0, 1))
+    assert (first.zmin, first.zmax) == (second.zmin, second.zmax)
+    assert first.colorscale == second.colorscale
+    assert not np.array_equal(first.z, second.z)
+    for card in ("balance", "share", "information", "dropped"):
+        assert figure(view, card, 0).layout.yaxis.range == figure(view, card, 1).layout.yaxis.range
+    for kind, card in ((CoactivationView, "matrix"), (CoactivationView, "transition"), (ConflictView, "cosine")):
+        heats = [figure(kind(run, other), card, i).data[0] for i in (0, 1)]
+        assert (heats[0].zmin, heats[0].zmax) == (heats[1].zmin, heats[1].zmax)
+    for kind, card in ((SpectraView, "effective_rank"), (SpectraView, "spectrum"), (LossView, "loss")):
+        view = kind(run, other)
+        assert figure(view, card, 0).layout.yaxis.range == figure(view, card, 1).layout.yaxis.range
+
+
+def test_a_run_beside_one_that_lacks_the_record(run, single):
+    view = CoactivationView(run, single)
+    shown, missing = view.cards["matrix"].contents
+    assert isinstance(shown, go.Figure)
+    assert str(missing).startswith("undefined for K=1")
+
+
+# -- co-activation
+
+
+def test_the_matrix_is_the_sum_of_the_window_in_its_order(run):
+    view = CoactivationView(run)
+    counts = run.tensors("coactivation/blocks.0.ffn")[1].sum(axis=0)
+    lift = coactivation(double(counts), "lift_corrected").values.numpy()
+    heat = figure(view, "matrix").data[0]
+    order = np.array([int(cell[0]) for cell in heat.customdata[:, 0]])
+    np.testing.assert_allclose(heat.z, lift[np.ix_(order, order)], rtol=1e-6)
+    assert sorted(order) == list(range(8))
+    view.window.value = 1
+    newest = coactivation(double(run.tensor("coactivation/blocks.0.ffn")[1]), "lift_corrected").values.numpy()
+    np.testing.assert_allclose(figure(view, "matrix").data[0].z, newest[np.ix_(order, order)], rtol=1e-6)
+
+
+def test_the_order_stays_until_a_new_one_is_asked_for(growing):
+    growing.grow(1)
+    view = CoactivationView(growing.run)
+
+    def order() -> list[str]:
+        return [cell[0] for cell in figure(view, "matrix").data[0].customdata[:, 0]]
+
+    first = order()
+    growing.grow(400)
+    view.selection.poll()
+    assert order() == first
+    view.order_anew()
+    assert order() != first and sorted(order()) == sorted(first)
+
+
+@pytest.mark.parametrize("kind", ["conditional", "jaccard", "npmi"])
+def test_other_measures_of_pairs(run, kind):
+    view = CoactivationView(run)
+    view.kind.value = kind
+    matrix = coactivation(double(run.tensors("coactivation/blocks.0.ffn")[1].sum(axis=0)), kind)
+    heat = figure(view, "matrix").data[0]
+    assert np.nanmax(heat.z) == pytest.approx(np.nanmax(matrix.values.masked_fill(torch.eye(8).bool(), -9).numpy()))
+    assert any(value == pytest.approx(matrix.null) for value in heat.colorbar.tickvals)
+
+
+def test_pairs_and_transitions(run):
+    view = CoactivationView(run)
+    table = view.cards["pairs"].contents[0]
+    assert table.count("<tr>") == 13 and "null 1" in table
+    counts = run.tensors("transition/blocks.0.ffn")[1].sum(axis=0)
+    np.testing.assert_allclose(figure(view, "transition").data[0].z, transition_lift(double(counts)), rtol=1e-6)
+    view.selection.layer = 2
+    assert "last layer" in str(view.cards["transition"].contents[0])
+
+
+def test_one_expert_per_token_has_no_co_activation(single):
+    view = CoactivationView(single)
+    assert str(view.cards["matrix"].contents[0]).startswith("undefined for K=1")
+    assert str(view.cards["pairs"].contents[0]).startswith("undefined for K=1")
+    assert view.cards["transition"].figures
+
+
+# -- spectra
+
+
+def test_ranks_of_the_chosen_matrix_over_time(run):
+    view = SpectraView(run)
+    view.matrix.value = "blocks.1.attention.out"
+    steps, values = run.tensors("spectrum/weight/blocks.1.attention.out")
+    line = figure(view, "effective_rank").data[0]
+    assert list(line.x) == list(steps)
+    np.testing.assert_allclose(line.y, effective_rank(double(values)) / 128, rtol=1e-6)
+    null = figure(view, "stable_rank").layout.annotations[0]
+    assert null.y == pytest.approx(0.25)  # a square random matrix
+    names = [line.name for line in figure(view, "spectrum").data]
+    assert names == ["weight at first", "weight", "update", "gradient", "Marchenko–Pastur"]
+
+
+def test_the_heavy_tail_exponent_only_where_it_may_be_read(run):
+    view = SpectraView(run)
+
+    def cells() -> list[str]:
+        row = view.cards["numbers"].contents[0].split("heavy-tail exponent")[1]
+        return [cell.split("</td>")[0] for cell in row.split("<td>")[1:4]]
+
+    view.matrix.value = "blocks.0.attention.out"  # n = 128
+    weight, update, gradient = cells()
+    assert "±" in weight and "±" in gradient and "single update" in update
+    view.matrix.value = "blocks.0.ffn.router"  # n = 8
+    assert not any("±" in cell for cell in cells())
+
+
+def test_before_the_first_record_there_is_no_spectrum(growing):
+    growing.grow(1)
+    view = SpectraView(growing.run)
+    growing.grow(120)
+    view.selection.poll()
+    view.selection.step = 60
+    weight = growing.run.tensor("spectrum/weight/blocks.0.attention.qkv", 60)[1]
+    np.testing.assert_allclose(figure(view, "spectrum").data[1].y, weight / weight[0], rtol=1e-6)
+
+
+# -- conflict
+
+
+def test_cosines_rates_and_bands_of_the_chosen_group(run):
+    view = ConflictView(run)
+    view.group.value = "router"
+    steps, gramians = run.tensors("conflict/router")
+    stats = conflict_stats(torch.as_tensor(gramians), 3000)
+    np.testing.assert_allclose(figure(view, "cosine").data[0].customdata, stats.cosine[-1], rtol=1e-5)
+    np.testing.assert_allclose(figure(view, "self").data[0].y, stats.self_cosine[-1], rtol=1e-5)
+    rate = next(line for line in figure(view, "rate").data if line.name == "router")
+    np.testing.assert_allclose(rate.y, stats.rate, rtol=1e-6)
+    band = next(shape for shape in figure(view, "worst").layout.shapes if shape.type == "rect")
+    assert band.y1 == pytest.approx(3000**-0.5)
+    view.kind.value = "noise-corrected"
+    np.testing.assert_allclose(figure(view, "cosine").data[0].customdata, stats.corrected[-1], rtol=1e-5)
+    view.selection.step = int(steps[1])
+    np.testing.assert_allclose(figure(view, "cosine").data[0].customdata, stats.corrected[1], rtol=1e-5)
+
+
+def test_clicking_a_group_chooses_it(run):
+    view = ConflictView(run)
+    view.cards["groups"].on_click({"x": "python<br>docs", "y": 3})
+    assert view.group.value == "experts"
+    assert "experts" in figure(view, "cosine").layout.title.text
+
+
+def test_one_domain_has_no_conflict(tmp_path):
+    with RunWriter.create(tmp_path / "one", {"model": {"domains": ["python"], "groups": {"trunk": 9}}}):
+        pass
+    assert "at least two domains" in messages(ConflictView(Run(tmp_path / "one")))[0]
+
+
+# -- loss
+
+
+def test_losses_are_in_bits_per_byte(growing):
+    growing.grow(5)
+    growing.writer.event(3, "control", "learning_rate = 0.001")
+    view = LossView(growing.run)
+    _, nats = growing.run.scalars("train/loss")
+    traces = {trace.name: trace for trace in figure(view, "loss").data}
+    np.testing.assert_allclose(figure(view, "loss").data[0].y, nats / np.log(2), rtol=1e-6)
+    assert traces["validation"].y[0] == pytest.approx(growing.run.scalars("valid/loss")[1][0] / np.log(2))
+    assert list(traces["commands"].text) == ["learning_rate = 0.001"]
+    assert [line.name for line in figure(view, "valid").data] == ["python", "docs", "names"]
+
+
+def test_a_metric_that_is_no_loss_keeps_its_own_plot(tmp_path):
+    with RunWriter.create(tmp_path / "digits", {"model": {"vocabulary": None}}) as writer:
+        writer.scalars(0, {"train/loss": 2.3, "valid/accuracy": 0.5, "valid/accuracy/digits": 0.5})
+        writer.commit(0)
+    view = LossView(tmp_path / "digits")
+    assert [trace.name for trace in figure(view, "loss").data if trace.name] == ["train"]
+    assert figure(view, "valid").layout.yaxis.title.text == "share correct"

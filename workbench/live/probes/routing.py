@@ -1,0 +1,166 @@
+"""What the routers of a model decide, counted over the training batch of one step and over an evaluation."""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workbench.lib.core.routing import Context, Routing
+from workbench.lib.measures.meters import RoutingMeter
+from workbench.lib.measures.routing import counts_by_class
+from workbench.live.probes.find import Block, Inputs, in_backward
+
+LARGEST_TABLE = 2**17
+"""Cells (experts x vocabulary) of the largest table of token counts that is kept."""
+
+Values = tuple[dict[str, float], dict[str, np.ndarray]]
+
+
+class _Tally:
+    """Sums over batches: what `RoutingMeter` holds, and the load by domain."""
+
+    def __init__(self, found: list[Block], n_domains: int):
+        self.n_domains = n_domains
+        self.meter = RoutingMeter([block.name for block in found], [block.n_experts for block in found], None)
+        self.by_domain = {block.name: torch.zeros(n_domains, block.n_experts, dtype=torch.int64) for block in found}
+        self.tokens = 0
+
+    def add(self, block: Block, routing: Routing, domain: Tensor | None) -> None:
+        self.tokens += routing.n_tokens
+        if routing.top_k is not None:
+            kept = None if routing.kept is None else routing.kept.view(routing.n_tokens, routing.top_k)
+            self.meter.update(block.name, routing.indices, routing.probs, kept)
+        else:
+            kept = None if routing.kept is None else _mask(routing, routing.kept)
+            self.meter.update(block.name, routing.mask(), routing.probs, kept)
+        if domain is not None and self.n_domains:
+            label = domain.to(routing.expert.device)[routing.token]
+            self.by_domain[block.name] += counts_by_class(
+                routing.expert, label, self.n_domains, routing.n_experts
+            ).cpu()
+
+    def loads(self, name: str) -> dict[str, np.ndarray]:
+        """load, importance and load_by_domain of one layer, as far as they were seen."""
+        counts = self.meter.counts(name)
+        found = {"load": _uint32(counts.pairs.diagonal())}
+        if counts.probabilities:
+            found["importance"] = self.meter.importance(name).numpy().astype(np.float32)
+        if self.by_domain[name].any():
+            found["load_by_domain"] = _uint32(self.by_domain[name])
+        return found
+
+
+class RoutingProbe:
+    """Counts routing decisions through observers on the blocks of a model.
+
+    Training forwards are counted in steps for which `arm` was called, all of them (gradient accumulation included), but
+    never a forward that autograd repeats (activation checkpointing). Forwards in evaluation mode are counted apart.
+
+    Args:
+        model: the whole model.
+        found: its blocks.
+        n_domains: number of domains in `context.domain`; 0 where there are none.
+        vocabulary: number of token ids, or None not to count experts by token.
+
+    Attributes:
+        seconds, evaluation_seconds: time spent inside training and evaluation forwards since last set to 0.
+    """
+
+    def __init__(self, model: nn.Module, found: list[Block], n_domains: int, vocabulary: int | None):
+        self.found, self.n_domains = found, n_domains
+        self.armed = False
+        self.seconds = self.evaluation_seconds = 0.0
+        self._muted = False
+        self._train = self._valid = None
+        tables = {block.name: (block.n_experts, vocabulary or 0) for block in found}
+        self.tokens = {
+            name: torch.zeros(s, dtype=torch.int64) for name, s in tables.items() if 0 < s[0] * s[1] <= LARGEST_TABLE
+        }
+        self._inputs = Inputs(model) if found else None
+        self._remove = [block.observe(self._see, self._wants) for block in found]
+
+    def close(self) -> None:
+        """Take the observers off."""
+        for remove in (*self._remove, *([self._inputs.remove] if self._inputs else [])):
+            remove()
+
+    def arm(self, armed: bool) -> None:
+        """Whether to count the training forwards from here on; forgets what was counted."""
+        self.armed = armed
+        self._train = self._valid = None
+
+    def take(self, structure: bool) -> Values:
+        """(scalars, tensors) of the training forwards since `arm`; with `structure` the pairs of experts as well."""
+        scalars: dict[str, float] = {}
+        tensors: dict[str, np.ndarray] = {}
+        tally = self._train
+        if tally is None:
+            return scalars, tensors
+        for i, block in enumerate(self.found):
+            name, counts = block.name, tally.meter.counts(block.name)
+            if not counts.tokens:
+                continue
+            tensors |= {f"{what}/{name}": value for what, value in tally.loads(name).items()}
+            if counts.limited[0]:
+                rates = [float(rate) for rate in tally.meter.drop_rates(name)]
+                tensors[f"dropped/{name}"] = np.array(rates, dtype=np.float32)
+            if counts.probabilities:
+                scalars[f"router/{name}/confidence"] = float(tally.meter.confidence(name))
+                scalars[f"router/{name}/entropy"] = float(tally.meter.token_entropy(name))
+            if structure and int(counts.pairs.sum()) > int(counts.pairs.diagonal().sum()):
+                tensors[f"coactivation/{name}"] = _uint32(counts.pairs)
+            if structure and i + 1 < len(self.found) and counts.transition.any():
+                tensors[f"transition/{name}"] = _uint32(counts.transition)
+        return scalars, tensors
+
+    def take_tokens(self) -> dict[str, np.ndarray]:
+        """The (E, V) counts by token id since the last call."""
+        counted = {f"tokens/{name}": _uint32(counts) for name, counts in self.tokens.items() if counts.any()}
+        for counts in self.tokens.values():
+            counts.zero_()
+        return counted
+
+    def take_evaluation(self) -> dict[str, np.ndarray]:
+        """load, importance and load_by_domain over the evaluation forwards since the last training step."""
+        tally, self._valid = self._valid, None
+        if tally is None:
+            return {}
+        names = [block.name for block in self.found if tally.meter.counts(block.name).tokens]
+        return {f"valid/{what}/{name}": value for name in names for what, value in tally.loads(name).items()}
+
+    def mute(self, muted: bool) -> None:
+        """Look away, while another probe runs the model."""
+        self._muted = muted
+
+    def _wants(self, block: Block) -> bool:
+        return not self._muted and (self.armed or not block.module.training) and not in_backward()
+
+    @torch.no_grad()
+    def _see(self, block: Block, routing: Routing, context: Context) -> None:
+        began = time.perf_counter()
+        routing, context = self._inputs.without_padding(routing, context)
+        if block.module.training:
+            tally = self._train = self._train or _Tally(self.found, self.n_domains)
+            table = self.tokens.get(block.name)
+            if table is not None and context.token_ids is not None and int(context.token_ids.max()) < table.shape[1]:
+                ids = context.token_ids.to(routing.expert.device)[routing.token]
+                table += counts_by_class(routing.expert, ids, table.shape[1], routing.n_experts).T.cpu()
+        else:
+            tally = self._valid = self._valid or _Tally(self.found, self.n_domains)
+        tally.add(block, routing, context.domain)
+        spent = time.perf_counter() - began
+        if block.module.training:
+            self.seconds += spent
+        else:
+            self.evaluation_seconds += spent
+
+
+def _mask(routing: Routing, kept: Tensor) -> Tensor:
+    """(N, E) True for the pairs that were kept."""
+    mask = torch.zeros(routing.n_tokens, routing.n_experts, dtype=torch.bool, device=kept.device)
+    return mask.index_put_((routing.token[kept], routing.expert[kept]), torch.tensor(True, device=kept.device))
+
+
+def _uint32(counts: Tensor) -> np.ndarray:
+    return counts.numpy().astype(np.uint32)

@@ -1,0 +1,263 @@
+"""`watch`: the probes attached to any model, in any training script, writing a run that the live views read.
+
+    with workbench.watch(model, "my-run", total_steps=1000) as w:
+        for step in range(1000):
+            loss = ...
+            loss.backward()
+            optimizer.step()
+            w.step(loss=loss.item())
+            optimizer.zero_grad()
+
+The workbench's own trainer records through the same object.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from workbench.errors import InputError, unknown
+from workbench.lib.core.budget import count_params
+from workbench.lib.core.task import Task
+from workbench.live.probes import find
+from workbench.live.probes.conflict import ConflictProbe
+from workbench.live.probes.routing import RoutingProbe
+from workbench.live.probes.spectra import SpectrumProbe
+from workbench.live.provenance import revision, versions
+from workbench.live.store import RunWriter, new_folder
+from workbench.paths import home
+
+CONFLICT_ROWS = 6
+"""Rows of a half batch of the conflict probe: few, because there are two for every domain."""
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Steps between two records of a kind; 0 for none. Every kind is recorded at the first step, too.
+
+    Attributes:
+        routing: load, importance, load by domain, drops, confidence of the routers.
+        structure: co-activation, transitions, singular spectra.
+        conflict: gradient conflict between domains, and the token ids of every expert.
+    """
+
+    routing: int = 10
+    structure: int = 50
+    conflict: int = 100
+
+    def __post_init__(self):
+        for name, every in asdict(self).items():
+            if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+                raise InputError(f"cadence {name} is {every!r} but must be a whole number of steps, or 0 for never")
+
+    def due(self, kind: str, step: int) -> bool:
+        every = getattr(self, kind)
+        return every > 0 and step % every == 0
+
+
+def watch(
+    model: nn.Module,
+    run: str | Path | RunWriter | None = None,
+    *,
+    task: Task | None = None,
+    total_steps: int | None = None,
+    cadence: Cadence | Mapping[str, int] | None = None,
+    seed: int = 0,
+    meta: Mapping[str, Any] | None = None,
+    conflict_rows: int = CONFLICT_ROWS,
+) -> "Watch":
+    """Attach probes to `model` and record what they find in a run.
+
+    Args:
+        model: any module; see `probes.find` for what is recognised in it. Parameters that are trained later, such as
+            adapters, must be there already.
+        run: name of a new run (kept in the user's runs), a folder for it, or an open writer; None for a new name.
+        task: where gradient conflict draws batches of each domain from; None for a model without domains.
+        total_steps: how many steps are planned, for the views.
+        cadence: see `Cadence`; a mapping may give some of its values.
+        seed: of the batches and starts that probes draw.
+        meta: further entries of the run's meta.
+        conflict_rows: rows of the half batches of the conflict probe.
+    """
+    if not isinstance(cadence, Cadence):
+        for name in cadence or {}:
+            if name not in {item.name for item in fields(Cadence)}:
+                raise unknown("cadence", name, [item.name for item in fields(Cadence)])
+        cadence = Cadence(**(cadence or {}))
+    probes = Watch(model, task, cadence, seed, conflict_rows)
+    try:
+        if isinstance(run, RunWriter):
+            probes.attach(run, own=False, next_step=run.last_step + 1)
+        else:
+            entries = {
+                "kind": "watch",
+                "seed": seed,
+                "versions": versions(),
+                "git": revision(Path.cwd()),
+                "data": task.manifest if task else {},
+                "total_steps": total_steps,
+                "cadence": asdict(cadence),
+                "model": describe(model, task),
+            }
+            probes.attach(RunWriter.create(_folder(run), entries | dict(meta or {})), own=True, next_step=0)
+    except BaseException:
+        probes.close()
+        raise
+    return probes
+
+
+def _folder(run: str | Path | None) -> Path:
+    if run is None:
+        return new_folder("watch")
+    if isinstance(run, str) and "/" not in run:
+        if not run.strip(". "):
+            raise InputError(f"run is {run!r} but must be a name, a folder or a RunWriter")
+        return home() / "runs" / run
+    return Path(run)
+
+
+def describe(model: nn.Module, task: Task | None = None) -> dict[str, Any]:
+    """The entry "model" of a run's meta; active parameters and operations are for the caller to add."""
+    found = find.blocks(model)
+    return {
+        "layers": [{"name": block.name, "n_experts": block.n_experts, "top_k": block.top_k} for block in found],
+        "groups": {name: sum(p.numel() for p in group) for name, group in find.groups(model, found).items()},
+        "matrices": {matrix.name: list(matrix.shape) for matrix in find.matrices(model, found)},
+        "domains": list(task.domains) if task else [],
+        "vocabulary": "bytes" if getattr(task, "vocab", None) == 256 else None,
+        "parameters": count_params(model),
+        "active_parameters": None,
+        "flops": None,
+    }
+
+
+class Watch:
+    """Probes on a model and the run they write; made by `watch`. Best used in `with`, which says how the run ended.
+
+    A step is recorded by `step` after the optimizer has used the gradients and before they are set to zero or None.
+
+    Attributes:
+        writer: of the run.
+        next_step: the step that the next call of `step` records, 0-based.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task | None, cadence: Cadence, seed: int, conflict_rows: int = CONFLICT_ROWS
+    ):
+        self.model, self.task, self.cadence, self.seed = model, task, cadence, seed
+        self.blocks = find.blocks(model)
+        self.groups = find.groups(model, self.blocks)
+        self.domains = task.domains if task else ()
+        self.routing = RoutingProbe(model, self.blocks, len(self.domains), getattr(task, "vocab", None))
+        self.spectra = SpectrumProbe(find.matrices(model, self.blocks))
+        pairs = len(self.domains) > 1 and cadence.conflict and self.groups
+        self.conflict = ConflictProbe(model, task, self.groups, conflict_rows) if pairs else None
+        self.writer: RunWriter | None = None
+        self.next_step = 0
+        self._own = False
+        self._store_seconds = 0.0
+
+    def attach(self, writer: RunWriter, own: bool, next_step: int) -> None:
+        """Write to `writer` from `next_step` on; `own` to close it in the end."""
+        self.writer, self._own, self.next_step = writer, own, next_step
+        self._began = time.perf_counter()
+        self._prepare()
+
+    def step(self, loss: float | None = None, *, seconds: float | None = None, **values: float) -> None:
+        """Record one step of training.
+
+        Args:
+            loss: task loss of the step, in nats.
+            seconds: duration of the step; left out, the time since the last call. What probes spent is taken off.
+            values: further numbers, recorded as "train/<name>": lr, grad_norm, aux or anything else.
+        """
+        if self.writer is None:
+            raise InputError("this watch is closed: no further step can be recorded")
+        began, step, cadence = time.perf_counter(), self.next_step, self.cadence
+        seconds = began - self._began if seconds is None else seconds
+        in_forward, in_evaluation = self.routing.seconds, self.routing.evaluation_seconds
+        scalars, tensors = {}, {}
+        if cadence.due("routing", step) or cadence.due("structure", step):
+            scalars, tensors = self.routing.take(structure=cadence.due("structure", step))
+        if cadence.due("structure", step):
+            tensors |= self.spectra.take(self._seed(step, 2))
+        if cadence.due("conflict", step):
+            tensors |= self.routing.take_tokens()
+            if self.conflict:
+                tensors |= self._measure_conflict(step)
+        if loss is not None:
+            values = {"loss": loss, **values}
+        values["step_seconds"] = seconds - in_forward
+        self.next_step = step + 1
+        self._prepare()
+        now = time.perf_counter()
+        scalars |= {f"train/{name}": float(value) for name, value in values.items()}
+        scalars["cost/probe_seconds"] = now - began + in_forward + in_evaluation
+        scalars["cost/store_seconds"] = self._store_seconds
+        self._record(step, scalars, tensors)
+        self.writer.commit(step)
+        # what the writing of this step cost is only known now, so it is recorded with the next one
+        self._began = time.perf_counter()
+        self._store_seconds = self._began - now
+
+    def evaluation(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record an evaluation as "valid/<metric>", with the routing of the forward passes in evaluation mode.
+
+        It belongs to the last step recorded, or to `step` if that is yet to be recorded.
+        """
+        at = max(self.next_step - 1, 0) if step is None else step
+        scalars = {f"valid/{name}": float(value) for name, value in metrics.items()}
+        self._record(at, scalars, self.routing.take_evaluation())
+        if step is None:
+            self.writer.commit(at)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was counted for records still to come: with it a checkpoint continues the run exactly."""
+        return {f"tokens/{name}": counts.clone() for name, counts in self.routing.tokens.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        for name, counts in self.routing.tokens.items():
+            counts.copy_(state[f"tokens/{name}"])
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Take all probes off the model, and end the run if it was made here."""
+        self.routing.close()
+        writer, self.writer = self.writer, None
+        if writer is not None and self._own:
+            writer.__exit__(type(error) if error else None, error, None)
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.close(error)
+
+    def _prepare(self) -> None:
+        """Get ready for the next step, before its forward pass."""
+        cadence, step = self.cadence, self.next_step
+        self.routing.arm(cadence.due("routing", step) or cadence.due("structure", step))
+        self.routing.seconds = self.routing.evaluation_seconds = 0.0
+        if cadence.due("structure", step):
+            self.spectra.remember()
+
+    def _measure_conflict(self, step: int) -> dict[str, np.ndarray]:
+        self.routing.mute(True)
+        try:
+            return self.conflict.take(self._seed(step, 1))
+        finally:
+            self.routing.mute(False)
+
+    def _seed(self, step: int, stream: int) -> int:
+        """A seed for one probe at one step, apart from those of the training itself."""
+        return int(np.random.SeedSequence((self.seed, step, stream)).generate_state(1, np.uint64)[0] >> 1)
+
+    def _record(self, step: int, scalars: Mapping[str, float], tensors: Mapping[str, np.ndarray]) -> None:
+        began = time.perf_counter()
+        self.writer.scalars(step, scalars)
+        self.writer.tensors(step, tensors)
+        self._store_seconds += time.perf_counter() - began
