@@ -1,0 +1,249 @@
+"""The apps in a real browser, served by plain ``panel serve`` from another directory, while runs are being written."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from workbench.live.store import Run
+from workbench.live.synthetic import write_synthetic_run
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parents[2]
+APPS = {"imbalance": 8, "coactivation": 2, "spectra": 4, "conflict": 5, "live": 6}  # plots in each, beside tables
+PATIENCE = 30_000  # ms; a busy machine is slow, and none of these tests is about speed
+PLOTS = "plots => plots.map(plot => ({title: plot.layout.title.text, data: plot.data, layout: plot.layout}))"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    for name, seed in (("first", 1), ("second", 2)):
+        write_synthetic_run(folder / "runs" / name, 211, n_layers=2, seed=seed)
+    return folder
+
+
+@contextmanager
+def process(*command: str, **more) -> Iterator[subprocess.Popen]:
+    """A process that is ended with the block."""
+    running = subprocess.Popen([sys.executable, *command], **more)
+    try:
+        yield running
+    finally:
+        running.terminate()
+        running.wait(20)
+
+
+@pytest.fixture(scope="module")
+def site(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    files = [str(path) for path in sorted((ROOT / "apps").glob("*.py"))]
+    command = ["-m", "panel", "serve", *files, "--port", str(port), "--address", "127.0.0.1"]
+    command += ["--index", str(ROOT / "apps" / "index.html")]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    log = (elsewhere / "log").open("w")
+    with process(*command, cwd=elsewhere, env=os.environ | {"WORKBENCH_HOME": str(home)}, stdout=log, stderr=log):
+        address = f"http://127.0.0.1:{port}/"
+        for _ in range(600):
+            try:
+                urlopen(address).close()
+                break
+            except URLError:
+                time.sleep(0.1)
+        yield address
+    said = (elsewhere / "log").read_text()
+    assert "Traceback" not in said and "rror" not in said, said
+
+
+@pytest.fixture(scope="module")
+def context(browser) -> Iterator:
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(PATIENCE)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def visit(context, site: str) -> Iterator[Callable]:
+    """Opens a page of the site. Nothing may be asked of another host, and nothing may go wrong in the console."""
+    asked, wrong, page = [], [], context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+
+    def open_page(path: str, plots: int = 1):
+        page.goto(site + path)
+        page.wait_for_function(f"() => ({DRAWN}) >= {plots}")
+        return page
+
+    yield open_page
+    page.close()
+    assert [url for url in asked if not url.startswith((site, site.replace("http", "ws"), "blob:", "data:"))] == []
+    assert wrong == []
+
+
+DRAWN = """(function count(root) {
+  return [...root.querySelectorAll("*")].reduce((n, node) => n
+    + (node.matches(".js-plotly-plot") && node.querySelector(".main-svg") ? 1 : 0)
+    + (node.shadowRoot ? count(node.shadowRoot) : 0), 0)
+})(document)"""
+
+
+def plots(page) -> dict[str, dict]:
+    """The plots on the screen by their title."""
+    found = page.locator(".js-plotly-plot:visible").evaluate_all(PLOTS)
+    return {plot["title"].split("</b>")[0].removeprefix("<b>"): plot for plot in found}
+
+
+def shown_step(page) -> int:
+    return int(page.locator(".step b").first.inner_text().replace(",", ""))
+
+
+@pytest.fixture
+def live(home: Path) -> Iterator[Run]:
+    """A run that is being written, twenty steps a second, and obeys commands."""
+    folder = home / "runs" / f"live-{time.monotonic_ns()}"
+    with process(str(ROOT / "tests" / "apps" / "live_writer.py"), str(folder), "0.05"):
+        for _ in range(300):
+            if (folder / "run.sqlite").exists() and Run(folder).last_step > 20:
+                break
+            time.sleep(0.1)
+        yield Run(folder)
+
+
+@pytest.mark.parametrize(("app", "theme"), [*((app, "light") for app in APPS), ("live", "dark")])
+def test_every_app_draws_its_plots_on_one_screen_without_overlap(visit, app, theme):
+    page = visit(f"{app}?run=first&theme={theme}")
+    cards = page.locator("details:visible")
+    assert cards.count() >= APPS[app]
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
+    boxes = [box for box in cards.evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect().toJSON())")]
+    for i, box in enumerate(boxes):
+        for other in boxes[:i]:
+            apart = (
+                box["right"] <= other["left"]
+                or other["right"] <= box["left"]
+                or box["bottom"] <= other["top"]
+                or other["bottom"] <= box["top"]
+            )
+            assert apart, (box, other)
+    colours = {plot["layout"]["template"]["layout"]["paper_bgcolor"] for plot in plots(page).values()}
+    assert colours == {{"light": "#ffffff", "dark": "#161b21"}[theme]}
+    assert page.locator(".chip.finished").inner_text() == "finished"
+
+
+def test_values_change_while_a_run_trains_and_commands_reach_it(visit, live):
+    page = visit(f"live?run={live.name}", plots=6)
+    before, drawn = shown_step(page), plots(page)["Loss"]["data"][0]
+    deadline = time.monotonic() + 30
+    while shown_step(page) < before + 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert plots(page)["Loss"]["data"][0] != drawn
+
+    page.get_by_role("button", name="Pause").click()
+    page.locator(".chip.paused").wait_for()
+    page.get_by_text("pause applied at step").wait_for()
+    stopped = live.last_step
+    page.wait_for_timeout(700)
+    assert live.last_step == stopped == shown_step(page)
+
+    page.get_by_role("button", name="Step").click()
+    page.get_by_text("step applied at step").wait_for()
+    page.wait_for_timeout(700)
+    assert live.last_step == stopped + 1 == shown_step(page)
+
+    page.get_by_label("Learning rate").fill("7")
+    page.keyboard.press("Enter")
+    page.get_by_text("learning_rate is 7.0 but must be a number above 0").wait_for()
+    page.get_by_label("Learning rate").fill("0.0005")
+    page.keyboard.press("Enter")
+    page.get_by_text("learning rate = 0.0005 applied").wait_for()
+    assert [(answer.name, answer.value, answer.error) for answer in live.answers()] == [
+        ("pause", None, None),
+        ("step", None, None),
+        ("learning_rate", 0.0005, None),
+    ]
+
+    page.get_by_role("button", name="Continue").click()
+    page.locator(".chip.running").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator(".chip.stopped").wait_for()
+    assert page.get_by_role("button", name="Pause").is_disabled()
+    assert live.status.state == "stopped"
+
+
+def test_tabs_scrubbing_and_the_dark_switch(visit):
+    page = visit("live?run=first", plots=6)
+    page.get_by_role("button", name="Imbalance", exact=True).click()
+    page.get_by_text("Expert load by layer").wait_for()
+    newest = plots(page)["Load and probability, layer 0"]["data"][0]["y"]
+    slider = page.locator(".noUi-base").first.bounding_box()
+    page.mouse.click(slider["x"] + 0.3 * slider["width"], slider["y"] + slider["height"] / 2)
+    page.get_by_text("of 210").wait_for()
+    step = shown_step(page)
+    assert 40 <= step <= 90
+    page.wait_for_timeout(500)
+    shown = plots(page)
+    assert shown["Load and probability, layer 0"]["data"][0]["y"] != newest
+    marks = [shape for shape in shown["Expert load over training, layer 0"]["layout"]["shapes"] if "name" in shape]
+    assert [(mark["x0"], mark["visible"]) for mark in marks if mark["name"] == "step"] == [(step, True)]
+
+    page.get_by_role("button", name="Dark").click()
+    page.locator(".wb-dark").wait_for()
+    page.wait_for_timeout(500)
+    shown = plots(page)
+    assert shown["Expert load by layer"]["layout"]["template"]["layout"]["paper_bgcolor"] == "#161b21"
+    assert "theme=dark" in page.url
+    page.get_by_role("button", name="Live").click()
+    page.get_by_text("newest").wait_for()
+
+
+def test_clicking_an_expert_shows_what_it_takes(visit):
+    page = visit("imbalance?run=first", plots=3)
+    heat = page.locator(".js-plotly-plot:visible").first.locator(".nsewdrag").bounding_box()
+    page.mouse.click(heat["x"] + heat["width"] / 2, heat["y"] + heat["height"] * 0.56)  # the fourth of eight rows
+    page.get_by_text("Tokens of expert 3, layer 0").wait_for()
+
+
+def test_two_runs_stand_side_by_side_on_one_colour_scale(visit):
+    page = visit("imbalance?run=first&compare=second", plots=2)
+    shown = plots(page)
+    heats = [shown[f"Expert load over training, layer 0 · {name}"]["data"][0] for name in ("first", "second")]
+    assert heats[0]["zmax"] == heats[1]["zmax"]
+    assert heats[0]["colorscale"] == heats[1]["colorscale"]
+    assert heats[0]["z"] != heats[1]["z"]
+    assert page.locator(".chip").count() == 2
+    page.get_by_label("Compare").select_option("none")
+    page.get_by_text("Expert load over training, layer 0 · second").first.wait_for(state="detached")
+    assert "compare" not in page.url
+
+
+def test_one_expert_per_token_and_an_unknown_run(visit, home):
+    write_synthetic_run(home / "runs" / "single", 11, n_layers=2, top_k=1)
+    page = visit("coactivation?run=single")
+    assert page.get_by_text("undefined for K=1").count() == 2
+    page = visit("conflict?run=singel")
+    page.get_by_text("run 'singel' is unknown; did you mean 'single'").wait_for()
+
+
+def test_the_index_lists_the_apps(visit, site, context):
+    page = context.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(site)
+    links = page.locator("nav a").evaluate_all("links => links.map(link => link.href)")
+    assert links == [site + app for app in sorted(APPS)]
+    assert all(url.startswith((site, "data:")) for url in asked)
+    page.close()

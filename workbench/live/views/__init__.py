@@ -1,0 +1,35 @@
+"""The live views of a run: imbalance, co-activation, singular spectra, gradient conflict and loss.
+
+Each is one class, the same for notebooks and apps: ``ImbalanceView(run)`` in a cell shows it. ``Workbench`` puts them
+on one page, with the runs to choose from and the controls of the trainer.
+"""
+
+import sys
+
+import panel as pn
+
+from workbench.live.views.coactivation import CoactivationView
+from workbench.live.views.conflict import ConflictView
+from workbench.live.views.imbalance import ImbalanceView
+from workbench.live.views.loss import LossView
+from workbench.live.views.overview import Overview
+from workbench.live.views.page import Workbench
+from workbench.live.views.spectra import SpectraView
+
+__all__ = [
+    "VIEWS",
+    "CoactivationView",
+    "ConflictView",
+    "ImbalanceView",
+    "LossView",
+    "Overview",
+    "SpectraView",
+    "Workbench",
+]
+
+VIEWS = (Overview, ImbalanceView, CoactivationView, SpectraView, ConflictView, LossView)
+"""The tabs of the page, in order."""
+
+if getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)() is not None:
+    # a notebook: its output cells need the scripts, and from here, not from the network; a server session loads its own
+    pn.extension("plotly", inline=True)

@@ -1,0 +1,107 @@
+"""The controls every view shares: layer, live or scrubbed back, step."""
+
+import panel as pn
+
+from workbench.figures.theme import short_names
+from workbench.live.views import style
+from workbench.live.views.selection import Selection
+
+SETTLE_MS = 30  # a slider sends many positions a second; those that come while one is drawn become one
+
+
+def widget(kind: type, width: int | None = None, label: str = "", **more):
+    """A Panel widget in the house style, of a fixed width or as wide as there is room."""
+    named = "label" if "label" in kind.param else "name"  # as Panel called it before 1.9
+    return _styled(kind, style.WIDGET, width, **{named: label}, **more)
+
+
+def text(html: str = "", width: int | None = None) -> pn.pane.HTML:
+    """HTML in the house style, of a fixed width or as wide as there is room."""
+    return _styled(pn.pane.HTML, style.TEXT, width, object=html)
+
+
+def _styled(kind: type, sheet: str, width: int | None, **more):
+    size = {"width": width} if width else {"sizing_mode": "stretch_width"}
+    return kind(stylesheets=[sheet], margin=0, align="center", **size, **more)
+
+
+def layer_select(selection: Selection) -> pn.widgets.Select:
+    """A widget that chooses the layer of a selection, and follows it; every view about layers has one."""
+    select = widget(pn.widgets.Select, 190, label="Layer", options={"–": 0})
+
+    def follow(*_) -> None:
+        layers = selection.run.layers if selection.run else []
+        if layers:
+            names = short_names([layer.name for layer in layers])
+            options = {f"{name} ({layers[i].n_experts} experts)": i for i, name in enumerate(names)}
+            select.param.update(options=options, value=min(selection.layer, len(layers) - 1))
+
+    select.param.watch(lambda event: selection.param.update(layer=event.new), "value")
+    selection.param.watch(follow, ["run", "layer"])
+    follow()
+    return select
+
+
+def served() -> bool:
+    """Whether this is a session of a server, not a notebook."""
+    return pn.state.curdoc is not None and pn.state.curdoc.session_context is not None
+
+
+class SelectionBar(pn.viewable.Viewer):
+    """Chooses the step on show: the newest ("live"), or one to scrub back to. ``extra`` stands at the left end."""
+
+    def __init__(self, selection: Selection, *extra: pn.viewable.Viewable):
+        super().__init__()
+        self.selection = selection
+        self.live = widget(pn.widgets.Toggle, 72, label="● Live", value=True)
+        self.slider = widget(pn.widgets.IntSlider, label="", start=0, end=1, value=0, show_value=False, tooltips=False)
+        self.text = text(width=134)
+        self._wanted: int | None = None
+        self._scheduled = False
+        parts = (*extra, self.live, self.slider, self.text)
+        self._row = pn.Row(*parts, stylesheets=[style.BAR], sizing_mode="stretch_width", margin=0)
+        self._follow()
+        self.live.param.watch(self._toggled, "value")
+        self.slider.param.watch(self._scrubbed, "value")
+        selection.param.watch(lambda *_: self._follow(), ["run", "compare", "step", "news"])
+
+    def _follow(self) -> None:
+        """Show the selection as it is."""
+        run, step, last = self.selection.run, self.selection.step, self.selection.last_step
+        self.live.value = step is None
+        at = max(last, 0) if step is None else step
+        cadence = (run.meta.get("cadence") or {}).get("routing") if run else None
+        self.slider.param.update(end=max(last, 1), step=int(cadence or 1), value=at, disabled=last < 1)
+        state = "newest" if step is None else f"of {last:,}"
+        self.text.object = f'<div class="step">step <b>{at:,}</b> {state}</div>' if last >= 0 else "no step yet"
+
+    def _toggled(self, event) -> None:
+        if event.new:
+            self.selection.step = None
+        elif self.selection.step is None:  # not when scrubbing switched it off
+            self.selection.step = max(self.selection.last_step, 0)
+
+    def _scrubbed(self, event) -> None:
+        newest = self.selection.step is None and event.new == max(self.selection.last_step, 0)
+        if newest or event.new == self.selection.step:  # set by _follow, not by the reader
+            return
+        self._wanted = event.new
+        if served():
+            self._schedule()
+        else:
+            self.selection.step = event.new
+
+    def _scrub(self) -> None:
+        self._scheduled = False
+        if self.selection.settled():
+            self.selection.step = self._wanted
+        else:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            pn.state.curdoc.add_timeout_callback(self._scrub, SETTLE_MS)
+
+    def __panel__(self):
+        return self._row

@@ -1,0 +1,158 @@
+"""Expert co-activation: which experts work together, in one layer and from one layer to the next."""
+
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+import panel as pn
+import torch
+
+from workbench.figures import coactivation as figures
+from workbench.figures.theme import short_names
+from workbench.lib.measures.coactivation import CoactivationMatrix, cluster_order, coactivation, top_pairs
+from workbench.lib.measures.transition import transition_lift
+from workbench.live.views.bar import layer_select, widget
+from workbench.live.views.card import Card
+from workbench.live.views.readings import Nothing, Readings, present, stamped
+from workbench.live.views.view import View
+
+TOP_PAIRS = 12
+WINDOW = 10  # records; the pairs of one batch are few when there are many experts
+
+HOW = {
+    "matrix": "Cell (i, j) compares how often experts i and j are chosen for the same token with what balanced random "
+    "routing would give: the null, in the neutral colour, is 1 for the corrected lift (for the plain lift it is not, "
+    "because choosing one expert uses up one of the K slots). Orange pairs attract, blue pairs avoid each other. "
+    "Experts are ordered so that those that work together stand together; the order is kept while the run goes on, "
+    "until you ask for a new one.",
+    "transition": "Of the tokens of expert i in this layer, how many more than expected go to expert j in the next "
+    "one. 1 (neutral) means that the two layers route independently; orange cells are paths through the network.",
+    "pairs": "The strongest pairs of the matrix, with the number of tokens that both took in the records summed. "
+    "With few tokens a large value is easily chance: sum more records.",
+}
+
+
+class Together(NamedTuple):
+    """Co-activation of one layer: the step, the matrix with its null, the counts, and the order of the experts."""
+
+    step: int
+    matrix: CoactivationMatrix
+    counts: np.ndarray
+    order: np.ndarray
+
+
+class CoactivationView(View):
+    """Ordered co-activation matrix of a layer, its top pairs, and transitions to the next layer."""
+
+    title = "Co-activation"
+
+    def make_cards(self) -> dict[str, Card]:
+        kinds = {look.title: kind for kind, look in figures.KINDS.items()}
+        self.kind = widget(pn.widgets.Select, 210, label="Measure", options=kinds)
+        self.reorder = widget(pn.widgets.Button, 160, label="Re-order experts")
+        windows = {"newest record": 1, "last 10 records": WINDOW, "last 50 records": 5 * WINDOW}
+        self.window = widget(pn.widgets.Select, 210, label="Tokens of", options=windows, value=WINDOW)
+        for control in (self.kind, self.window):
+            control.param.watch(lambda _: self.refresh(), "value")
+        self.reorder.on_click(lambda _: self.order_anew())
+        self.controls = [layer_select(self.selection), self.kind, self.window, self.reorder]
+        self._orders: dict[tuple, np.ndarray] = {}
+        return {
+            "matrix": Card("Co-activation", HOW["matrix"], span=5, height=520),
+            "transition": Card("Transitions to the next layer", HOW["transition"], span=4, height=520),
+            "pairs": Card("Top pairs", HOW["pairs"], span=3, height=520),
+        }
+
+    def order_anew(self) -> None:
+        """Order the experts by the matrix on show."""
+        self._orders.clear()
+        self.refresh()
+
+    def draw(self, shown: list[Readings]) -> None:
+        chosen, step = self.selection.layer, self.selection.step
+        kind, window = self.kind.value, self.window.value
+        found = self.read(lambda run: together(run, chosen, step, kind, self._orders, window))
+        here = stamped(found, lambda data: data.step)
+        orders = tuple(map(id, self._orders.values()))
+        self.put("matrix", lambda: matrix_contents(self, found, kind), here, kind, window, orders)
+        self.put("pairs", lambda: self.each(found, self._pairs), here, kind, window)
+        there = self.stamps(lambda run: run.at(f"transition/{run.layer(chosen).name}", step, "structure")[0])
+        self.put("transition", self._transitions, there, window)
+
+    def _transitions(self) -> list:
+        chosen = self.selection.layer
+
+        def read(run: Readings) -> np.ndarray:
+            if self.selected_layer(run) == len(run.layers) - 1:
+                raise Nothing("this is the last layer: choose an earlier one to see where its tokens go next")
+            name = run.layer(chosen).name
+            _, counts = run.window(f"transition/{name}", self.selection.step, "structure", self.window.value)
+            return transition_lift(torch.as_tensor(counts.astype(np.float64))).numpy()
+
+        found = self.read(read)
+        ceiling = figures.transition_ceiling(*present(found))
+
+        def build(run: Readings, lift: np.ndarray):
+            here = self.selected_layer(run)
+            names = short_names([layer.name for layer in run.layers])
+            return figures.transition_matrix(
+                lift,
+                (names[here], names[here + 1]),
+                title=f"Layer {names[here]} → layer {names[here + 1]}{self.suffix(run)}",
+                ceiling=ceiling,
+                theme=self.selection.theme,
+            )
+
+        return self.each(found, build)
+
+    def _pairs(self, run: Readings, data: Together) -> str:
+        look = figures.KINDS[self.kind.value]
+        rows = "".join(
+            f"<tr><td>{pair.first} – {pair.second}</td><td>{pair.value:.3f}</td>"
+            f"<td>{int(data.counts[pair.first, pair.second]):,}</td></tr>"
+            for pair in top_pairs(data.matrix.values, TOP_PAIRS)
+        )
+        title = f"Top pairs, {self.layer_label(run)}{self.suffix(run)}"
+        return (
+            f"<table><caption>{escape(title)}<small>{escape(look.title.lower())}, null {data.matrix.null:.3g}</small>"
+            f"</caption><tr><th>experts</th><th>{escape(look.unit)}</th><th>tokens</th></tr>{rows}</table>"
+        )
+
+
+def together(
+    run: Readings, number: int, step: int | None, kind: str, orders: dict[tuple, np.ndarray], records: int = WINDOW
+) -> Together:
+    """Co-activation of one layer over the last ``records`` at a step; ``Nothing`` for K = 1, where it is undefined.
+
+    ``orders`` keeps the order of the experts by run and layer; a new one is added for those it does not hold.
+    """
+    layer = run.layer(number)
+    if layer.top_k == 1:
+        raise Nothing("undefined for K=1: one expert per token cannot occur together with another")
+    at, recorded = run.window(f"coactivation/{layer.name}", step, "structure", records)
+    counts = torch.as_tensor(recorded.astype(np.float64))
+    matrix = coactivation(counts, kind)
+    if matrix.undefined_reason:
+        raise Nothing(matrix.undefined_reason)
+    key = (run.name, layer.name)
+    if key not in orders:
+        orders[key] = cluster_order(coactivation(counts, "lift_corrected").values).numpy()
+    return Together(at, matrix, recorded, orders[key])
+
+
+def matrix_contents(view: View, found: list, kind: str) -> list:
+    """The co-activation matrix of every run on show, on one scale."""
+    good = list(present(found))
+    ceiling = max((figures.pair_ceiling(kind, d.matrix.null, d.matrix.values.numpy()) for d in good), default=None)
+    return view.each(
+        found,
+        lambda run, data: figures.coactivation_matrix(
+            data.matrix.values.numpy(),
+            kind=kind,
+            null=data.matrix.null,
+            order=data.order,
+            ceiling=ceiling,
+            title=f"{figures.KINDS[kind].title} of pairs, {view.layer_label(run)}{view.suffix(run)}",
+            theme=view.selection.theme,
+        ),
+    )

@@ -1,0 +1,186 @@
+"""The page: runs to choose, how they stand, controls of the trainer, and the views one tab each."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import panel as pn
+
+from workbench.errors import InputError
+from workbench.live.store import Run, runs
+from workbench.live.views import style
+from workbench.live.views.bar import SelectionBar, served, text, widget
+from workbench.live.views.plot import Pulse
+from workbench.live.views.selection import Selection
+from workbench.live.views.status import status_line
+from workbench.live.views.trainer import TrainerControls
+from workbench.live.views.view import POLL_MS, View
+
+LIST_MS = 4000  # how often the list of runs is read again
+NONE = "none"
+NO_RUN = """<div class="empty"><b>No run yet</b><span>Start one with <code>workbench live</code>, or in Python with
+<code>workbench.watch(model)</code>. It appears here by itself.</span></div>"""
+
+
+class Workbench(pn.viewable.Viewer):
+    """Views of one run, or of two side by side, with everything to steer them; one path for the apps and notebooks.
+
+    Args:
+        run: a run, its name or its path; None shows the newest, as soon as there is one.
+        compare: a second run, shown beside it.
+        theme: "light" or "dark".
+        views: the view classes, a tab each; all of them if left out.
+        root: folder of the runs to choose from; the user's own if left out.
+    """
+
+    def __init__(
+        self,
+        run: Run | Path | str | None = None,
+        compare: Run | Path | str | None = None,
+        *,
+        theme: str = "light",
+        views: Sequence[type[View]] | None = None,
+        root: Path | str | None = None,
+    ):
+        super().__init__()
+        from workbench.live.views import VIEWS  # the package lists them, and holds this module
+
+        self.root, self.selection = root, Selection(theme=theme)
+        self._error = ""
+        kinds = list(views or VIEWS)
+        self._kinds = {kind.title: kind for kind in kinds}
+        self.views: dict[str, View] = {}  # made when first shown
+        self.tabs = widget(pn.widgets.RadioButtonGroup, 100 * len(kinds), options=list(self._kinds))
+        self.run = widget(pn.widgets.Select, 240, label="Run", options={})
+        self.compare = widget(pn.widgets.Select, 240, label="Compare", options={NONE: ""})
+        self.dark = widget(pn.widgets.Toggle, 70, label="◐ Dark", value=theme == "dark")
+        self.status = text()
+        self.trainer = TrainerControls(self.selection)
+        self._stage = pn.Column(sizing_mode="stretch_width", margin=0)
+        self._open(run, compare)
+        self._listen()
+        self._root = self._compose(kinds)
+        self._follow()
+        if served():  # while the browser loads its scripts: the page itself is answered at once
+            pn.state.curdoc.add_next_tick_callback(self._show_tab)
+        else:
+            self._show_tab()
+
+    # -- composition
+
+    def _compose(self, kinds: Sequence[type[View]]) -> pn.Column:
+        name = "" if len(kinds) > 1 else f" {kinds[0].title.lower()}"
+        brand = text(f'<div class="brand"><span>◆</span> workbench{name}</div>', width=112 + 9 * len(name))
+        top = pn.Row(
+            brand, self.run, self.compare, self.status, self.dark, stylesheets=[style.BAR], sizing_mode="stretch_width"
+        )
+        top.margin = 0
+        bar = SelectionBar(self.selection, *([self.tabs] if len(kinds) > 1 else []))
+        return pn.Column(
+            top,
+            bar,
+            self.trainer,
+            self._stage,
+            Pulse(self._start),
+            css_classes=self._classes(),
+            stylesheets=[style.ROOT],
+            sizing_mode="stretch_width",
+            margin=0,
+        )
+
+    def _classes(self) -> list[str]:
+        return ["wb", *(["wb-page"] if served() else []), f"wb-{self.selection.theme}"]
+
+    def _listen(self) -> None:
+        self.run.param.watch(lambda event: self._choose(event.new, self.compare.value), "value")
+        self.compare.param.watch(lambda event: self._choose(self.run.value, event.new), "value")
+        self.dark.param.watch(self._darken, "value")
+        self.tabs.param.watch(lambda _: self._show_tab(), "value")
+        self.selection.param.watch(lambda *_: self._follow(), ["run", "compare", "theme", "news"])
+        self.selection.param.watch(lambda _: self._show_tab(), "run")
+
+    def _darken(self, event) -> None:
+        self.selection.theme = "dark" if event.new else "light"
+
+    def _show_tab(self) -> None:
+        """Show the chosen view. Those shown before stay on the page, hidden, where they cost nothing."""
+        chosen = self.tabs.value
+        if self.selection.run is None:
+            self._stage.objects = [text(NO_RUN)]
+            return
+        if chosen not in self.views:
+            self.views[chosen] = self._kinds[chosen](selection=self.selection)
+        for title, view in self.views.items():
+            view.visible = view.body().visible = title == chosen
+        bodies = [view.body() for view in self.views.values()]
+        if list(self._stage) != bodies:
+            self._stage.objects = bodies
+
+    # -- runs
+
+    def _open(self, run: Run | Path | str | None, compare: Run | Path | str | None) -> None:
+        """Show the runs asked for; where one cannot be shown, say so and show the newest."""
+        try:
+            self.selection.choose(run or self._newest(), compare)
+            self._error = ""
+        except InputError as error:
+            self._error = str(error)
+            if self.selection.run is None and (newest := self._newest()):
+                self.selection.choose(newest)
+        self.list_runs()
+
+    def _newest(self) -> Run | None:
+        return next((run for run in runs(self.root) if run.status.state != "damaged"), None)
+
+    def list_runs(self) -> None:
+        """Read the list of runs anew; the newest is shown if none is yet."""
+        known = {run.name: str(run.folder) for run in runs(self.root)}
+        for readings in self.selection.shown:
+            known.setdefault(readings.name, str(readings.run.folder))
+        if self.selection.run is None and (newest := self._newest()):
+            self.selection.choose(newest)
+        shown = [str(run.run.folder) if run else "" for run in (self.selection.run, self.selection.compare)]
+        for select, options, value in ((self.run, known, shown[0]), (self.compare, {NONE: ""} | known, shown[1])):
+            if select.options != options:
+                select.param.update(options=options, value=value)
+            elif select.value != value:
+                select.value = value
+
+    def _choose(self, run: str, compare: str) -> None:
+        """Show the runs chosen in the lists, from their first layer and newest step."""
+        shown = {str(readings.run.folder): readings for readings in self.selection.shown}
+        if not run or [run, *filter(None, [compare])] == list(shown):  # set by list_runs, not by the reader
+            return
+        try:
+            second = shown.get(compare, compare) if compare else None
+            self.selection.choose(shown.get(run, run), second, layer=0, step=None)
+            self._error = ""
+        except InputError as error:
+            self._error = str(error)
+            self._follow()
+
+    # -- following
+
+    def _settled(self) -> bool:
+        view = self.views.get(self.tabs.value)
+        return view is None or view.settled
+
+    def poll(self) -> None:
+        """One look at the runs: called every few tenths of a second while the page is open."""
+        self.selection.poll()
+        self.trainer.poll()
+
+    def _follow(self) -> None:
+        shown = self.selection.shown
+        lines = [status_line(readings, named=len(shown) > 1) for readings in shown]
+        error = f'<div class="status"><span class="bad">{escape(self._error)}</span></div>' if self._error else ""
+        self.status.object = error + "".join(lines)
+        if self._root.css_classes != self._classes():
+            self._root.css_classes = self._classes()
+
+    def __panel__(self):
+        return self._root
+
+    def _start(self) -> None:
+        pn.state.add_periodic_callback(self.poll, POLL_MS)
+        pn.state.add_periodic_callback(self.list_runs, LIST_MS)

@@ -1,0 +1,220 @@
+"""A run as the views read it: series thinned to what a screen can show and followed as they grow."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from workbench.errors import InputError
+from workbench.live.store import Event, Run, Status
+
+T = TypeVar("T")
+POINTS = 200  # rows of a series on first reading; while it is followed, at most twice as many
+
+
+class Nothing(Exception):
+    """There is nothing to draw; the message tells the reader why and what to wait for."""
+
+
+class Layer(NamedTuple):
+    """One mixture-of-experts layer; top_k is None where the number of experts per token varies."""
+
+    name: str
+    n_experts: int
+    top_k: int | None
+
+
+@dataclass
+class _Series:
+    """Rows of one series: those ``spacing`` steps apart are kept for good, so that a picture does not shimmer."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    spacing: int  # 0 keeps every row
+    seen: int  # last step of the run when this was read
+
+    def append(self, steps: np.ndarray, values: np.ndarray, points: int) -> None:
+        """Add newer rows, and thin all of them once there are more than twice ``points``."""
+        if len(self.steps):
+            steps, values = np.concatenate([self.steps, steps]), np.concatenate([self.values, values])
+        self.steps, self.values = steps, values
+        self._thin()
+        while len(self.steps) > 2 * points:
+            self.spacing = 2 * self.spacing or -(-int(steps[-1] - steps[0]) // points)
+            self._thin()
+
+    def _thin(self) -> None:
+        """Keep rows at least ``spacing`` steps apart, counted from the first, and always the newest."""
+        keep, edge = [], None
+        for row, step in enumerate(self.steps.tolist()):
+            if edge is None or step >= edge + self.spacing:
+                keep.append(row)
+                edge = step
+        if keep[-1] != len(self.steps) - 1:
+            keep.append(len(self.steps) - 1)
+        self.steps, self.values = self.steps[keep], self.values[keep]
+
+
+class Readings:
+    """Reads one run for the views. ``poll`` looks whether there is anything new; the rest answers from what was seen.
+
+    Attributes:
+        run: the run itself.
+        last_step: the last committed step at the last ``poll``.
+        status: how the run stood then.
+        meta: what the run says about itself.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.name = run, run.name
+        self.last_step, self.status, self.meta = -1, Status("unread"), {}
+        self._kept: dict[str, _Series] = {}
+        self._names: list[str] | None = None
+        self.poll()
+
+    def poll(self) -> bool:
+        """Look at the run again; whether a step was committed or its state changed."""
+        try:
+            step, status = self.run.last_step, self.run.status
+            if status != self.status:  # a resumed run may say more about itself
+                self.meta = self.run.meta
+        except InputError as error:
+            step, status = self.last_step, Status("damaged", str(error))
+        if (step, status) == (self.last_step, self.status):
+            return False
+        if step < self.last_step:  # it went back to a checkpoint: what was read may have been taken back
+            self._kept.clear()
+        self.last_step, self.status, self._names = step, status, None
+        return True
+
+    # -- what the run is
+
+    @property
+    def model(self) -> dict:
+        """The part of meta that describes the model."""
+        return self.meta.get("model") or {}
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The mixture-of-experts layers, first to last; may be empty."""
+        return [Layer(row["name"], row["n_experts"], row.get("top_k")) for row in self.model.get("layers") or []]
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of the data, in the order of every record by domain."""
+        return list(self.model.get("domains") or [])
+
+    def moe_layers(self) -> list[Layer]:
+        """The mixture-of-experts layers; ``Nothing`` where the run has none."""
+        if not self.layers:
+            raise Nothing("this run has no mixture-of-experts layer")
+        return self.layers
+
+    def layer(self, index: int) -> Layer:
+        """The layer of this number, or the last where there are fewer; ``Nothing`` where the run has none."""
+        layers = self.moe_layers()
+        return layers[min(index, len(layers) - 1)]
+
+    def names(self, prefix: str) -> list[str]:
+        """What follows ``prefix`` in the recorded names that start with it, in the order they first came."""
+        if self._names is None:
+            self._names = self._ask(self.run.names)
+        return [name.removeprefix(prefix) for name in self._names if name.startswith(prefix)]
+
+    def events(self, kind: str) -> list[Event]:
+        """What happened to the run, of one kind ("control": the commands that reached the trainer)."""
+        return [event for event in self._ask(self.run.events) if event.kind == kind]
+
+    # -- series
+
+    def scalars(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps (S,), values (S,)) of a scalar series over the whole run, thinned; empty where not recorded."""
+        return self._follow(name, self.run.scalars, 3 * POINTS)
+
+    def recent(self, name: str, steps: int) -> np.ndarray:
+        """The values of a scalar series over the last ``steps`` steps."""
+        return self._ask(lambda: self.run.scalars(name, start=max(0, self.last_step - steps)))[1]
+
+    def tensors(self, name: str, cadence: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps (S,), arrays (S, ...)) of a series over the whole run, thinned; ``Nothing`` where not recorded.
+
+        ``cadence`` is the entry of meta.cadence that says when it is recorded, for the message.
+        """
+        steps, values = self._follow(name, self.run.tensors, POINTS)
+        if not len(steps):
+            raise self._not_yet(cadence)
+        return steps, values
+
+    def newest(self, name: str, cadence: str) -> int:
+        """The last step a tensor series was recorded at; ``Nothing`` where it was not."""
+        return int(self.tensors(name, cadence)[0][-1])
+
+    def at(self, name: str, step: int | None, cadence: str) -> tuple[int, np.ndarray]:
+        """The newest array at or before ``step`` (None: of all) and its step; ``Nothing`` where there is none."""
+        found = self._ask(lambda: self.run.tensor(name, step))
+        if found is None:
+            raise self._not_yet(cadence, name)
+        return found
+
+    def window(self, name: str, step: int | None, cadence: str, records: int) -> tuple[int, np.ndarray]:
+        """The last step and the sum of the newest ``records`` counts at or before ``step``; ``Nothing`` without any."""
+        last, newest = self.at(name, step, cadence)
+        every = (self.meta.get("cadence") or {}).get(cadence)
+        if records < 2 or not every:
+            return last, newest
+        start = max(0, last - (records - 1) * every)
+        _, counts = self._ask(lambda: self.run.tensors(name, start=start, stop=last))
+        return last, counts.sum(axis=0, dtype=np.int64)
+
+    def _not_yet(self, cadence: str, name: str | None = None) -> Nothing:
+        if name is not None and self.names(name):
+            return Nothing("nothing was recorded up to this step: scrub forward")
+        every = (self.meta.get("cadence") or {}).get(cadence)
+        if every == 0 or not self.status.live:
+            return Nothing("this run does not record it" if every == 0 else "this run holds no record of it")
+        if every is None:
+            return Nothing("nothing is recorded yet")
+        due = "with the first step" if self.last_step < 0 else f"within {every} steps"
+        return Nothing(f"nothing is recorded yet: the first record is due {due}, then every {every} steps")
+
+    def _follow(self, name: str, read: Callable, points: int) -> tuple[np.ndarray, np.ndarray]:
+        kept = self._kept.get(name)
+        if kept is None:
+            steps, values = self._ask(lambda: read(name, points=points))
+            spacing = int(steps[-1] - steps[0]) // (points - 1) if len(steps) >= points else 0
+            kept = self._kept[name] = _Series(steps, values, spacing, self.last_step)
+        elif kept.seen != self.last_step:
+            start = int(kept.steps[-1]) + 1 if len(kept.steps) else None
+            steps, values = self._ask(lambda: read(name, start=start))
+            kept.seen = self.last_step
+            if len(steps):
+                kept.append(steps, values, points)
+        return kept.steps, kept.values
+
+    def _ask(self, question: Callable):
+        try:
+            return question()
+        except InputError as error:
+            raise Nothing(str(error)) from error
+
+
+def attempt(read: Callable[[Readings], T], shown: Sequence[Readings]) -> list[T | Nothing]:
+    """``read`` for every run that is shown; where it has nothing, the ``Nothing`` that says why."""
+    found: list[T | Nothing] = []
+    for readings in shown:
+        try:
+            found.append(read(readings))
+        except Nothing as nothing:
+            found.append(nothing)
+    return found
+
+
+def stamped(found: Sequence[T | Nothing], stamp: Callable[[T], object]) -> tuple:
+    """``stamp`` of every run that has data, else why it has none: what tells one drawing from another."""
+    return tuple(str(data) if isinstance(data, Nothing) else stamp(data) for data in found)
+
+
+def present(found: Sequence[T | Nothing]) -> Iterator[T]:
+    """Those that are there: what a shared scale is made from."""
+    return (item for item in found if not isinstance(item, Nothing))

@@ -1,0 +1,237 @@
+"""Singular spectra of weights, updates and gradients, with effective and stable rank over time."""
+
+from functools import lru_cache
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+import panel as pn
+import torch
+
+from workbench.figures import spectra as figures
+from workbench.lib.measures.power_law import RELIABLE_FROM, fit_power_law
+from workbench.lib.measures.random_matrix import marchenko_pastur_spectrum, null_measures, outliers
+from workbench.lib.measures.spectra import SpectrumResult, measures
+from workbench.live.views.bar import widget
+from workbench.live.views.card import Card
+from workbench.live.views.readings import Nothing, Readings, present, stamped
+from workbench.live.views.view import View
+
+HOW = {
+    "spectrum": "Singular values from the largest to the smallest, each divided by the largest, so that the shape "
+    "stands free of the scale. The dashed curve is a random matrix of the same shape (Marchenko–Pastur): a weight that "
+    "follows it has learned little, values above its bulk are learned directions. A gradient that falls fast moves the "
+    "weights in few directions. The dotted line is the weight at its first record.",
+    "effective_rank": "exp of the entropy of the singular values, as a share of all n: how many directions carry "
+    "weight, with the bulk counted in. Compare with the dashed line, a random matrix of the same shape, not with 1.",
+    "stable_rank": "Energy divided by the energy of the strongest direction, as a share of n: it sees the top of the "
+    "spectrum, and falls when one direction grows out. The dashed line is a random matrix of the same shape. The rank "
+    "of a gradient is capped by the number of tokens in the batch.",
+    "rms_norm": "The largest factor by which the matrix scales the root mean square of its input. Ranks are blind to "
+    "scale, this is not. For training that transfers across widths it should stay of order 1: the band is half to "
+    "twice the weight at its first record. An update is the change that one step really made, decay included.",
+    "numbers": "Everything at the step on show, with the value of a random matrix of the same shape as the null. The "
+    "heavy-tail exponent α is given only from n = 128 up: below that even exact power laws scatter over the whole "
+    "range of interest. D is the distance between tail and fit (0 perfect), m the number of values in the tail. "
+    "Spikes are energies above the Marchenko–Pastur edge.",
+}
+ROWS = {
+    "effective_rank": ("effective rank ÷ n", True),
+    "stable_rank": ("stable rank ÷ n", True),
+    "participation_ratio": ("participation ratio ÷ n", True),
+    "energy_rank_90": ("90 % of energy in ÷ n", True),
+    "spectral_norm": ("spectral norm σ₁", False),
+    "rms_operator_norm": ("RMS operator norm", False),
+}
+
+
+class History(NamedTuple):
+    """Records of one matrix: for each of weight, update, gradient (steps (S,), values (S, k)), and the shape (o, i)."""
+
+    series: dict[str, tuple[np.ndarray, np.ndarray]]
+    shape: tuple[int, int]
+
+    @property
+    def n(self) -> int:
+        """The shorter side."""
+        return min(self.shape)
+
+    @property
+    def newest(self) -> int:
+        """The last step any of them was recorded at."""
+        return max(int(steps[-1]) for steps, _ in self.series.values())
+
+    def rows(self, step: int | None) -> dict[str, int]:
+        """For each object the number of its records at or before ``step`` (None: all of them)."""
+        return {
+            kind: len(steps) if step is None else int(np.searchsorted(steps, step, side="right"))
+            for kind, (steps, _) in self.series.items()
+        }
+
+    def at(self, step: int | None) -> dict[str, np.ndarray]:
+        """The newest spectrum of each object at or before ``step``; objects without one are left out."""
+        return {kind: self.series[kind][1][row - 1] for kind, row in self.rows(step).items() if row}
+
+    def measure(self, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """One measure over time of each object; ranks as shares of n."""
+        scale = 1 if name in ("rms_operator_norm", "spectral_norm") else self.n
+        return {
+            kind: (steps, measures(_result(values, self.n), self.shape)[name].numpy() / scale)
+            for kind, (steps, values) in self.series.items()
+        }
+
+
+class SpectraView(View):
+    """Spectra of a chosen matrix against a random one of its shape, and its ranks and norm over time."""
+
+    title = "Spectra"
+
+    def make_cards(self) -> dict[str, Card]:
+        self.matrix = widget(pn.widgets.Select, 330, label="Matrix", options=[])
+        self.matrix.param.watch(lambda _: self.refresh(), "value")
+        self.controls = [self.matrix]
+        return {
+            "spectrum": Card("Singular spectrum", HOW["spectrum"], span=7, height=300),
+            "numbers": Card("Measures at this step", HOW["numbers"], span=5, height=300),
+            "effective_rank": Card("Effective rank", HOW["effective_rank"], span=4, height=262),
+            "stable_rank": Card("Stable rank", HOW["stable_rank"], span=4, height=262),
+            "rms_norm": Card("RMS operator norm", HOW["rms_norm"], span=4, height=262),
+        }
+
+    def draw(self, shown: list[Readings]) -> None:
+        known = list(shown[0].model.get("matrices") or {})
+        if known and self.matrix.options != known:
+            kept = self.matrix.value if self.matrix.value in known else known[0]
+            self.matrix.param.update(options=known, value=kept)
+        found = self.read(lambda run: history(run, self.matrix.value))
+        stamps = stamped(found, lambda data: data.newest)
+        for rank in ("effective_rank", "stable_rank"):
+            self.put(rank, lambda rank=rank: rank_contents(self, found, rank), stamps, self.matrix.value)
+        self.put("rms_norm", lambda: self._norms(found), stamps, self.matrix.value)
+        step = self.selection.step
+        rows = stamped(found, lambda data: data.rows(step))
+        self.put("spectrum", lambda: self._spectra(found), rows, self.matrix.value)
+        self.put("numbers", lambda: self.each(found, self._numbers), rows, self.matrix.value)
+
+    def _spectra(self, found: list) -> list:
+        now = [data if isinstance(data, Nothing) else data.at(self.selection.step) for data in found]
+        everything = [values for spectra in present(now) for values in spectra.values()]
+        floor = figures.spectrum_floor(*everything, *(_null_curve(data.shape) for data in present(found)))
+
+        def build(run: Readings, data: History):
+            spectra = data.at(self.selection.step)
+            if not spectra:
+                raise Nothing("no spectrum at or before this step: scrub forward")
+            return figures.spectrum(
+                spectra,
+                n=data.n,
+                null=_null_curve(data.shape),
+                first=data.series["weight"][1][0] if "weight" in data.series else None,
+                title=f"Singular spectrum, {self.matrix.value} {data.shape[0]} × {data.shape[1]}{self.suffix(run)}",
+                floor=floor,
+                theme=self.selection.theme,
+            )
+
+        return self.each(found, build)
+
+    def _norms(self, found: list) -> list:
+        lines = [data if isinstance(data, Nothing) else data.measure("rms_operator_norm") for data in found]
+        finite = [v[np.isfinite(v) & (v > 0)] for line in present(lines) for _, v in line.values()]
+        values = np.concatenate(finite) if finite else np.ones(1)
+        limits = (float(values.min() / 1.6), float(values.max() * 2.6)) if len(values) else None
+
+        def build(run: Readings, line: dict):
+            start = line["weight"][1][0] if "weight" in line else np.nan
+            return figures.rank_lines(
+                line,
+                measure="rms_norm",
+                band=(0.5 * start, 2 * start) if np.isfinite(start) else None,
+                title=f"RMS operator norm{self.suffix(run)}",
+                limits=limits,
+                **self.look,
+            )
+
+        return self.each(lines, build)
+
+    def _numbers(self, run: Readings, data: History) -> str:
+        spectra = data.at(self.selection.step)
+        values = {kind: measures(_result(sigma, data.n), data.shape) for kind, sigma in spectra.items()}
+        null = null_measures(data.shape)
+        rows = []
+        for name, (label, share) in ROWS.items():
+            scale = data.n if share else 1
+            cells = [_number(float(value[name]) / scale) for value in values.values()]
+            rows.append((label, *cells, _number(null[name] / scale) if name in null else "–"))
+        full = {kind: sigma for kind, sigma in spectra.items() if len(sigma) == data.n}
+        spikes = [_number(float(outliers(torch.as_tensor(full[k]), data.shape))) if k in full else "–" for k in spectra]
+        rows.append(("spikes beyond the edge", *spikes, "0"))
+        rows.append(("heavy-tail exponent α", *(self._alpha(sigma, kind) for kind, sigma in spectra.items()), "–"))
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+        heads = "".join(f"<th>{kind}</th>" for kind in spectra)
+        title = f"Measures at this step{self.suffix(run)}"
+        return (
+            f"<table><caption>{escape(title)}<small>{escape(self.matrix.value)}, n = {data.n}</small></caption>"
+            f"<tr><th></th>{heads}<th>random</th></tr>{body}</table>"
+        )
+
+    def _alpha(self, sigma: np.ndarray, kind: str) -> str:
+        """The exponent with its error, D and m, where it may be read: not for small matrices, nor for one update."""
+        if kind == "update" or len(sigma) < RELIABLE_FROM:
+            reason = "not meant for a single update" if kind == "update" else f"not reliable below n = {RELIABLE_FROM}"
+            return f'<span class="muted" title="{reason}">–</span>'
+        fit = fit_power_law(torch.as_tensor(sigma).double().square())
+        if fit.undefined_reason:
+            return f'<span class="muted" title="{escape(fit.undefined_reason)}">–</span>'
+        return f'<span title="D = {fit.distance:.3f}, m = {fit.m}">{fit.alpha:.2f} ± {fit.stderr:.2f}</span>'
+
+
+def history(run: Readings, matrix: str | None) -> History:
+    """All spectra recorded of a matrix; ``Nothing`` where there are none."""
+    shapes = run.model.get("matrices") or {}
+    if matrix not in shapes:
+        raise Nothing("this run records no spectra" if matrix is None else f"this run has no matrix {matrix}")
+    series = {}
+    for kind in figures.OBJECTS:
+        if run.names(f"spectrum/{kind}/{matrix}"):
+            series[kind] = run.tensors(f"spectrum/{kind}/{matrix}", "structure")
+    if not series:
+        run.tensors(f"spectrum/weight/{matrix}", "structure")  # raises the Nothing that says when one is due
+    return History(series, tuple(shapes[matrix]))
+
+
+def rank_contents(view: View, found: list, measure: str) -> list:
+    """A rank over time of every run on show, on shared axes, with the null of a random matrix."""
+    lines = [
+        data if isinstance(data, Nothing) else (data.measure(measure), null_measures(data.shape)[measure] / data.n)
+        for data in found
+    ]
+    tops = [np.nanmax([null, *(np.nanmax(v, initial=0.0) for _, v in line.values())]) for line, null in present(lines)]
+    top = 1.08 * float(max([0.05, *tops]))
+    return view.each(
+        lines,
+        lambda run, data: figures.rank_lines(
+            data[0],
+            measure=measure,
+            null=data[1],
+            title=f"{figures.MEASURES[measure].title}{view.suffix(run)}",
+            limits=(0.0, top),
+            **view.look,
+        ),
+    )
+
+
+def _result(values: np.ndarray, n: int) -> SpectrumResult:
+    """Recorded values (..., k) as a spectrum; what was left out of a partial one is not known."""
+    tensor = torch.as_tensor(values).double()
+    exact = tensor.shape[-1] == n
+    tail = torch.full(tensor.shape[:-1], 0.0 if exact else torch.nan, dtype=torch.float64)
+    return SpectrumResult(tensor, tail, exact, "gram" if exact else "rsvd")
+
+
+@lru_cache(maxsize=64)
+def _null_curve(shape: tuple[int, int]) -> np.ndarray:
+    return marchenko_pastur_spectrum(shape).numpy()
+
+
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.3g}"
