@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+comma := ,
 WORKERS ?= 2
 
 .PHONY: live test lint clean
@@ -35,7 +36,7 @@ $(VENV)/installed: pyproject.toml
 	$(call install,.)
 
 $(VENV)/installed-test: pyproject.toml
-	$(call install,.[test])
+	$(call install,.[test$(comma)hf])
 	@touch $(VENV)/installed
 
 define install
