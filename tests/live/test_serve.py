@@ -1,6 +1,7 @@
 """`workbench live` from its start to Ctrl-C, without a browser."""
 
 import http.client
+import logging
 import os
 import re
 import signal
@@ -154,6 +155,17 @@ def test_a_wrong_recipe_or_port_is_refused_before_anything_starts(home: Path):
         with pytest.raises(InputError, match=f"port is {port} but must be between 1 and 65535"):
             serve.live({}, port=port)
     assert list((home / "runs").glob("*")) == before
+
+
+def test_a_page_that_closes_leaves_no_traceback():
+    from tornado.websocket import WebSocketClosedError
+
+    def record(error: Exception) -> logging.LogRecord:
+        return logging.LogRecord("asyncio", logging.ERROR, "", 0, "text", (), (type(error), error, None))
+
+    assert not serve._not_a_closed_page(record(WebSocketClosedError()))
+    assert serve._not_a_closed_page(record(ValueError()))
+    assert serve._not_a_closed_page(logging.LogRecord("asyncio", logging.ERROR, "", 0, "text", (), None))
 
 
 def test_a_browser_is_opened_only_where_it_is_seen(monkeypatch: pytest.MonkeyPatch):

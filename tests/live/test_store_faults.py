@@ -56,7 +56,9 @@ def impatient(monkeypatch):
 
 def test_a_killed_run_reads_to_its_last_commit_and_goes_on(tmp_path):
     seen = lines(crash("killed", tmp_path / "run", 25))  # the process checks every value after every kill
-    assert [each["state"] for each in seen] == ["died"] * 25 + ["finished"]
+    states = [each["state"] for each in seen]
+    first = states.index("died")  # a life that is killed before it opens the run leaves it as it was
+    assert states == ["finished"] * first + ["died"] * (25 - first) + ["finished"] and first < 10
     assert seen[-1]["last"] > 10  # they did get to write
 
 

@@ -146,7 +146,7 @@ def conflict_lines(
         "max_negative": ("Worst conflict", "largest −cosine over domain pairs", "max of −cosine"),
     }[measure]
     figure = blank(theme, title or look[0], look[1], x="step", y=look[2])
-    many = len(values) > 8
+    many, faint = len(values) > 8, rgba(colours.muted, 0.35)
     names = short_names(list(values))
     for i, (group, line) in enumerate(values.items()):
         chosen = group == selected
@@ -157,7 +157,7 @@ def conflict_lines(
                 name=names[i],
                 mode="lines+markers" if len(steps) < 3 else "lines",
                 line={
-                    "color": colours.accent if many and chosen else colours.grid if many else colours.cycle[i % 8],
+                    "color": colours.accent if many and chosen else faint if many else colours.cycle[i % 8],
                     "width": 2.4 if chosen else 1.3,
                 },
                 opacity=1.0 if chosen or many or selected is None else 0.6,

@@ -36,10 +36,11 @@ def as_multiple_of_uniform(loads: np.ndarray) -> np.ndarray:
 def load_ceiling(*loads: np.ndarray) -> float:
     """The top of a colour scale that fits all the given counts (..., E): what lets two runs share one scale.
 
-    It is the 99.5th percentile of the multiples of uniform, at least 2, so that one spike does not wash out the rest.
+    It is the 99.5th percentile of the multiples of uniform, within 2 .. 4: one collapsed expert, which can take E/K
+    times its share, must not wash out all the others. What lies beyond has the strongest colour.
     """
     tops = [np.nanpercentile(m, 99.5) for m in map(as_multiple_of_uniform, loads) if np.isfinite(m).any()]
-    return float(max([2.0, *tops]))
+    return float(np.clip(max([2.0, *tops]), 2.0, 4.0))
 
 
 def _load_heat(theme: str, x, y, ratio: np.ndarray, ceiling: float, hover: str, gap: float = 0.0) -> go.Heatmap:

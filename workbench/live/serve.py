@@ -5,6 +5,7 @@
 - The training ends with this process, however that ends: it stops when its standard input closes.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -147,6 +148,7 @@ def start_server(pages: Mapping[str, Path], port: int) -> Any:
     import torch
 
     torch.set_num_threads(1)  # the views compute little, and the training needs its cores
+    logging.getLogger("asyncio").addFilter(_not_a_closed_page)
     files = {name: str(path) for name, path in pages.items()}
     return pn.serve(
         {"/": files["live"], **files},
@@ -157,6 +159,11 @@ def start_server(pages: Mapping[str, Path], port: int) -> Any:
         threaded=True,
         verbose=False,
     )
+
+
+def _not_a_closed_page(record: logging.LogRecord) -> bool:
+    """False for what Tornado logs, with a traceback, when a page is closed while a message is on its way to it."""
+    return not (record.exc_info and record.exc_info[0] and record.exc_info[0].__name__ == "WebSocketClosedError")
 
 
 def _wait_for_first_step(trainer: subprocess.Popen, folder: Path) -> None:

@@ -27,6 +27,12 @@ def test_an_unknown_run_is_named_and_the_newest_shown(runs_folder):
     assert page.selection.run.name == "single"
 
 
+def test_an_unknown_second_run_does_not_take_the_first_away(runs_folder):
+    page = Workbench("first", "secnod", root=runs_folder)
+    assert "secnod" in page.status.object
+    assert [readings.name for readings in page.selection.shown] == ["first"]
+
+
 def test_choosing_runs_in_the_lists(runs_folder):
     page = Workbench(runs_folder / "first", root=runs_folder)
     page.run.value = page.run.options["second"]
@@ -106,6 +112,15 @@ def test_scrubbing_stops_following_and_live_follows_again(growing):
     bar.live.value = False
     assert selection.step == 30
     assert "30" in bar.text.object
+
+
+def test_the_slider_stands_on_recorded_steps(growing):
+    growing.grow(25)
+    selection = Selection()
+    selection.choose(growing.run)
+    bar = SelectionBar(selection)
+    assert (bar.slider.end, bar.slider.value, bar.slider.step) == (20, 20, 10)  # routing is recorded every 10 steps
+    assert "24" in bar.text.object and selection.step is None
 
 
 # -- controls

@@ -4,6 +4,7 @@ import json
 import time
 
 import numpy as np
+import panel as pn
 import plotly.graph_objects as go
 from bokeh.document import Document
 
@@ -41,13 +42,34 @@ def test_it_has_settled_when_the_browser_says_so_or_is_gone(monkeypatch):
     assert plot.settled
 
 
-def test_following_starts_once_when_the_browser_shows_the_page():
-    started = []
-    pulse = Pulse(lambda: started.append(1))
-    assert not started
-    for shown in (True, False, True):
-        pulse.shown = shown
-    assert started == [1]
+def test_a_page_is_followed_while_a_browser_shows_it(monkeypatch):
+    class Callback:
+        def __init__(self, call, period):
+            self.call, self.period, self.running = call, period, True
+            callbacks.append(self)
+
+        def stop(self):
+            self.running = False
+
+    callbacks: list[Callback] = []
+    beaten = []
+    monkeypatch.setattr(pn.state, "add_periodic_callback", Callback)
+    pulse = Pulse((lambda: beaten.append("poll"), 400), (lambda: beaten.append("list"), 4000))
+    document = Document()
+    root = pulse.server_doc(document).roots[0]
+    assert not callbacks
+    for _ in range(2):  # two browsers
+        pulse._handle_msg("shown")
+    assert [callback.period for callback in callbacks] == [400, 4000]
+    callbacks[0].call()
+    assert beaten == ["poll"]
+    pulse._cleanup(root)  # the page is gone
+    callbacks[1].call()
+    assert beaten == ["poll"]
+    assert not any(callback.running for callback in callbacks)
+    pulse.server_doc(Document())
+    pulse._handle_msg("shown")  # shown again
+    assert len(callbacks) == 4
 
 
 def test_clicks_reach_the_card():

@@ -15,9 +15,9 @@ def widget(kind: type, width: int | None = None, label: str = "", **more):
     return _styled(kind, style.WIDGET, width, **{named: label}, **more)
 
 
-def text(html: str = "", width: int | None = None) -> pn.pane.HTML:
+def text(html: str = "", width: int | None = None, **more) -> pn.pane.HTML:
     """HTML in the house style, of a fixed width or as wide as there is room."""
-    return _styled(pn.pane.HTML, style.TEXT, width, object=html)
+    return _styled(pn.pane.HTML, style.TEXT, width, object=html, **more)
 
 
 def _styled(kind: type, sheet: str, width: int | None, **more):
@@ -56,7 +56,8 @@ class SelectionBar(pn.viewable.Viewer):
         self.live = widget(pn.widgets.Toggle, 72, label="● Live", value=True)
         self.slider = widget(pn.widgets.IntSlider, label="", start=0, end=1, value=0, show_value=False, tooltips=False)
         self.text = text(width=134)
-        self._wanted: int | None = None
+        self._wanted: int | None = None  # where the reader has scrubbed to; not drawn yet
+        self._position = 0  # where the slider was put
         self._scheduled = False
         parts = (*extra, self.live, self.slider, self.text)
         self._row = pn.Row(*parts, stylesheets=[style.BAR], sizing_mode="stretch_width", margin=0)
@@ -69,10 +70,11 @@ class SelectionBar(pn.viewable.Viewer):
         """Show the selection as it is."""
         run, step, last = self.selection.run, self.selection.step, self.selection.last_step
         self.live.value = step is None
-        at = max(last, 0) if step is None else step
-        cadence = (run.meta.get("cadence") or {}).get("routing") if run else None
-        self.slider.param.update(end=max(last, 1), step=int(cadence or 1), value=at, disabled=last < 1)
-        state = "newest" if step is None else f"of {last:,}"
+        every = int(((run.meta.get("cadence") or {}).get("routing") if run else None) or 1)
+        end = max(last, 0) // every * every  # a slider whose ends are not on its own grid moves by itself
+        self._position = end if step is None else step
+        self.slider.param.update(end=max(end, 1), step=every, value=self._position, disabled=end < 1)
+        at, state = (last, "newest") if step is None else (step, f"of {last:,}")
         self.text.object = f'<div class="step">step <b>{at:,}</b> {state}</div>' if last >= 0 else "no step yet"
 
     def _toggled(self, event) -> None:
@@ -82,8 +84,7 @@ class SelectionBar(pn.viewable.Viewer):
             self.selection.step = max(self.selection.last_step, 0)
 
     def _scrubbed(self, event) -> None:
-        newest = self.selection.step is None and event.new == max(self.selection.last_step, 0)
-        if newest or event.new == self.selection.step:  # set by _follow, not by the reader
+        if event.new == self._position:  # set by _follow, not by the reader
             return
         self._wanted = event.new
         if served():

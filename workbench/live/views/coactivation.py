@@ -57,6 +57,7 @@ class CoactivationView(View):
         self.reorder.on_click(lambda _: self.order_anew())
         self.controls = [layer_select(self.selection), self.kind, self.window, self.reorder]
         self._orders: dict[tuple, np.ndarray] = {}
+        self._ordered = 0  # how often a new order was asked for
         return {
             "matrix": Card("Co-activation", HOW["matrix"], span=5, height=520),
             "transition": Card("Transitions to the next layer", HOW["transition"], span=4, height=520),
@@ -66,6 +67,7 @@ class CoactivationView(View):
     def order_anew(self) -> None:
         """Order the experts by the matrix on show."""
         self._orders.clear()
+        self._ordered += 1
         self.refresh()
 
     def draw(self, shown: list[Readings]) -> None:
@@ -73,8 +75,7 @@ class CoactivationView(View):
         kind, window = self.kind.value, self.window.value
         found = self.read(lambda run: together(run, chosen, step, kind, self._orders, window))
         here = stamped(found, lambda data: data.step)
-        orders = tuple(map(id, self._orders.values()))
-        self.put("matrix", lambda: matrix_contents(self, found, kind), here, kind, window, orders)
+        self.put("matrix", lambda: matrix_contents(self, found, kind), here, kind, window, self._ordered)
         self.put("pairs", lambda: self.each(found, self._pairs), here, kind, window)
         there = self.stamps(lambda run: run.at(f"transition/{run.layer(chosen).name}", step, "structure")[0])
         self.put("transition", self._transitions, there, window)
@@ -134,7 +135,7 @@ def together(
     matrix = coactivation(counts, kind)
     if matrix.undefined_reason:
         raise Nothing(matrix.undefined_reason)
-    key = (run.name, layer.name)
+    key = (run.run.folder, layer.name)
     if key not in orders:
         orders[key] = cluster_order(coactivation(counts, "lift_corrected").values).numpy()
     return Together(at, matrix, recorded, orders[key])

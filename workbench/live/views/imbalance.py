@@ -76,7 +76,7 @@ class ImbalanceView(View):
 
     def draw(self, shown: list[Readings]) -> None:
         self._offer_experts(shown)
-        chosen, step, ceiling = self.selection.layer, self.selection.step, shared_ceiling(self)
+        chosen, step, ceiling = self.selection.layer, self.selection.step, all_layers_ceiling(self)
 
         def newest(kind: str) -> tuple:
             return self.stamps(lambda run: run.newest(f"{kind}/{run.layer(chosen).name}", "routing"))
@@ -85,7 +85,7 @@ class ImbalanceView(View):
             return self.stamps(lambda run: run.at(f"{kind}/{run.layer(chosen).name}", step, cadence)[0])
 
         expert = self.stamps(self._expert_of)
-        self.put("load", lambda: load_contents(self, ceiling, self.expert), newest("load"), ceiling, self.expert)
+        self.put("load", lambda: load_contents(self, self.expert), newest("load"), self.expert)
         self.put("balance", lambda: balance_contents(self), newest("load"))
         self.put("layers", lambda: self._layers(ceiling), at_step("load"), ceiling)
         self.put("share", self._share, at_step("load"), expert)
@@ -210,16 +210,18 @@ class ImbalanceView(View):
         )
 
 
-def shared_ceiling(view: View) -> float:
-    """One top of the colour scale for all layers, steps and runs on show, so that colours can be compared."""
+def all_layers_ceiling(view: View) -> float:
+    """One top of the colour scale for all layers, steps and runs on show, so that layers can be compared."""
     found = view.read(lambda run: [loads_over_time(run, number)[1] for number in range(len(run.moe_layers()))])
     return figures.load_ceiling(*(loads for series in present(found) for loads in series))
 
 
-def load_contents(view: View, ceiling: float, selected: int | None = None) -> list:
-    """Load heat maps of the selected layer of every run on show, on one colour scale up to ``ceiling``."""
+def load_contents(view: View, selected: int | None = None) -> list:
+    """Load heat maps of the selected layer of every run on show, on one colour scale."""
+    found = view.read(lambda run: loads_over_time(run, view.selection.layer))
+    ceiling = figures.load_ceiling(*(loads for _, loads in present(found)))
     return view.each(
-        view.read(lambda run: loads_over_time(run, view.selection.layer)),
+        found,
         lambda run, data: figures.load_heatmap(
             *data,
             title=f"Expert load over training, {view.layer_label(run)}{view.suffix(run)}",

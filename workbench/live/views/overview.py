@@ -33,7 +33,7 @@ class Overview(View):
         layer, step = self.selection.layer, self.selection.step
         loads = self.stamps(lambda run: run.newest(f"load/{run.layer(layer).name}", "routing"))
         self.put("loss", lambda: loss.loss_contents(self), self.stamps(lambda run: run.last_step))
-        self.put("load", lambda: imbalance.load_contents(self, imbalance.shared_ceiling(self)), loads)
+        self.put("load", lambda: imbalance.load_contents(self), loads)
         self.put("balance", lambda: imbalance.balance_contents(self, ("max_vio",)), loads)
 
         pairs = self.read(lambda run: coactivation.together(run, layer, step, "lift_corrected", self._orders))

@@ -7,7 +7,7 @@ from pathlib import Path
 import panel as pn
 
 from workbench.errors import InputError
-from workbench.live.store import Run, runs
+from workbench.live.store import DATABASE, Run, find, runs
 from workbench.live.views import style
 from workbench.live.views.bar import SelectionBar, served, text, widget
 from workbench.live.views.plot import Pulse
@@ -15,6 +15,7 @@ from workbench.live.views.selection import Selection
 from workbench.live.views.status import status_line
 from workbench.live.views.trainer import TrainerControls
 from workbench.live.views.view import POLL_MS, View
+from workbench.paths import home
 
 LIST_MS = 4000  # how often the list of runs is read again
 NONE = "none"
@@ -45,8 +46,9 @@ class Workbench(pn.viewable.Viewer):
         super().__init__()
         from workbench.live.views import VIEWS  # the package lists them, and holds this module
 
-        self.root, self.selection = root, Selection(theme=theme)
+        self.root, self.selection = Path(root or home() / "runs").expanduser(), Selection(theme=theme)
         self._error = ""
+        self._listed: tuple = ()  # the runs there and those on show, when the lists were last filled
         kinds = list(views or VIEWS)
         self._kinds = {kind.title: kind for kind in kinds}
         self.views: dict[str, View] = {}  # made when first shown
@@ -54,7 +56,7 @@ class Workbench(pn.viewable.Viewer):
         self.run = widget(pn.widgets.Select, 240, label="Run", options={})
         self.compare = widget(pn.widgets.Select, 240, label="Compare", options={NONE: ""})
         self.dark = widget(pn.widgets.Toggle, 70, label="◐ Dark", value=theme == "dark")
-        self.status = text()
+        self.status = text(min_width=400)
         self.trainer = TrainerControls(self.selection)
         self._stage = pn.Column(sizing_mode="stretch_width", margin=0)
         self._open(run, compare)
@@ -81,7 +83,7 @@ class Workbench(pn.viewable.Viewer):
             bar,
             self.trainer,
             self._stage,
-            Pulse(self._start),
+            Pulse((self.poll, POLL_MS), (self.list_runs, LIST_MS)),
             css_classes=self._classes(),
             stylesheets=[style.ROOT],
             sizing_mode="stretch_width",
@@ -119,32 +121,35 @@ class Workbench(pn.viewable.Viewer):
     # -- runs
 
     def _open(self, run: Run | Path | str | None, compare: Run | Path | str | None) -> None:
-        """Show the runs asked for; where one cannot be shown, say so and show the newest."""
-        try:
-            self.selection.choose(run or self._newest(), compare)
-            self._error = ""
-        except InputError as error:
-            self._error = str(error)
-            if self.selection.run is None and (newest := self._newest()):
-                self.selection.choose(newest)
+        """Show the runs asked for; where one cannot be shown, say so and do without it, or show the newest."""
+        for first, second in ((run, compare), (run, None), (None, None)):
+            try:
+                self.selection.choose(self._found(first) or self._newest(), self._found(second))
+                break
+            except InputError as error:
+                self._error = self._error or str(error)
         self.list_runs()
+
+    def _found(self, run: Run | Path | str | None) -> Run | None:
+        return find(run, self.root) if isinstance(run, Path | str) else run
 
     def _newest(self) -> Run | None:
         return next((run for run in runs(self.root) if run.status.state != "damaged"), None)
 
     def list_runs(self) -> None:
-        """Read the list of runs anew; the newest is shown if none is yet."""
+        """Read the list of runs anew, if there are others than before; the newest is shown if none is yet."""
+        there = sorted(self.root.glob(f"*/{DATABASE}"))
+        if self.selection.run is None and there and (newest := self._newest()):
+            self.selection.choose(newest)
+        shown = [str(run.run.folder) if run else "" for run in (self.selection.run, self.selection.compare)]
+        if (there, shown) == self._listed:
+            return
+        self._listed = (there, shown)
         known = {run.name: str(run.folder) for run in runs(self.root)}
         for readings in self.selection.shown:
             known.setdefault(readings.name, str(readings.run.folder))
-        if self.selection.run is None and (newest := self._newest()):
-            self.selection.choose(newest)
-        shown = [str(run.run.folder) if run else "" for run in (self.selection.run, self.selection.compare)]
         for select, options, value in ((self.run, known, shown[0]), (self.compare, {NONE: ""} | known, shown[1])):
-            if select.options != options:
-                select.param.update(options=options, value=value)
-            elif select.value != value:
-                select.value = value
+            select.param.update(options=options, value=value)
 
     def _choose(self, run: str, compare: str) -> None:
         """Show the runs chosen in the lists, from their first layer and newest step."""
@@ -180,7 +185,3 @@ class Workbench(pn.viewable.Viewer):
 
     def __panel__(self):
         return self._root
-
-    def _start(self) -> None:
-        pn.state.add_periodic_callback(self.poll, POLL_MS)
-        pn.state.add_periodic_callback(self.list_runs, LIST_MS)

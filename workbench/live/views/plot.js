@@ -16,19 +16,20 @@ function adoptStyles(root) {
 }
 
 function moveMark(shapes, step) {
-  for (const shape of shapes ?? []) {
+  for (const shape of shapes) {
     if (shape.name === MARK) {
       Object.assign(shape, { visible: step !== null, x0: step ?? 0, x1: step ?? 0 })
     }
   }
 }
 
-export function render({ model, el }) {
+export function render({ model }) {
   const plot = document.createElement("div")
   plot.style.width = plot.style.height = "100%"
   let drawing = false
   let drawn = 0
   let inView = false
+  let marked = null
   let listening = false
 
   // what is off the screen can wait until it is scrolled to, and nobody waits for it
@@ -47,7 +48,8 @@ export function render({ model, el }) {
     drawing = true
     figure.layout.width = plot.clientWidth
     figure.layout.height = plot.clientHeight
-    moveMark(figure.layout.shapes, model.step)
+    marked = model.step
+    moveMark(figure.layout.shapes ?? [], marked)
     try {
       if (drawn === 0) adoptStyles(plot.getRootNode())
       await window.Plotly.react(plot, figure.data, figure.layout, CONFIG)
@@ -56,6 +58,7 @@ export function render({ model, el }) {
       drawn = figure.version
       model.drawn = drawn
     }
+    mark()
     if (!listening) {
       listening = true
       plot.on("plotly_click", (event) => {
@@ -66,13 +69,18 @@ export function render({ model, el }) {
     requestAnimationFrame(draw)
   }
 
+  function mark() {
+    if (drawn === 0 || drawing || marked === model.step) return
+    marked = model.step
+    const shapes = structuredClone(plot.layout.shapes ?? [])
+    if (shapes.some((shape) => shape.name === MARK)) {
+      moveMark(shapes, marked)
+      window.Plotly.relayout(plot, { shapes })
+    }
+  }
+
   model.on("figure", draw)
-  model.on("step", () => {
-    if (drawn === 0 || drawing) return
-    const shapes = structuredClone(plot.layout.shapes)
-    moveMark(shapes, model.step)
-    window.Plotly.relayout(plot, { shapes })
-  })
+  model.on("step", mark)
 
   const sight = new IntersectionObserver(
     (entries) => {

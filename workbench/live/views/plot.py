@@ -8,8 +8,10 @@ only what is on the screen, and says when it has.
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import panel as pn
 import param
 import plotly.graph_objects as go
 from bokeh.util.warnings import BokehUserWarning
@@ -57,24 +59,35 @@ class Plot(JSComponent):
 
 
 class Pulse(JSComponent):
-    """Invisible; calls ``start`` once the browser shows it. Whatever is sent before may be lost, in a notebook with all
-    that follows, because a part half built takes no changes."""
+    """Invisible: the heartbeat of a page. It calls its ``beats``, each every so many milliseconds, from when a browser
+    shows the page until none does.
 
-    shown = param.Boolean(default=False)
+    Not before, because a page half built takes no changes: what is sent too early is lost, and in a notebook all that
+    follows is. And not after, or every cell that was run again would leave a page behind that reads on.
+    """
 
     _esm = """
     export function render({ model }) {
-      setTimeout(() => { model.shown = true }, 0)
+      setTimeout(() => model.send_msg("shown"), 0)
       return document.createElement("div")
     }
     """
 
-    def __init__(self, start: Callable[[], None]):
+    def __init__(self, *beats: tuple[Callable[[], None], int]):
         super().__init__(width=0, height=0, margin=0, styles={"position": "absolute"})
-        self._start = start
+        self._beats = beats
+        self._running: list = []
 
-    @param.depends("shown", watch=True)
-    def _begin(self) -> None:
-        if self._start is not None:
-            start, self._start = self._start, None  # a second browser of the same notebook shows it again
-            start()
+    def _handle_msg(self, _: str) -> None:
+        if not self._running:
+            self._running = [
+                pn.state.add_periodic_callback(partial(self._beat, call), period) for call, period in self._beats
+            ]
+
+    def _beat(self, call: Callable[[], None]) -> None:
+        if self._models:
+            call()
+            return
+        for callback in self._running:
+            callback.stop()
+        self._running = []

@@ -48,6 +48,7 @@ ROWS = {
 class History(NamedTuple):
     """Records of one matrix: for each of weight, update, gradient (steps (S,), values (S, k)), and the shape (o, i)."""
 
+    name: str
     series: dict[str, tuple[np.ndarray, np.ndarray]]
     shape: tuple[int, int]
 
@@ -196,16 +197,21 @@ def history(run: Readings, matrix: str | None) -> History:
             series[kind] = run.tensors(f"spectrum/{kind}/{matrix}", "structure")
     if not series:
         run.tensors(f"spectrum/weight/{matrix}", "structure")  # raises the Nothing that says when one is due
-    return History(series, tuple(shapes[matrix]))
+    return History(matrix, series, tuple(shapes[matrix]))
 
 
 def rank_contents(view: View, found: list, measure: str) -> list:
     """A rank over time of every run on show, on shared axes, with the null of a random matrix."""
     lines = [
-        data if isinstance(data, Nothing) else (data.measure(measure), null_measures(data.shape)[measure] / data.n)
+        data
+        if isinstance(data, Nothing)
+        else (data.measure(measure), null_measures(data.shape)[measure] / data.n, data.name)
         for data in found
     ]
-    tops = [np.nanmax([null, *(np.nanmax(v, initial=0.0) for _, v in line.values())]) for line, null in present(lines)]
+    tops = [
+        np.nanmax([null, *(np.nanmax(values, initial=0.0) for _, values in line.values())])
+        for line, null, _ in present(lines)
+    ]
     top = 1.08 * float(max([0.05, *tops]))
     return view.each(
         lines,
@@ -213,7 +219,7 @@ def rank_contents(view: View, found: list, measure: str) -> list:
             data[0],
             measure=measure,
             null=data[1],
-            title=f"{figures.MEASURES[measure].title}{view.suffix(run)}",
+            title=f"{figures.MEASURES[measure].title}, {data[2]}{view.suffix(run)}",
             limits=(0.0, top),
             **view.look,
         ),

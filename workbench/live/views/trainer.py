@@ -29,7 +29,7 @@ class TrainerControls(pn.viewable.Viewer):
             name: widget(pn.widgets.TextInput, width, label=label)
             for (name, label), width in zip(SETTINGS.items(), (166, 190, 100), strict=True)
         }
-        self.answer = text()
+        self.answer = text(min_width=280)
         self._sent: tuple[str, int] | None = None  # run and id of the command whose answer is awaited
         self._row = pn.Row(
             *self.buttons.values(),

@@ -53,6 +53,7 @@ class View(pn.viewable.Viewer):
         self.cards: dict[str, Card] = self.make_cards()
         self._visible, self._stale = self.alone, True
         self._layout: pn.Column | None = None
+        self._root: pn.Column | None = None
         self.selection.param.watch(lambda *_: self.refresh(), list(Selection.CHOICES))
         self.refresh()
 
@@ -101,7 +102,7 @@ class View(pn.viewable.Viewer):
         choices. The step on show is not among them for a plot over time, where only its mark moves.
         """
         chosen = self.selection
-        key = (*map(id, chosen.shown), chosen.layer, chosen.theme, *depends)
+        key = (*chosen.shown, chosen.layer, chosen.theme, *depends)
         self.cards[name].update(key, contents, chosen.step)
 
     def stamps(self, read: Callable[[Readings], object]) -> tuple:
@@ -152,11 +153,11 @@ class View(pn.viewable.Viewer):
     def __panel__(self):
         if not self.alone:
             return self.body()
-        if not hasattr(self, "_root"):
+        if self._root is None:
             self._root = pn.Column(
                 SelectionBar(self.selection),
                 self.body(),
-                Pulse(lambda: pn.state.add_periodic_callback(self.selection.poll, POLL_MS)),
+                Pulse((self.selection.poll, POLL_MS)),
                 css_classes=["wb", f"wb-{self.selection.theme}"],
                 stylesheets=[style.ROOT],
                 sizing_mode="stretch_width",
