@@ -108,6 +108,19 @@ def plots(page) -> dict[str, dict]:
     return {plot["title"].split("</b>")[0].removeprefix("<b>"): plot for plot in found}
 
 
+def papers(page) -> set[str]:
+    """The backgrounds of the plots."""
+    return {plot["layout"]["template"]["layout"]["paper_bgcolor"] for plot in plots(page).values()}
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what the page or the run comes to by itself."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def shown_step(page) -> int:
     return int(page.locator(".step b").first.inner_text().replace(",", ""))
 
@@ -140,31 +153,27 @@ def test_every_app_draws_its_plots_on_one_screen_without_overlap(visit, app, the
                 or other["bottom"] <= box["top"]
             )
             assert apart, (box, other)
-    colours = {plot["layout"]["template"]["layout"]["paper_bgcolor"] for plot in plots(page).values()}
-    assert colours == {{"light": "#ffffff", "dark": "#161b21"}[theme]}
+    assert papers(page) == {{"light": "#ffffff", "dark": "#161b21"}[theme]}
     assert page.locator(".chip.finished").inner_text() == "finished"
 
 
 def test_values_change_while_a_run_trains_and_commands_reach_it(visit, live):
     page = visit(f"live?run={live.name}", plots=6)
     before, drawn = shown_step(page), plots(page)["Loss"]["data"][0]
-    deadline = time.monotonic() + 30
-    while shown_step(page) < before + 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert plots(page)["Loss"]["data"][0] != drawn
+    until(lambda: shown_step(page) >= before + 20)
+    until(lambda: plots(page)["Loss"]["data"][0] != drawn)
 
     page.get_by_role("button", name="Pause").click()
     page.locator(".chip.paused").wait_for()
     page.get_by_text("pause applied at step").wait_for()
     stopped = live.last_step
-    page.wait_for_timeout(700)
+    until(lambda: shown_step(page) == stopped)
+    page.wait_for_timeout(500)
     assert live.last_step == stopped == shown_step(page)
 
     page.get_by_role("button", name="Step").click()
     page.get_by_text("step applied at step").wait_for()
-    page.wait_for_timeout(700)
-    assert live.last_step == stopped + 1 == shown_step(page)
+    until(lambda: live.last_step == stopped + 1 == shown_step(page))
 
     page.get_by_label("Learning rate").fill("7")
     page.keyboard.press("Enter")
@@ -189,24 +198,24 @@ def test_values_change_while_a_run_trains_and_commands_reach_it(visit, live):
 def test_tabs_scrubbing_and_the_dark_switch(visit):
     page = visit("live?run=first", plots=6)
     page.get_by_role("button", name="Imbalance", exact=True).click()
-    page.get_by_text("Expert load by layer").wait_for()
+    page.get_by_text("Load and probability, layer 0").wait_for()
     newest = plots(page)["Load and probability, layer 0"]["data"][0]["y"]
     slider = page.locator(".noUi-base").first.bounding_box()
     page.mouse.click(slider["x"] + 0.3 * slider["width"], slider["y"] + slider["height"] / 2)
     page.get_by_text("of 210").wait_for()
     step = shown_step(page)
     assert 40 <= step <= 90
-    page.wait_for_timeout(500)
-    shown = plots(page)
-    assert shown["Load and probability, layer 0"]["data"][0]["y"] != newest
-    marks = [shape for shape in shown["Expert load over training, layer 0"]["layout"]["shapes"] if "name" in shape]
-    assert [(mark["x0"], mark["visible"]) for mark in marks if mark["name"] == "step"] == [(step, True)]
+    until(lambda: plots(page)["Load and probability, layer 0"]["data"][0]["y"] != newest)
+
+    def marks() -> list[tuple]:
+        shapes = plots(page)["Expert load over training, layer 0"]["layout"]["shapes"]
+        return [(shape["x0"], shape["visible"]) for shape in shapes if shape.get("name") == "step"]
+
+    until(lambda: marks() == [(step, True)])
 
     page.get_by_role("button", name="Dark").click()
     page.locator(".wb-dark").wait_for()
-    page.wait_for_timeout(500)
-    shown = plots(page)
-    assert shown["Expert load by layer"]["layout"]["template"]["layout"]["paper_bgcolor"] == "#161b21"
+    until(lambda: papers(page) == {"#161b21"})
     assert "theme=dark" in page.url
     page.get_by_role("button", name="Live").click()
     page.get_by_text("newest").wait_for()
@@ -214,6 +223,7 @@ def test_tabs_scrubbing_and_the_dark_switch(visit):
 
 def test_clicking_an_expert_shows_what_it_takes(visit):
     page = visit("imbalance?run=first", plots=3)
+    page.get_by_text("Expert load over training").wait_for()
     heat = page.locator(".js-plotly-plot:visible").first.locator(".nsewdrag").bounding_box()
     page.mouse.click(heat["x"] + heat["width"] / 2, heat["y"] + heat["height"] * 0.56)  # the fourth of eight rows
     page.get_by_text("Tokens of expert 3, layer 0").wait_for()
@@ -221,8 +231,11 @@ def test_clicking_an_expert_shows_what_it_takes(visit):
 
 def test_two_runs_stand_side_by_side_on_one_colour_scale(visit):
     page = visit("imbalance?run=first&compare=second", plots=2)
+    titles = [f"Expert load over training, layer 0 · {name}" for name in ("first", "second")]
+    for title in titles:
+        page.get_by_text(title).first.wait_for()
     shown = plots(page)
-    heats = [shown[f"Expert load over training, layer 0 · {name}"]["data"][0] for name in ("first", "second")]
+    heats = [shown[title]["data"][0] for title in titles]
     assert heats[0]["zmax"] == heats[1]["zmax"]
     assert heats[0]["colorscale"] == heats[1]["colorscale"]
     assert heats[0]["z"] != heats[1]["z"]

@@ -17,7 +17,7 @@ import pytest
 
 from workbench import notebook
 
-FOLDER = notebook.ROOT / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = notebook.names()
 PLOTLY = "application/vnd.plotly.v1+json"
 MARK = "NBVAL_CHECK_OUTPUT"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -71,8 +72,7 @@ def live(
         server = start_server(pages, port)
         _wait_for_first_step(trainer, folder)
         address = f"http://localhost:{port}/live?run={quote(folder.name)}"
-        with urlopen(address.replace("localhost", HOST), timeout=START_SECONDS) as page:
-            page.read()  # the first session loads what all later ones use
+        _load(address.replace("localhost", HOST))
         console(f"watch it at {address} (Ctrl-C ends it)")
         if _has_screen() if open_browser is None else open_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
@@ -180,6 +180,20 @@ def _wait_for_first_step(trainer: subprocess.Popen, folder: Path) -> None:
             raise SystemExit(f"workbench: the training ended before its first step: {reason} (see {folder / LOG})")
         time.sleep(POLL_SECONDS)
     raise SystemExit(f"workbench: the training made no step in {START_SECONDS:.0f} seconds (see {folder / LOG})")
+
+
+def _load(address: str) -> None:
+    """Ask for a page until the server answers: the first session loads what all later ones use."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with urlopen(address, timeout=START_SECONDS) as page:
+                page.read()
+            return
+        except URLError as error:  # its thread does not listen yet
+            if time.monotonic() > deadline:
+                raise SystemExit(f"workbench: the pages do not answer at {address}: {error.reason}") from None
+            time.sleep(POLL_SECONDS)
 
 
 def _follow(trainer: subprocess.Popen, folder: Path, total: int, console: Callable[[str], None]) -> None:

@@ -6,6 +6,15 @@ const CONFIG = { displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso
 const MARK = "step" // the name of the shape that marks the reader's step
 const NEAR = "150px" // what is this close to the screen is drawn already
 
+// the plots of a page take turns, with a pause in which the browser shows what is drawn and hears the reader
+let turn = Promise.resolve()
+function takeTurn(work) {
+  turn = turn
+    .then(work)
+    .catch((error) => console.error(error)) // one that cannot be drawn does not hold up the others
+    .then(() => new Promise((next) => setTimeout(next, 0)))
+}
+
 // plotly puts its style sheet into the document, which a shadow tree does not see
 function adoptStyles(root) {
   const own = document.getElementById("plotly.js-style-global")
@@ -26,26 +35,15 @@ function moveMark(shapes, step) {
 export function render({ model }) {
   const plot = document.createElement("div")
   plot.style.width = plot.style.height = "100%"
-  let drawing = false
   let drawn = 0
   let inView = false
+  let removed = false
   let marked = null
   let listening = false
 
-  // what is off the screen can wait until it is scrolled to, and nobody waits for it
-  async function draw() {
-    if (drawing) return
-    if (!inView) {
-      model.drawn = JSON.parse(model.figure).version
-      return
-    }
-    if (window.Plotly === undefined) {
-      setTimeout(draw, 50)
-      return
-    }
-    const figure = JSON.parse(model.figure)
-    if (!(figure.version > drawn)) return
-    drawing = true
+  async function react() {
+    const figure = JSON.parse(model.figure) // the newest by now
+    if (figure.version <= drawn || removed) return
     figure.layout.width = plot.clientWidth
     figure.layout.height = plot.clientHeight
     marked = model.step
@@ -54,11 +52,9 @@ export function render({ model }) {
       if (drawn === 0) adoptStyles(plot.getRootNode())
       await window.Plotly.react(plot, figure.data, figure.layout, CONFIG)
     } finally {
-      drawing = false
       drawn = figure.version
       model.drawn = drawn
     }
-    mark()
     if (!listening) {
       listening = true
       plot.on("plotly_click", (event) => {
@@ -66,11 +62,22 @@ export function render({ model }) {
         model.send_msg({ x, y })
       })
     }
-    requestAnimationFrame(draw)
+    mark()
+  }
+
+  // what is off the screen can wait until it is scrolled to, and nobody waits for it
+  function draw() {
+    if (!inView) {
+      model.drawn = JSON.parse(model.figure).version
+    } else if (window.Plotly === undefined) {
+      setTimeout(draw, 50)
+    } else {
+      takeTurn(react)
+    }
   }
 
   function mark() {
-    if (drawn === 0 || drawing || marked === model.step) return
+    if (drawn === 0 || marked === model.step) return
     marked = model.step
     const shapes = structuredClone(plot.layout.shapes ?? [])
     if (shapes.some((shape) => shape.name === MARK)) {
@@ -99,6 +106,7 @@ export function render({ model }) {
   sight.observe(plot)
   size.observe(plot)
   model.on("remove", () => {
+    removed = true
     sight.disconnect()
     size.disconnect()
     if (drawn > 0) window.Plotly.purge(plot)
