@@ -79,7 +79,7 @@ def context(browser) -> Iterator:
 @pytest.fixture
 def visit(context, site: str) -> Iterator[Callable]:
     """Opens a page of the site. Nothing may be asked of another host, and nothing may go wrong in the console."""
-    asked, wrong, page = [], [], context.new_page()
+    asked, wrong, drawn, page = [], [], [], context.new_page()
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -87,10 +87,13 @@ def visit(context, site: str) -> Iterator[Callable]:
     def open_page(path: str, plots: int = 1):
         page.goto(site + path)
         page.wait_for_function(f"() => ({DRAWN}) >= {plots}")
+        drawn.extend([path] * bool(plots))
         return page
 
     yield open_page
     page.close()
+    scripts = {url.partition("?")[0].rpartition("/")[2] for url in asked if "plotly" in url}
+    assert scripts == ({"plotly-cartesian.min.js"} if drawn else set())  # the small part of plotly.js
     assert [url for url in asked if not url.startswith((site, site.replace("http", "ws"), "blob:", "data:"))] == []
     assert wrong == []
 

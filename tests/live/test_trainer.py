@@ -1,6 +1,7 @@
 """A training as a run: its record, its commands, and how it ends when things go wrong."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -274,6 +275,9 @@ def test_a_trainer_stops_on_sigterm_and_with_its_parent(tmp_path: Path):
     second = process(folders[1], "--recipe", long, "--attached", stdin=subprocess.PIPE)
     for folder, trainer in zip(folders, (first, second), strict=True):
         wait_for_step(folder, 3, trainer)
+    # what a page watches gives way to the page; a run nobody waits for does not
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, each.pid) for each in (first, second)] == [here, min(here + 10, 19)]
     first.send_signal(signal.SIGTERM)
     second.stdin.close()
     for folder, trainer in zip(folders, (first, second), strict=True):

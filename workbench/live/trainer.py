@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,13 @@ def _stop_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _give_way() -> None:
+    """Take the processor where nobody else wants it: what is watched must not hold up the one who watches."""
+    os.nice(10)
+    with suppress(OSError):  # Linux weighs sessions against each other first, and this process began one
+        Path("/proc/self/autogroup").write_text("10")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The trainer as a process; its exit status: 0 ended in order, 1 failed, 2 wrong input."""
     parser = argparse.ArgumentParser(prog="python -m workbench.live.trainer", description="Train a run, or resume one.")
@@ -220,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
     args = parser.parse_args(argv)
     if args.attached:
-        os.nice(5)  # what is watched gives way to the one who watches
+        _give_way()
         _stop_with_parent()
     try:
         if args.recipe is None:

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import panel as pn
 import param
 import plotly.graph_objects as go
 from bokeh.util.warnings import BokehUserWarning
 from panel.custom import JSComponent
+from panel.io.resources import component_resource_path
 from plotly.io.json import to_json_plotly
 
 # the first word of a component that was just added comes with the whole component, which bokeh knows already
@@ -32,6 +34,9 @@ class Plot(JSComponent):
     drawn = param.Integer(default=0, doc="the version the browser has drawn")
 
     _esm = Path(__file__).with_name("plot.js")
+    # What a page loads: the part of plotly.js that draws scatter, bar and heatmap, unchanged from npm's
+    # plotly.js-cartesian-dist-min 3.1.0. The whole of it is 3.5 times as large, a second of a browser's start.
+    _js: ClassVar[list[str]] = ["plotly-cartesian.min.js"]
 
     def __init__(
         self, figure: go.Figure, step: int | None = None, on_click: Callable[[dict], None] | None = None, **more
@@ -40,6 +45,11 @@ class Plot(JSComponent):
         self._on_click = on_click
         self._version, self._sent = 0, 0.0
         self.show(figure, step)
+
+    @classmethod
+    def script(cls) -> str:
+        """Where a page that a server sends finds plotly.js."""
+        return component_resource_path(cls, "_js", cls._js[0])
 
     def show(self, figure: go.Figure, step: int | None = None) -> None:
         """Draw another figure, with its step mark at ``step``; the reader's zoom is kept."""

@@ -7,6 +7,7 @@ import panel as pn
 from workbench.figures.theme import THEMES
 from workbench.live.views import style
 from workbench.live.views.page import Workbench
+from workbench.live.views.plot import Plot
 from workbench.live.views.view import View
 
 
@@ -15,7 +16,7 @@ def serve_page(*views: type[View]) -> Workbench:
 
     Unknown runs are named on the page; an unknown theme is the light one.
     """
-    pn.extension("plotly", raw_css=[style.PAGE])
+    pn.extension(raw_css=[style.PAGE], js_files={"plotly": Plot.script()})
     asked = {name: values[-1].decode() for name, values in pn.state.session_args.items() if values}
     theme = asked.get("theme", "light")
     page = Workbench(
