@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from workbench.lib.core.checkpoint import weights_digest
-from workbench.lib.core.moe import quiet
+from workbench.lib.core.observe import quiet
 from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.live.probes import find
 from workbench.live.probes.conflict import ConflictProbe, undisturbed

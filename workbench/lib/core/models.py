@@ -11,64 +11,65 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
+from workbench.lib.core.attention import Attention
 from workbench.lib.core.routing import Context
 
 MakeFFN = Callable[[int], nn.Module]
 """Gives the feed-forward block of layer l: a module called as `block(x (B, T, D), context)`."""
 
-
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, d_model: int, n_heads: int, causal: bool):
-        super().__init__()
-        if d_model % n_heads:
-            raise InputError(f"d_model is {d_model} but must be divisible by n_heads = {n_heads}")
-        self.n_heads, self.causal = n_heads, causal
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-
-    def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(y.transpose(1, 2).flatten(2))
+MakeAttention = Callable[[int], nn.Module]
+"""Gives the attention of layer l, called likewise."""
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block around any feed-forward part."""
+    """Pre-norm transformer block around any attention and any feed-forward part."""
 
-    def __init__(self, d_model: int, n_heads: int, ffn: nn.Module, causal: bool):
+    def __init__(self, d_model: int, ffn: nn.Module, attention: nn.Module):
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model)
-        self.attention = Attention(d_model, n_heads, causal)
+        self.attention = attention
         self.ffn_norm = nn.RMSNorm(d_model)
         self.ffn = ffn
 
     def forward(self, x: Float[Tensor, "batch time dim"], context: Context) -> Float[Tensor, "batch time dim"]:
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), context)
         return x + self.ffn(self.ffn_norm(x), context)
 
 
 class DecoderLM(nn.Module):
-    """Decoder-only transformer: learned positions, pre-norm blocks, tied embedding and output matrix.
+    """Decoder-only transformer: pre-norm blocks, tied embedding and output matrix.
 
     Args:
         vocab: V.
         ffn: gives the feed-forward block of each layer, see `MakeFFN`.
         seq_len: longest T.
+        attention: gives the attention of each layer; None for dense causal attention.
+        learned_positions: add a learned vector for each position; without it the attention must know positions itself.
     """
 
-    def __init__(self, vocab: int, d_model: int, n_layers: int, n_heads: int, ffn: MakeFFN, seq_len: int):
+    def __init__(
+        self,
+        vocab: int,
+        d_model: int,
+        n_layers: int,
+        n_heads: int,
+        ffn: MakeFFN,
+        seq_len: int,
+        attention: MakeAttention | None = None,
+        learned_positions: bool = True,
+    ):
         super().__init__()
+        attention = attention or (lambda layer: Attention(d_model, n_heads, causal=True))
         self.seq_len = seq_len
         self.embedding = nn.Embedding(vocab, d_model)
-        self.position = nn.Parameter(torch.empty(seq_len, d_model))
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, ffn(layer), causal=True) for layer in range(n_layers))
+        self.position = nn.Parameter(torch.empty(seq_len, d_model)) if learned_positions else None
+        self.blocks = nn.ModuleList(Block(d_model, ffn(layer), attention(layer)) for layer in range(n_layers))
         self.norm = nn.RMSNorm(d_model)
         # Rows of unit norm: the residual stream starts as large as what the blocks add to it, and the logits of the
         # tied output have unit variance. With the usual 0.02 the first block drowns the token (0.3 bits/byte worse).
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
-        nn.init.normal_(self.position, std=d_model**-0.5)
+        if self.position is not None:
+            nn.init.normal_(self.position, std=d_model**-0.5)
 
     def forward(
         self, tokens: Int64[Tensor, "batch time"], context: Context | None = None
@@ -81,7 +82,9 @@ class DecoderLM(nn.Module):
         context = context if context is not None else Context()
         if context.token_ids is None:
             context.token_ids = tokens.flatten()
-        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        x = self.embedding(tokens)
+        if self.position is not None:
+            x = x + self.position[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, context)
         return self.norm(x) @ self.embedding.weight.T
@@ -113,7 +116,9 @@ class VisionClassifier(nn.Module):
         self.image_shape, self.patch = tuple(image_shape), patch
         self.embedding = nn.Linear(channels * patch * patch, d_model)
         self.position = nn.Parameter(torch.empty((height // patch) * (width // patch), d_model))
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, ffn(layer), causal=False) for layer in range(n_layers))
+        self.blocks = nn.ModuleList(
+            Block(d_model, ffn(layer), Attention(d_model, n_heads, causal=False)) for layer in range(n_layers)
+        )
         self.norm = nn.RMSNorm(d_model)
         self.head = nn.Linear(d_model, n_classes)
         nn.init.normal_(self.position, std=0.02)

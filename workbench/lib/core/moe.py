@@ -4,22 +4,17 @@ Tensor letters: N tokens, D model width, E experts, K active experts per token, 
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import InputError
+from workbench.lib.core.observe import Announcing
 from workbench.lib.core.routing import Context, Experts, Router, Routing
 
-Observer = Callable[["MoELayer", Routing, Context], None]
 
-
-class MoELayer(nn.Module):
+class MoELayer(Announcing):
     """y = sum_k weight_k expert_k(x) [+ shared(x)], with observers who see every routing decision.
 
     Args:
@@ -48,17 +43,14 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.shared = shared
         self.capacity_factor = capacity_factor
-        self._observers: OrderedDict[int, Observer] = OrderedDict()
 
     @property
     def n_experts(self) -> int:
         return self.router.n_experts
 
-    def observe(self, observer: Observer) -> RemovableHandle:
-        """Call `observer(layer, routing, context)` after each forward, until the returned handle's `remove()`."""
-        handle = RemovableHandle(self._observers)
-        self._observers[handle.id] = observer
-        return handle
+    @property
+    def top_k(self) -> int | None:
+        return self.router.top_k
 
     def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch dim"]:
         context = context if context is not None else Context()
@@ -77,8 +69,7 @@ class MoELayer(nn.Module):
         context.state = routing.state if routing.state is not None else context.state
         for name, coefficient in self.router.coefficients.items():
             context.aux = context.aux + coefficient * routing.losses[name]
-        for observer in tuple(self._observers.values()):
-            observer(self, routing, context)
+        self.announce(routing, context)
         return y
 
 
@@ -95,17 +86,3 @@ def within_capacity(routing: Routing, capacity_factor: float) -> Bool[Tensor, " 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """The MoE layers of a model by their module name, in the order of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Forward passes inside are seen by no observer of the model's MoE layers; afterwards all observers are back."""
-    layers = list(moe_layers(model).values())
-    observers = [layer._observers for layer in layers]
-    for layer in layers:
-        layer._observers = OrderedDict()
-    try:
-        yield
-    finally:
-        for layer, kept in zip(layers, observers, strict=True):
-            layer._observers = kept

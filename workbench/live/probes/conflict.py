@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.lib.core.moe import quiet
+from workbench.lib.core.observe import quiet
 from workbench.lib.core.task import Task
 from workbench.lib.measures.meters import ConflictMeter
 

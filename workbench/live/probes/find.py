@@ -2,7 +2,7 @@
 
 Blocks are recognised by what they are, not by a list of models:
 
-- `MoELayer`;
+- `Announcing`, such as `MoELayer` or an attention that chooses blocks of keys;
 - a router module with integers `num_experts` and `top_k` whose forward returns logits (N, E) and indices (N, K), as in
   transformers 5;
 - a block with `experts`, an integer `top_k` and a plain linear `gate` or `router`, as in transformers 4.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.lib.core.moe import MoELayer
+from workbench.lib.core.observe import Announcing
 from workbench.lib.core.routing import Context, Routing
 
 Observer = Callable[["Block", Routing, Context], None]
@@ -29,7 +29,7 @@ class Block:
 
     Attributes:
         name: of the block in the model.
-        router: name of its router inside the block.
+        router: name of its router inside the block; "" for a block that decides by itself.
         n_experts, top_k: E, and K or None where it varies.
     """
 
@@ -42,12 +42,12 @@ class Block:
     def observe(self, observer: Observer, wanted: Callable[["Block"], bool]) -> Callable[[], None]:
         """Call `observer(block, routing, context)` after each `wanted` forward, until the returned function is called.
 
-        The routing of a block that is no `MoELayer` is put together from its router's output: the indices where it
+        The routing of a block that announces none is put together from its router's output: the indices where it
         gives them, else the top K of its logits; `probs` is the softmax of the logits, whatever the rule makes of them.
         """
-        if isinstance(self.module, MoELayer):
+        if isinstance(self.module, Announcing):
 
-            def seen(layer: MoELayer, routing: Routing, context: Context) -> None:
+            def seen(module: Announcing, routing: Routing, context: Context) -> None:
                 if wanted(self):
                     observer(self, routing, context)
 
@@ -77,8 +77,9 @@ def blocks(model: nn.Module) -> list[Block]:
     """The mixture-of-experts blocks of a model, in its order."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            found.append(Block(name, module, "router", module.n_experts, module.router.top_k))
+        if isinstance(module, Announcing):
+            router = "router" if isinstance(getattr(module, "router", None), nn.Module) else ""
+            found.append(Block(name, module, router, module.n_experts, module.top_k))
         elif _is_router(module):
             parent, _, router = name.rpartition(".")
             found.append(Block(parent, model.get_submodule(parent), router, module.num_experts, module.top_k))
@@ -94,7 +95,7 @@ def _is_router(module: nn.Module) -> bool:
     """A module of its own that routes: its class says so, it knows E and K, and it has no experts itself."""
     named = any(word in type(module).__name__.lower() for word in GATES)
     counted = _is_int(getattr(module, "num_experts", None)) and _is_int(getattr(module, "top_k", None))
-    return named and counted and not hasattr(module, "experts") and not isinstance(module, MoELayer)
+    return named and counted and not hasattr(module, "experts") and not isinstance(module, Announcing)
 
 
 def _is_int(value: object) -> bool:
@@ -105,8 +106,8 @@ def groups(model: nn.Module, found: list[Block]) -> dict[str, list[nn.Parameter]
     """The trained parameters in groups by their part in the model, each parameter in one.
 
     Of a mixture-of-experts block "router", "experts" and "shared" (what every token passes); of a numbered layer around
-    one "attention" (the rest, norms included); a numbered layer without one as a whole; everything else is the "trunk"
-    (embeddings, last norm, head).
+    one "attention" (the rest, norms included); a block without a router and a numbered layer without a block as a
+    whole; everything else is the "trunk" (embeddings, last norm, head).
     """
     result: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -119,6 +120,8 @@ def _group(name: str, found: list[Block]) -> str:
     for block in found:
         inside = name.removeprefix(f"{block.name}." if block.name else "")
         if inside != name or not block.name:
+            if not block.router:
+                return block.name or "trunk"
             parts = {block.router: "router", "experts": "experts"}
             part = next((what for prefix, what in parts.items() if inside.startswith(f"{prefix}.")), "shared")
             return f"{block.name}.{part}".lstrip(".")
@@ -126,7 +129,9 @@ def _group(name: str, found: list[Block]) -> str:
     if numbered is None:
         return "trunk"
     layer = numbered.group()
-    return f"{layer}.attention" if any(block.name.startswith(f"{layer}.") for block in found) else layer
+    return (
+        f"{layer}.attention" if any(block.router and block.name.startswith(f"{layer}.") for block in found) else layer
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""Multi-head self-attention, dense, and the rotary position code.
+
+Tensor letters: B batch, H heads, T time, D model width, d head width.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from workbench.errors import InputError
+from workbench.lib.core.routing import Context
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D); a single sequence (T, D) is a batch of one.
+
+    Args:
+        n_heads: H; divides `d_model`.
+        causal: whether a token sees only itself and what comes before it.
+        rope: rotate queries and keys by their position, see `rope`.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, causal: bool, rope: bool = False):
+        super().__init__()
+        if n_heads < 1 or d_model % n_heads:
+            raise InputError(f"d_model is {d_model} but must be divisible by n_heads = {n_heads}, which is at least 1")
+        if rope and d_model // n_heads % 2:
+            raise InputError(f"d_model / n_heads is {d_model // n_heads} but must be even with rope")
+        self.n_heads, self.causal, self.rope = n_heads, causal, rope
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def heads(self, x: Float[Tensor, "*batch time dim"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head, each (..., H, T, d), rotated where this attention has `rope`."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).movedim(-3, 0).transpose(-3, -2)
+        return (rope(q), rope(k), v) if self.rope else (q, k, v)
+
+    def forward(
+        self, x: Float[Tensor, "*batch time dim"], context: Context | None = None
+    ) -> Float[Tensor, "*batch time dim"]:
+        y = F.scaled_dot_product_attention(*self.heads(x), is_causal=self.causal)
+        return self.out(y.transpose(-3, -2).flatten(-2))
+
+
+def rope(x: Float[Tensor, "*batch time head"], offset: int = 0, base: float = 10000.0) -> Tensor:
+    """Rotary position code (Su et al. 2021, 2104.09864): pair i of position t turns by t base^(-2i/d).
+
+    The pairs are the two halves of a head, as in Llama. Position 0 is the first row, or `offset` where the rows
+    continue a sequence, as in decoding.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = torch.outer(torch.arange(offset, offset + x.shape[-2], device=x.device, dtype=torch.float64), frequency)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,58 @@
+"""Modules that say what they route where, and the observers who listen."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from workbench.lib.core.routing import Context, Routing
+
+Observer = Callable[["Announcing", Routing, Context], None]
+
+
+class Announcing(nn.Module):
+    """A module that announces every routing decision it makes: what the live views and the studies watch.
+
+    Attributes:
+        n_experts: E, the number of places a token can be sent to.
+        top_k: K where every token is sent to exactly K of them, else None.
+    """
+
+    n_experts: int
+    top_k: int | None
+
+    def __init__(self):
+        super().__init__()
+        self._observers: OrderedDict[int, Observer] = OrderedDict()
+
+    def observe(self, observer: Observer) -> RemovableHandle:
+        """Call `observer(module, routing, context)` after each forward, until the returned handle's `remove()`."""
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
+
+    @property
+    def observed(self) -> bool:
+        """Whether anyone listens: a module may skip work that only an announcement needs."""
+        return bool(self._observers)
+
+    def announce(self, routing: Routing, context: Context) -> None:
+        """Tell all observers."""
+        for observer in tuple(self._observers.values()):
+            observer(self, routing, context)
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside are seen by no observer of the model's modules; afterwards all observers are back."""
+    announcing = [module for module in model.modules() if isinstance(module, Announcing)]
+    observers = [module._observers for module in announcing]
+    for module in announcing:
+        module._observers = OrderedDict()
+    try:
+        yield
+    finally:
+        for module, kept in zip(announcing, observers, strict=True):
+            module._observers = kept
