@@ -20,7 +20,7 @@ from workbench.live.recipe import Recipe
 from workbench.live.store import RunStopped, RunWriter
 from workbench.live.synthetic import synthetic_meta, write_synthetic_run
 
-COMMANDS = ("methods", "method", "study", "live", "run", "runs", "resume", "export", "data", "doctor")
+COMMANDS = ("methods", "method", "study", "bench", "live", "run", "runs", "resume", "export", "data", "doctor")
 
 
 @pytest.fixture
@@ -74,6 +74,8 @@ def test_no_command_is_missing_from_the_help(shell):
         ("study rmoe --preset smal", "preset 'smal' is unknown; did you mean 'small'"),
         ("study rmoe --seed -1", "--seed: is '-1' but must be a whole number from 0 to 2147483647"),
         ("study rmoe --jobs 0", "--jobs: is '0' but must be a whole number of at least 1"),
+        ("bench meo", "bench 'meo' is unknown; did you mean 'moe'"),
+        ("bench moe --threads 0", "--threads: is '0' but must be a whole number of at least 1"),
         ("live --lr much", "--lr: invalid float value: 'much'"),
         ("live --port 70000", "--port: is '70000' but must be a whole number from 1 to 65535"),
         ("run no_such_notebook", "notebook 'no_such_notebook' is unknown"),
@@ -113,6 +115,28 @@ def test_methods_lists_the_catalogue(shell):
 def test_method_prints_what_python_prints(shell):
     assert shell("method", "remix")[1] == f"{catalogue.method('remix')}\n"
     assert json.loads(shell("method", "remix", "--json")[1]) == catalogue.method("remix").as_dict()
+
+
+def test_bench_passes_on_what_is_asked_and_prints_the_tables(shell, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    row = {"case": "T=4", "threads": 1, "direction": "forward", "implementation": "workbench", "median_s": 0.0125}
+    row |= {"ratio_to_limit": 1.5, "speedup_over": {"transformers/eager": 2.0}}
+
+    def run_bench(name: str, *, threads, repeats, quick, progress) -> dict:
+        asked.append((name, tuple(threads), repeats, quick))
+        machine = {"torch": "2", "capability": "AVX2"}
+        parts = {"bench": name, "machine": machine, "repeats": 3, "record": "there.json"}
+        return parts | {"rows": [dict(row)], "saved": [{"k": 2, "bytes": 64}]}
+
+    monkeypatch.setattr("workbench.bench.run", run_bench)
+    status, out, _ = shell("bench", "moe", "--threads", 1, 2, "--repeats", 3)
+    assert status == 0 and asked == [("moe", (1, 2), 3, False)]
+    assert "12.5  1.50      2.00 x transformers/eager" in out and "saved: k  bytes\n2         64\n" in out
+    assert "there.json" in out
+    status, out, _ = shell("bench", "moe", "attention", "--quick", "--json")
+    assert status == 0 and asked[1:] == [("moe", (1, 2), None, True), ("attention", (1, 2), None, True)]
+    found = json.loads(out)
+    assert found["rows"] == [row, row] and [each["bench"] for each in found["benches"]] == ["moe", "attention"]
 
 
 def test_study_passes_on_what_is_asked_and_prints_the_result(shell, monkeypatch: pytest.MonkeyPatch):

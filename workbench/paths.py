@@ -7,6 +7,7 @@ from pathlib import Path
 def home() -> Path:
     """The folder of the person's own files: ``$WORKBENCH_HOME``, or ``~/.workbench``. It may not exist yet.
 
-    Below it are ``runs/`` (one folder a run), ``data/`` (parsed data sets, which can be made again) and ``models/``.
+    Below it are ``runs/`` (one folder a run), ``data/`` and ``models/`` (parsed data sets and trained bases, which
+    can be made again) and ``bench/`` (records of timings).
     """
     return Path(os.environ.get("WORKBENCH_HOME") or "~/.workbench").expanduser().absolute()

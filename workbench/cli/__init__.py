@@ -76,6 +76,14 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N", help="first seed (default: 0)")
     sub.add_argument("--jobs", type=whole(1), metavar="N", help="processes (default: one for each core)")
 
+    sub = command("bench", "time the operators beside their peers and the bound of the hardware")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="what to time, such as moe (default: everything)")
+    sub.add_argument("--threads", type=whole(1), nargs="+", metavar="N", help="numbers of threads (default: 1 2)")
+    sub.add_argument(
+        "--repeats", type=whole(1), metavar="N", help="rounds of each measurement (default: the bench's own)"
+    )
+    sub.add_argument("--quick", action="store_true", help="small problems that take seconds, not to judge by")
+
     sub = command("live", "train a small model and watch it in a browser", json=False)
     sub.add_argument(
         "--port", type=whole(1, 65535), metavar="N", help="port of the page (default: a free one from 5006)"

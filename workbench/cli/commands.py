@@ -10,7 +10,7 @@ from pathlib import Path
 
 from workbench import catalogue
 from workbench.cli.progress import progress_bar
-from workbench.errors import InputError
+from workbench.errors import InputError, unknown
 
 
 def show(rows: Sequence[Sequence[object]], names: Sequence[str]) -> None:
@@ -57,6 +57,54 @@ def study(args: argparse.Namespace) -> None:
         as_json(result.to_dict())
     else:
         print(result)
+
+
+def bench(args: argparse.Namespace) -> None:
+    from workbench.bench import BENCHES
+
+    for name in args.names:
+        if name not in BENCHES:
+            raise unknown("bench", name, BENCHES)
+    from workbench.bench import run as run_bench
+
+    results = []
+    for name in args.names or BENCHES:
+        with progress_bar(f"bench {name}") as progress:
+            options = {"threads": args.threads or (1, 2), "repeats": args.repeats, "quick": args.quick}
+            results.append(run_bench(name, **options, progress=progress))
+        if not args.json:
+            _show_bench(results[-1])
+    if args.json:
+        rows = [row for result in results for row in result.pop("rows")]
+        as_json({"rows": rows, "benches": results})
+
+
+def _show_bench(result: dict) -> None:
+    """One table of timings, the bench's own tables below it, and where the record is."""
+    rows = [
+        (
+            row["case"],
+            row["threads"],
+            row["direction"],
+            row["implementation"],
+            f"{1000 * row['median_s']:.1f}",
+            "" if row["ratio_to_limit"] is None else f"{row['ratio_to_limit']:.2f}",
+            ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in row["speedup_over"].items()),
+        )
+        for row in result["rows"]
+    ]
+    show(rows, ("case", "threads", "direction", "implementation", "ms", "of limit", "speed-up (time of peer / own)"))
+    for name, table in result.items():
+        if name != "rows" and isinstance(table, list) and table and isinstance(table[0], dict):
+            print()
+            show(
+                [list(row.values()) for row in table],
+                [f"{name}: {key}" if i == 0 else key for i, key in enumerate(table[0])],
+            )
+    print(
+        f"\nmedians of {result['repeats']} interleaved rounds, torch {result['machine']['torch']}, "
+        f"{result['machine']['capability']}; kept at {result['record']}\n"
+    )
 
 
 def live(args: argparse.Namespace) -> None:

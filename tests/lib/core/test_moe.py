@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from workbench.errors import InputError
-from workbench.lib.core.experts import GLU, GLUExperts, combine, grouped_linear
+from workbench.lib.core.experts import GLU, GLUExperts
 from workbench.lib.core.moe import MoELayer, moe_layers, within_capacity
 from workbench.lib.core.routers import ExpertChoiceRouter, LinearRouter
 from workbench.lib.core.routing import Context, Routing
@@ -81,17 +81,12 @@ def test_gradcheck_of_a_whole_layer():
     assert torch.autograd.gradcheck(forward, (x,))
 
 
-def test_grouped_linear_and_combine_agree_between_the_two_paths():
+def test_fixed_and_variable_k_agree_bit_for_bit():
     torch.manual_seed(0)
-    rows, weight, counts = torch.randn(7, 8), torch.randn(3, 4, 8), torch.tensor([3, 0, 4])
-    fast = grouped_linear(rows, weight, counts)
-    slow = grouped_linear(rows.double(), weight.double(), counts)
-    assert torch.allclose(fast.double(), slow, atol=1e-5)
-    fixed = Routing.fixed(torch.tensor([[0, 1], [1, 0]]), torch.rand(2, 2), 2)
-    order = fixed.expert.argsort(stable=True)
-    outputs = torch.randn(4, 8)
-    ragged = Routing(fixed.expert, fixed.weight, fixed.offsets, 2)
-    assert torch.allclose(combine(outputs, fixed, order), combine(outputs, ragged, order))
+    bank, x = GLUExperts(3, 8, 4), torch.randn(5, 8)
+    fixed = Routing.fixed(torch.rand(5, 3).argsort(-1)[:, :2], torch.rand(5, 2), 3)
+    ragged = Routing(fixed.expert, fixed.weight, fixed.offsets, 3)
+    assert torch.equal(bank(x, fixed), bank(x, ragged))
 
 
 def test_a_batch_of_any_shape_and_the_shared_expert():

@@ -4,11 +4,13 @@ Tensor letters: N tokens, D model width, H expert hidden width, E experts, P rou
 """
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
+from workbench.kernels.moe_mlp import moe_mlp
+from workbench.kernels.plan import RoutePlan
 from workbench.lib.core.routing import Context, Routing
 
 
@@ -45,11 +47,7 @@ class GLUExperts(nn.Module):
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
 
     def forward(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens dim"]:
-        order = torch.argsort(routing.expert, stable=True)
-        counts = routing.counts
-        rows = x[routing.token[order]]
-        gate, up = grouped_linear(rows, self.gate_up, counts).chunk(2, dim=-1)
-        return combine(grouped_linear(F.silu(gate) * up, self.down, counts), routing, order)
+        return moe_mlp(x, self.gate_up, self.down, plan_of(routing), score_of(routing, x))
 
 
 class MLPExperts(nn.Module):
@@ -66,10 +64,8 @@ class MLPExperts(nn.Module):
         self.down, self.down_bias = _linears(n_experts, d_model, d_hidden)
 
     def forward(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens dim"]:
-        order = torch.argsort(routing.expert, stable=True)
-        expert, counts = routing.expert[order], routing.counts
-        hidden = torch.relu(grouped_linear(x[routing.token[order]], self.up, counts) + self.up_bias[expert])
-        return combine(grouped_linear(hidden, self.down, counts) + self.down_bias[expert], routing, order)
+        plan, score = plan_of(routing), score_of(routing, x)
+        return moe_mlp(x, self.up, self.down, plan, score, self.up_bias, self.down_bias, activation="relu")
 
 
 def _linears(n_experts: int, d_out: int, d_in: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -79,28 +75,13 @@ def _linears(n_experts: int, d_out: int, d_in: int) -> tuple[nn.Parameter, nn.Pa
     return nn.Parameter(weight.uniform_(-bound, bound)), nn.Parameter(bias.uniform_(-bound, bound))
 
 
-def grouped_linear(
-    rows: Float[Tensor, "pairs d_in"], weight: Float[Tensor, "experts d_out d_in"], counts: Int64[Tensor, " experts"]
-) -> Float[Tensor, "pairs d_out"]:
-    """Rows sorted by expert, each multiplied by its own expert's matrix: the first counts[0] by weight[0], and so on.
-
-    Uses `torch.nn.functional.grouped_mm` where it is exact and allowed (float32, widths divisible by 4), else one
-    matrix product per expert. `unbind` rather than indexing: each index would write a full-size zero gradient.
-    """
-    if rows.dtype == weight.dtype == torch.float32 and weight.shape[1] % 4 == 0 and weight.shape[2] % 4 == 0:
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-    parts = rows.split(counts.tolist())
-    return torch.cat([part @ w.T for part, w in zip(parts, weight.unbind(0), strict=True)])
+def plan_of(routing: Routing) -> RoutePlan:
+    """The pairs of a routing in expert order, as the kernels take them."""
+    if routing.top_k is not None:
+        return RoutePlan.build(routing.expert, routing.n_experts, top_k=routing.top_k)
+    return RoutePlan.build(routing.expert, routing.n_experts, tok_offs=routing.offsets)
 
 
-def combine(
-    outputs: Float[Tensor, "pairs dim"], routing: Routing, order: Int64[Tensor, " pairs"]
-) -> Float[Tensor, "tokens dim"]:
-    """Sum of the expert outputs of each token by its combine weights; row i of `outputs` belongs to pair order[i]."""
-    weight = routing.weight.to(outputs.dtype)
-    if routing.top_k is not None:  # gather and sum: a fixed order of addition, and no scattered writes
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        pairs = outputs[inverse] * weight[:, None]
-        return pairs.view(routing.n_tokens, routing.top_k, -1).sum(1)
-    zeros = outputs.new_zeros(routing.n_tokens, outputs.shape[-1])
-    return zeros.index_add(0, routing.token[order], outputs * weight[order, None])
+def score_of(routing: Routing, x: Tensor) -> Float[Tensor, " pairs"]:
+    """The combine weights in a type that the kernels take beside `x`: float32 as it is, else the type of `x`."""
+    return routing.weight if routing.weight.dtype == torch.float32 else routing.weight.to(x.dtype)

@@ -1,0 +1,70 @@
+"""Which path runs: by device, by request, never in silence; and what importing an operator brings along."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from workbench.errors import InputError
+from workbench.kernels import RoutePlan, dispatch, gather_sum, moe_mlp
+
+ALL = ("reference", "cpu", "triton")
+CPU, GPU, META, OTHER = (torch.device(name) for name in ("cpu", "cuda", "meta", "mps"))
+
+
+def test_the_device_decides_unless_a_backend_is_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert dispatch.choose("op", None, CPU, ALL) == "cpu"
+    assert dispatch.choose("op", None, GPU, ALL) == "triton"
+    assert dispatch.choose("op", None, OTHER, ALL) == dispatch.choose("op", None, META, ALL) == "reference"
+    assert dispatch.choose("op", None, CPU, ("reference", "triton")) == "reference"
+    assert dispatch.choose("op", "reference", GPU, ALL) == "reference"
+
+
+def test_a_backend_that_cannot_do_it_is_an_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match="backend of op 'tritn' is unknown; did you mean 'triton'"):
+        dispatch.choose("op", "tritn", CPU, ALL)
+    with pytest.raises(InputError, match="backend is 'cpu' but op got tensors on cuda"):
+        dispatch.choose("op", "cpu", GPU, ALL)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    with pytest.raises(
+        InputError, match="must be on a GPU, or on the CPU in a process started with TRITON_INTERPRET=1"
+    ):
+        dispatch.choose("op", "triton", CPU, ALL)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.choose("op", "triton", CPU, ALL) == "triton"
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="the package triton is not installed"):
+        dispatch.choose("op", "triton", GPU, ALL)
+
+
+def test_the_record_says_which_path_ran():
+    plan = RoutePlan.build(torch.tensor([0, 1]), 2, top_k=1)
+    x, w1, w2 = torch.randn(2, 4, requires_grad=True), torch.randn(2, 8, 4), torch.randn(2, 4, 4)
+    with dispatch.recording() as outer:
+        moe_mlp(x, w1, w2, plan, torch.ones(2), backend="grouped_mm").sum().backward()
+        with dispatch.recording() as inner:
+            gather_sum(torch.randn(2, 4), plan, backend="reference")
+    gather_sum(torch.randn(2, 4), plan)
+    assert inner == [("gather_sum", "reference")]
+    assert outer == [("moe_mlp", "grouped_mm"), ("moe_mlp.backward", "grouped_mm"), *inner]
+    assert dispatch.last_backend("moe_mlp.backward") == "grouped_mm"
+    assert dispatch.last_backend("gather_sum") == "cpu"
+    assert dispatch.last_backend("never") is None
+
+
+def test_operators_run_where_triton_and_transformers_are_missing_and_know_nothing_of_the_library():
+    code = """
+import sys
+sys.modules['triton'] = sys.modules['transformers'] = None  # importing them fails
+import torch
+from workbench.kernels import RoutePlan, moe_mlp, gather_sum, topk_softmax, register_transformers
+weights = torch.ones(1, 8, 4), torch.ones(1, 4, 4)
+moe_mlp(torch.ones(1, 4), *weights, RoutePlan.build(torch.tensor([0]), 1, top_k=1), torch.ones(1))
+assert 'workbench.kernels.moe_mlp.cpu' in sys.modules
+wrong = [name for name in sys.modules if name.startswith('workbench.lib') or name.endswith('.triton')]
+assert not [name for name in wrong if name.startswith('workbench')], wrong
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,127 @@
+"""Every operator's Triton path on a GPU in bfloat16, against its meaning in float64: outputs, gradients, repetition."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from workbench.kernels import (
+    RoutePlan,
+    block_sparse_attention,
+    dispatch,
+    gather_sum,
+    moe_mlp,
+    span_attention,
+    topk_softmax,
+)
+from workbench.kernels.block_sparse_attention import block_gate_topk
+
+pytestmark = pytest.mark.gpu
+EXPERTS = 6
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """bfloat16 values around 0."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(torch.bfloat16).cuda()
+
+
+def plan_of(kind: str, n_tokens: int = 301) -> RoutePlan:
+    """Two experts for every token; or any number of them, none for some tokens; nobody chooses the last expert."""
+    scores = torch.rand(n_tokens, EXPERTS - 1, generator=torch.Generator().manual_seed(0))
+    if kind == "fixed":
+        return RoutePlan.build(scores.argsort(1)[:, :2].reshape(-1).cuda(), EXPERTS, top_k=2)
+    mask = scores < 0.4
+    offs = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    return RoutePlan.build(mask.nonzero()[:, 1].cuda(), EXPERTS, tok_offs=offs.cuda())
+
+
+def check(op: str, function, *inputs: Tensor, differentiable: bool = True) -> None:
+    """`function(backend, *inputs)` by Triton, twice, is within 3 % of the largest value of the reference in float64."""
+
+    def run(backend, tensors):
+        tensors = [t.detach().clone().requires_grad_(differentiable) for t in tensors]
+        out = function(backend, *tensors)
+        if not differentiable:
+            return [out]
+        grad = draw(*out.shape, seed=99).to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+    found, again = run(None, inputs), run(None, inputs)
+    assert dispatch.last_backend(op) == "triton"
+    for ours, repeated, exact in zip(found, again, run("reference", [t.double() for t in inputs]), strict=True):
+        assert torch.equal(ours, repeated)
+        assert (ours - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["fixed", "ragged"])
+@pytest.mark.parametrize("activation, up", [("swiglu", 2), ("relu", 1)])
+def test_moe_mlp(kind, activation, up):
+    plan, dim, hidden = plan_of(kind), 192, 96
+    check(
+        "moe_mlp",
+        lambda backend, x, w1, w2, score, b1, b2: moe_mlp(
+            x, w1, w2, plan, score, b1, b2, activation=activation, backend=backend
+        ),
+        draw(plan.n_tokens, dim),
+        draw(EXPERTS, up * hidden, dim, seed=1) / dim**0.5,
+        draw(EXPERTS, dim, hidden, seed=2) / hidden**0.5,
+        draw(plan.n_pairs, seed=3).float(),
+        draw(EXPERTS, up * hidden, seed=4),
+        draw(EXPERTS, dim, seed=5),
+    )
+
+
+@pytest.mark.parametrize("kind", ["fixed", "ragged"])
+@pytest.mark.parametrize("dim", [40, 768])
+def test_gather_sum(kind, dim):
+    plan = plan_of(kind)
+    y, weight = draw(plan.n_pairs, dim), draw(plan.n_pairs, seed=1).float()
+    check("gather_sum", lambda backend, y, w: gather_sum(y, plan, w, backend=backend), y, weight)
+    check("gather_sum", lambda backend, y: gather_sum(y, plan, backend=backend), y)
+
+
+@pytest.mark.parametrize("n_experts, k", [(5, 1), (64, 8), (200, 8), (2000, 3)])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_topk_softmax(n_experts, k, renormalize):
+    logits = draw(301, n_experts)  # bfloat16 has few values: many rows hold equal logits
+    logits[0, 3] = float("nan")
+    score, index = topk_softmax(logits, k, renormalize=renormalize)
+    assert dispatch.last_backend("topk_softmax") == "triton"
+    exact, expected = topk_softmax(logits.double(), k, renormalize=renormalize, backend="reference")
+    assert torch.equal(index, expected)
+    assert torch.allclose(score.double(), exact, atol=1e-5, equal_nan=True)
+    check(
+        "topk_softmax", lambda backend, x: topk_softmax(x, k, renormalize=renormalize, backend=backend)[0], logits[1:]
+    )
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_block_sparse_attention(d, kv_heads):
+    q, k, v = draw(600, 4, d), draw(600, kv_heads, d, seed=1), draw(600, kv_heads, d, seed=2)
+    sequences = torch.tensor([0, 130, 600], dtype=torch.int32).cuda()
+    index = block_gate_topk(q, k, 64, 3, sequences)
+    assert dispatch.last_backend("block_gate_topk") == "triton"
+    exact = block_gate_topk(q.double(), k.double(), 64, 3, sequences, backend="reference")
+    assert (index.blocks == exact.blocks).double().mean() > 0.99  # blocks may score equally but for rounding
+    check(
+        "block_sparse_attention",
+        lambda backend, q, k, v: block_sparse_attention(q, k, v, index, backend=backend),
+        q,
+        k,
+        v,
+    )
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_span_attention(d, kv_heads):
+    q, k, v = draw(2, 4, 600, d), draw(2, kv_heads, 600, d, seed=1), draw(2, kv_heads, 600, d, seed=2)
+    check(
+        "span_attention",
+        lambda backend, q, k, v: span_attention(q, k, v, [1, 64, 65, 700], 3, backend=backend),
+        q,
+        k,
+        v,
+        differentiable=False,
+    )

@@ -1,0 +1,102 @@
+"""The gate of the Triton kernels that needs no GPU: they compile, spill nothing, fit, and use the tensor cores.
+
+After a change of a kernel: `python -m workbench.kernels.static --write tests/kernels/static_snapshot.json`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from workbench.errors import InputError
+from workbench.kernels import static
+
+triton = pytest.importorskip("triton")
+
+SNAPSHOT = Path(__file__).with_name("static_snapshot.json")
+KEY = ("kernel", "dtype", "shape", "target")
+REFRESH = "python -m workbench.kernels.static --write tests/kernels/static_snapshot.json"
+
+
+def expected() -> dict:
+    return json.loads(SNAPSHOT.read_text())
+
+
+def key(row: dict) -> tuple:
+    return tuple(row[part] for part in KEY)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", static.TARGETS)
+class TestTarget:
+    def test_every_configuration_is_sound_and_as_the_snapshot_says(self, target: str):
+        rows = static.table([target])
+        assert len({key(dataclasses.asdict(row)) for row in rows}) == len(rows) > 30
+        assert [fault for row in rows for fault in static.faults(row)] == []
+        if triton.__version__ != expected()["triton"]:
+            return  # another compiler, other figures; that they are sound is what holds everywhere
+        before = {key(row): row for row in expected()["rows"] if row["target"] == target}
+        now = {key(dataclasses.asdict(row)): dataclasses.asdict(row) for row in rows}
+        changed = [
+            f"{' '.join(name)}: {part} was {before.get(name, {}).get(part)} and is {now.get(name, {}).get(part)}"
+            for name in sorted(before.keys() | now.keys())
+            for part in (before.get(name) or now[name])
+            if before.get(name, {}).get(part) != now.get(name, {}).get(part)
+        ]
+        assert not changed, "\n".join([*changed, f"if that is meant: {REFRESH}"])
+
+
+def test_the_snapshot_covers_every_operator_both_types_and_all_targets():
+    rows = expected()["rows"]
+    assert {row["kernel"].split("/")[0] for row in rows} == set(static.OPERATORS)
+    assert {row["dtype"] for row in rows} >= {"bf16", "fp16"} and {row["target"] for row in rows} == set(static.TARGETS)
+    gemms = [row for row in rows if row["gemm"] and row["target"] == "sm_90"]
+    assert gemms and all(row["wgmma"] > 0 for row in gemms)
+
+
+@pytest.mark.parametrize("operator", static.OPERATORS)
+def test_rows_are_addressed_in_64_bits(operator: str, monkeypatch: pytest.MonkeyPatch):
+    """Every kernel that multiplies a row by a run-time stride does so in 64 bits: such a product may pass 2**31."""
+    seen = []
+
+    def compile_only(source, target, options):
+        seen.append(source)
+        raise StopIteration
+
+    for launch in static.launches([operator]):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton, "compile", compile_only)
+            with pytest.raises(StopIteration):
+                static.figures(launch, "sm_90")
+        assert "int64" in launch.function.src, launch.name
+    assert seen
+
+
+def test_faults_are_named():
+    row = static.Figures("op/kernel", "d=64", "bf16", "sm_90", True, 4, 3, 255, 8, 300_000, 0, 0, 0, 0.25)
+    assert static.faults(row) == [
+        "op/kernel bf16 d=64 on sm_90 spills 8 bytes",
+        "op/kernel bf16 d=64 on sm_90 uses 300000 bytes of shared memory, above 232448",
+        "op/kernel bf16 d=64 on sm_90 multiplies without wgmma",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "expected"),
+    [(32, 8, 0, 1.0), (255, 4, 0, 0.125), (128, 8, 100_000, 0.25), (64, 4, 200_000, 4 / 64)],
+)
+def test_occupancy_is_bounded_by_registers_and_shared_memory(registers, warps, shared, expected):
+    assert static.occupancy(static.TARGETS["sm_90"], warps, registers, shared) == expected
+    assert static.occupancy(static.TARGETS["gfx942"], warps, registers, shared) is None
+
+
+def test_wrong_input_is_named(monkeypatch: pytest.MonkeyPatch):
+    launch = static.launches(["span_attention"])[0]
+    with pytest.raises(InputError, match="target 'sm_91' is unknown; did you mean 'sm_90'"):
+        static.figures(launch, "sm_91")
+    with pytest.raises(InputError, match="operator 'moe_mpl' is unknown; did you mean 'moe_mlp'"):
+        static.launches(["moe_mpl"])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(InputError, match="TRITON_INTERPRET is 1 but must be unset"):
+        static.figures(launch, "sm_90")

@@ -1,0 +1,55 @@
+"""Side-by-side timings of the operators, against their peers and the bound of the hardware (`workbench bench`)."""
+
+from collections.abc import Callable, Sequence
+
+# Name -> module, imported when it is run. A module has `cases(quick) -> list[Case]`, `REPEATS`, and, where there are
+# tables beside the timings, `tables(quick) -> {key: rows}`, which are added to the result.
+BENCHES = {"moe": "workbench.bench.moe", "attention": "workbench.bench.attention"}
+
+
+def run(
+    name: str,
+    *,
+    threads: Sequence[int] = (1, 2),
+    repeats: int | None = None,
+    quick: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict:
+    """Run one bench and keep its record.
+
+    Args:
+        name: one of `BENCHES`.
+        threads: numbers of threads to time at.
+        repeats: rounds of each measurement; None for the bench's own.
+        quick: small problems that take seconds: to see that it works, not to judge by.
+        progress: called as progress(done, all, what) before each measurement.
+
+    Returns:
+        {"bench", "machine", "threads", "repeats", "rows": as of `core.run_cases`, the bench's own tables, "record": the
+        path of the file that keeps all this}.
+
+    Raises:
+        InputError: no bench has this name, or a number is below 1.
+    """
+    from importlib import import_module
+
+    from workbench.errors import unknown
+
+    if name not in BENCHES:
+        raise unknown("bench", name, BENCHES)
+    from workbench.bench import core
+
+    bench = import_module(BENCHES[name])
+    repeats = bench.REPEATS if repeats is None else repeats
+    core.check_counts(threads, repeats)
+    tables = bench.tables(quick) if hasattr(bench, "tables") else {}
+    rows = core.run_cases(bench.cases(quick), threads=threads, repeats=repeats, progress=progress)
+    result = {
+        "bench": name,
+        "machine": core.machine(),
+        "threads": list(threads),
+        "repeats": repeats,
+        "rows": rows,
+        **tables,
+    }
+    return {**result, "record": str(core.save(name, result))}

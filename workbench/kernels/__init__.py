@@ -1,0 +1,28 @@
+"""Operators close to the hardware, each exact and differentiable, with a path for the CPU and a Triton path for a GPU.
+
+One folder an operator: `reference.py` is its meaning in plain torch, `cpu.py` and `triton.py` are its fast paths, and
+the operator itself, registered with torch, checks its arguments and chooses the path by device; `backend=` forces one.
+`dispatch` keeps the record of the path that ran. Triton is imported when a Triton path runs, and not before.
+"""
+
+# Imported here and not on demand: an operator has the name of its folder, and a folder that is imported before its
+# operator is asked for would stand here in its place.
+from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
+from workbench.kernels.gather_sum import gather_sum
+from workbench.kernels.moe_mlp import moe_mlp
+from workbench.kernels.plan import RoutePlan
+from workbench.kernels.span_attention import span_attention, span_decode
+from workbench.kernels.topk_softmax import topk_softmax
+from workbench.kernels.transformers import register_transformers
+
+__all__ = [
+    "RoutePlan",
+    "block_gate_topk",
+    "block_sparse_attention",
+    "gather_sum",
+    "moe_mlp",
+    "register_transformers",
+    "span_attention",
+    "span_decode",
+    "topk_softmax",
+]

@@ -1,0 +1,67 @@
+"""A roofline model of the kernels: operations, bytes each must move, and the bound of a device. Nothing is timed here.
+
+Bytes are what a kernel moves between the chip and its memory if every operand is read once and every result written
+once: rows gathered by several experts count each time, weights of an expert once. Caches may do better or worse.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published figures of a GPU: FLOP/s of dense 16-bit products, bytes/s of its memory."""
+
+    name: str
+    peak: float
+    bandwidth: float
+
+
+H100 = Device("H100 SXM, bf16", 989e12, 3.35e12)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one kernel does: floating-point operations, and bytes moved."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    def bound(self, device: Device) -> float:
+        """FLOP/s that the model allows."""
+        return min(device.peak, device.bandwidth * self.flops / self.bytes)
+
+
+def moe_costs(n_tokens: int, dim: int, hidden: int, n_experts: int, top_k: int, size: int = 2) -> list[Cost]:
+    """The kernels of the expert layer with SwiGLU: T tokens of width D, E experts of width I, K per token.
+
+    Args:
+        size: bytes of a number.
+    """
+    pairs, weights = n_tokens * top_k, n_experts * dim * hidden
+    rows, wide, narrow = pairs * dim, 2 * pairs * hidden, pairs * hidden
+    return [
+        Cost("up (gather, SwiGLU)", 4 * pairs * dim * hidden, size * (rows + 2 * weights + wide + narrow)),
+        Cost("down", 2 * pairs * dim * hidden, size * (narrow + weights + rows)),
+        Cost("gather-sum", 2 * rows, size * (rows + n_tokens * dim) + 4 * pairs),
+        Cost("down dgrad (SwiGLU')", 2 * pairs * dim * hidden, size * (rows + weights + 2 * wide + narrow)),
+        Cost("down wgrad", 2 * pairs * dim * hidden, size * (rows + narrow + weights)),
+        Cost("up dgrad", 4 * pairs * dim * hidden, size * (wide + 2 * weights + rows)),
+        Cost("up wgrad", 4 * pairs * dim * hidden, size * (wide + rows + 2 * weights)),
+    ]
+
+
+def block_attention_costs(
+    n_tokens: int, heads: int, head_dim: int, block_size: int, top_k: int, size: int = 2
+) -> list[Cost]:
+    """The kernels of attention to K blocks of B keys: every pair of a query and a block is computed whole."""
+    pairs, blocks = n_tokens * heads * top_k, -(-n_tokens // block_size)
+    queries, keys = pairs * head_dim, 2 * n_tokens * heads * head_dim
+    product = 2 * pairs * block_size * head_dim
+    gate = 2 * n_tokens * heads * blocks * head_dim / 2  # earlier blocks alone
+    return [
+        Cost("gate", gate, size * n_tokens * heads * head_dim + 4 * (blocks * heads * head_dim + pairs)),
+        Cost("pair forward", 2 * product, size * (queries + keys + queries) + 4 * pairs),
+        Cost("merge", 2 * queries, size * (queries + n_tokens * heads * head_dim) + 4 * pairs),
+        Cost("pair backward", 5 * product, size * (2 * queries + 2 * keys + queries) + 8 * pairs),
+    ]
