@@ -69,7 +69,7 @@ class Launch:
             loaded in vectors, and the figures say nothing.
         num_warps, num_stages: of the launch.
         dtype: of the data.
-        shape: the model shapes that this configuration serves.
+        shape: the widths this configuration is for, or the variant where one serves all widths.
         gemm: whether its products must use the tensor cores' own instruction (wgmma on sm_90).
     """
 

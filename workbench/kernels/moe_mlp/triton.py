@@ -418,8 +418,9 @@ def _blocks(kernel: str, like: Tensor, tiles: int = 1, width: int = 1) -> tuple[
 def launches() -> "list[Launch]":
     """What is compiled ahead of time: every kernel for SwiGLU, and for a perceptron with biases where it differs.
 
-    In bfloat16 and float16; each serves all model shapes. Strides are 32-bit, as Triton passes them while they fit;
-    offsets are 64-bit all the same.
+    In bfloat16 and float16. Each serves every model whose widths are multiples of 16, such as (H, I) = (768, 256),
+    (1536, 256), (4096, 512) and (4096, 1536), so its "shape" is the variant. Strides are 32-bit, as Triton passes them
+    while they fit; offsets are 64-bit all the same.
     """
     return [launch for dtype in ("bf16", "fp16") for launch in _launches(dtype)]
 
@@ -445,7 +446,7 @@ def _launches(dtype: str) -> "list[Launch]":
             num_warps=tile.warps,
             num_stages=tile.stages,
             dtype=dtype,
-            shape=f"(H, I) = (768, 256), (1536, 256), (4096, 512), (4096, 1536); {note}",
+            shape=note,
             gemm=kernel not in ("score_grad", "bias_grad"),
         )
 

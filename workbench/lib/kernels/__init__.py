@@ -1,0 +1,1 @@
+"""Systems close to the hardware; the operators they run on are in `workbench.kernels`."""

@@ -1,0 +1,266 @@
+"""Does memory stay flat, does rounding waste no rows, and does a rounded model learn as well? (2512.14080)
+
+Three parts. Memory: bytes kept for the backward pass of one expert layer, counted, at finer and finer experts. Waste:
+rows that tiles compute for nothing, with the loads of trained routers. Quality: a byte model on Python sources, trained
+with token choice or with rounded counts and always evaluated with token choice; the arms of one seed have the same
+initial weights and the same data in the same order, so differences are paired.
+"""
+
+import math
+import statistics
+
+import torch
+from torch import Tensor, nn
+
+from workbench.lib import data
+from workbench.lib.core.budget import measure_budget
+from workbench.lib.core.models import DecoderLM
+from workbench.lib.core.moe import moe_layers
+from workbench.lib.core.routing import Routing
+from workbench.lib.core.task import LanguageModelling
+from workbench.lib.core.train import TrainConfig, train
+from workbench.lib.kernels.sonicmoe import SonicMoE, padded_fraction, token_rounding
+from workbench.lib.measures.statistics import tost
+from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.kernels.sonicmoe_memory import memory
+
+MARGIN = 0.02  # nats per byte: what "equal quality" may cost
+WORSE = 0.03  # nats per byte: what is not equal any more
+FLAT = 1.1  # largest growth of the kept bytes that still counts as flat
+RISE = 1.5  # least growth that counts as rising
+
+RULE = (
+    "(a) Memory: from the coarsest to the finest experts, with H K held fixed, the bytes the layer keeps for backward "
+    f"grow by less than {FLAT} times, and those of the gathering and the scattering layer by more than {RISE} times. "
+    "(b) Waste: with the loads of trained routers token choice pads rows, and rounding to the nearest multiple pads "
+    "none, at every number of experts and every tile. "
+    f"(c) Quality: the test loss of training with 'nearest' minus that of token choice is below {MARGIN} nats per byte "
+    "(one-sided paired t-test at 5% over seeds) at every tile of which the mean expert has at least two. "
+    f"Reproduced if all hold. Not reproduced if (a) or (b) fails, or if at one of these tiles the mean difference is "
+    f"above {WORSE} and the test shows it to be above 0. Not resolved otherwise. The throughput of the paper is not "
+    "part of the verdict: it is not testable here, it needs a GPU of the Hopper generation."
+)
+
+COMMON = {
+    "n_heads": 4,
+    "top_k": 2,
+    "balance": 0.01,
+    "lr": 3e-3,
+    "mode": "nearest",
+    "memory": {"d_model": 256, "n_tokens": 4096, "n_experts": 32, "width": 512, "top_k": (2, 4, 8, 16)},
+}
+PRESETS = {
+    "smoke": COMMON
+    | {"seeds": 2, "steps": 6, "batch_size": 4, "seq_len": 16, "cap": 65_536, "test_batches": 1}
+    | {"d_model": 16, "n_layers": 2, "n_experts": 4, "width": 16, "waste_tiles": (16, 32)}
+    | {"rounding": (("nearest", 8), ("nearest", 16), ("down", 16)), "grid": ((8, 4),), "grid_steps": 4}
+    | {"memory": {"d_model": 32, "n_tokens": 256, "n_experts": 32, "width": 64, "top_k": (2, 4, 8, 16)}},
+    # Tokens and tiles are a fraction of those in "full"; the tiles of the mean expert, 16, 4 and 1, are the same.
+    "small": COMMON
+    | {"seeds": 4, "steps": 300, "batch_size": 8, "seq_len": 64, "cap": 1_500_000, "test_batches": 4}
+    | {"d_model": 64, "n_layers": 2, "n_experts": 8, "width": 64, "waste_tiles": (64, 128)}
+    | {"rounding": (*(("nearest", m) for m in (8, 32, 128)), ("down", 32), ("up", 32), ("stochastic", 32))}
+    | {"grid": ((32, 2), (64, 4), (64, 8)), "grid_steps": 150},
+    "full": COMMON
+    | {"seeds": 3, "steps": 300, "batch_size": 32, "seq_len": 128, "cap": 1_500_000, "test_batches": None}
+    | {"d_model": 128, "n_layers": 3, "n_experts": 16, "width": 128, "waste_tiles": (64, 128)}
+    | {"rounding": tuple((mode, m) for m in (32, 128, 512) for mode in ("nearest", "down", "up", "stochastic"))}
+    | {"grid": tuple((e, k) for e in (16, 32, 64, 128, 256) for k in (2, 4, 8)), "grid_steps": 300},
+}
+
+
+def arms(settings: Settings) -> list[str]:
+    """Token choice; every way of rounding as mode-tile; token choice at other numbers of experts, for their loads."""
+    rounding = [f"{mode}-{tile}" for mode, tile in settings["rounding"]]
+    return ["tc", *rounding, *(f"tc E={n} K={k}" for n, k in settings["grid"])]
+
+
+def layer(arm: str, settings: Settings) -> SonicMoE:
+    """The expert layer of one arm. H K is the same in all of them, and so are the active parameters of the experts."""
+    n_experts, top_k = settings["n_experts"], settings["top_k"]
+    options = {"balance": settings["balance"]}
+    if arm.startswith("tc E="):
+        n_experts, top_k = (int(part.split("=")[1]) for part in arm.split()[1:])
+    elif arm != "tc":
+        mode, tile = arm.split("-")
+        options |= {"routing": "rounding", "mode": mode, "tile": int(tile)}
+    return SonicMoE(settings["d_model"], n_experts, top_k, settings["width"] // top_k, **options)
+
+
+def build(arm: str, settings: Settings) -> DecoderLM:
+    """The model of one arm."""
+    shape = (LanguageModelling.vocab, settings["d_model"], settings["n_layers"], settings["n_heads"])
+    return DecoderLM(*shape, lambda _: layer(arm, settings), settings["seq_len"])
+
+
+def run(arm: str, seed: int, settings: Settings) -> Row:
+    source = data.load("text-domains", domains=("python",), cap=settings["cap"])
+    task = LanguageModelling(source, settings["seq_len"])
+    torch.manual_seed(seed)
+    model = build(arm, settings)
+    steps = settings["grid_steps" if arm.startswith("tc E=") else "steps"]
+    config = TrainConfig(steps, settings["batch_size"], settings["lr"], seed=seed, eval_batches=1)
+    budget = measure_budget(model, task, task.batch("train", config.batch_size, torch.Generator().manual_seed(seed)))
+    trained = Changes(model)
+    train(model, task, config)
+    trained.close()
+    bits = task.evaluate(model, "test", settings["test_batches"])["bits_per_byte"]
+    extra = {"pairs_per_token": trained.pairs_per_token(), "tokens_without_expert": trained.tokens_without_expert()}
+    if arm.startswith("tc"):
+        extra["waste"] = waste(model, task, settings)
+    if arm == "tc":
+        extra["memory"] = memory(seed=seed, **settings["memory"])
+    return Row(
+        arm=arm,
+        seed=seed,
+        params=budget.params,
+        active_params=budget.active_params,
+        flops=budget.flops * config.steps,
+        steps=config.steps,
+        metric=bits * math.log(2),
+        extra=extra,
+    )
+
+
+class Changes:
+    """What rounding does to the tokens of a training run, over all its layers and steps."""
+
+    def __init__(self, model: nn.Module):
+        self.pairs = self.tokens = self.bare = 0
+        self.handles = [layer.observe(self.note) for layer in moe_layers(model).values()]
+
+    def note(self, layer: SonicMoE, routing: Routing, context: object) -> None:
+        if layer.training:
+            self.pairs += routing.expert.numel()
+            self.tokens += routing.n_tokens
+            self.bare += int((routing.active_counts == 0).sum())
+
+    def pairs_per_token(self) -> float:
+        return self.pairs / self.tokens
+
+    def tokens_without_expert(self) -> float:
+        return self.bare / self.tokens
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def waste(model: nn.Module, task: LanguageModelling, settings: Settings) -> dict:
+    """Padded rows over rows for each tile, of token choice and of the same batches rounded, on test text."""
+    seen: list[Routing] = []
+    handles = [layer.observe(lambda _, routing, context: seen.append(routing)) for layer in moe_layers(model).values()]
+    with torch.no_grad():
+        task.evaluate(model, "test", settings["test_batches"])
+    for handle in handles:
+        handle.remove()
+    largest = max(routing.n_tokens for routing in seen)
+    seen = [routing for routing in seen if routing.n_tokens == largest]  # the last batch of a text may be short
+    chosen = torch.stack([routing.counts for routing in seen])
+    found = {"n_tokens": largest, "n_experts": seen[0].n_experts, "top_k": seen[0].top_k, "tiles": {}}
+    for tile in settings["waste_tiles"]:
+        rounded = torch.stack([token_rounding(routing, tile, settings["mode"]).counts for routing in seen])
+        found["tiles"][str(tile)] = {
+            "tc": mean(padded_fraction(chosen, tile)),
+            "rounding": float(padded_fraction(rounded, tile).max()),
+            "changed": mean((rounded - chosen).abs().sum(-1) / chosen.sum(-1)),
+        }
+    return found
+
+
+def mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+def judge(rows: list[Row], settings: Settings) -> Judgement:
+    """Apply `RULE`."""
+    loss = {arm: [row.metric for row in rows if row.arm == arm] for arm in arms(settings)}
+    against = {arm: tost(values, loss["tc"], MARGIN, paired=True) for arm, values in loss.items() if "-" in arm}
+    mean_rows = settings["batch_size"] * settings["seq_len"] * settings["top_k"] / settings["n_experts"]
+    claimed = [f"{mode}-{m}" for mode, m in settings["rounding"] if mode == settings["mode"] and mean_rows >= 2 * m]
+    grown = growth(next(row.extra["memory"] for row in rows if row.arm == "tc"))
+    flat = grown["ours"] < FLAT and min(grown["gather"], grown["scatter"]) > RISE
+    tiles = [tile for row in rows if "waste" in row.extra for tile in row.extra["waste"]["tiles"].values()]
+    filled = all(tile["rounding"] == 0 and tile["tc"] > 0 for tile in tiles)
+    worse = [arm for arm in claimed if against[arm].diff > WORSE and against[arm].ci90[0] > 0]
+    if not flat or not filled or worse:
+        verdict = NOT_REPRODUCED
+    elif all(against[arm].ci90[1] < MARGIN for arm in claimed):
+        verdict = REPRODUCED
+    else:
+        verdict = NOT_RESOLVED
+    shown = ", ".join(
+        f"{arm} {test.diff:+.4f} [{test.ci90[0]:+.4f}, {test.ci90[1]:+.4f}]" for arm, test in against.items()
+    )
+    memory_rows = next(row.extra["memory"] for row in rows if row.arm == "tc")
+    saving = savings(memory_rows)
+    padded = [tile["tc"] for tile in tiles]
+    reason = (
+        f"Kept bytes from K = {memory_rows[0]['top_k']} to {memory_rows[-1]['top_k']} grow {grown['ours']:.2f} times "
+        f"(gathering {grown['gather']:.2f}, scattering {grown['scatter']:.2f}); "
+        f"at K = {saving['top_k']} they are {saving['gather']:.0%} fewer than gathering keeps and "
+        f"{saving['scatter']:.0%} fewer than scattering. "
+        f"Token choice pads {min(padded):.1%} to {max(padded):.1%} of its rows, rounding at most "
+        f"{max(tile['rounding'] for tile in tiles):.0%}. Nats per byte minus token choice, 90% intervals: {shown}. "
+        f"The claim is about {' and '.join(claimed)}; the effect is the last of these. Throughput is not testable here."
+    )
+    details = {
+        "memory": memory_rows,
+        "memory_growth": grown,
+        "memory_saving": saving,
+        "waste": waste_table(rows),
+        "nats_per_byte": {arm: {"mean": test.diff, "ci90": test.ci90} for arm, test in against.items()},
+        "pairs_per_token": {arm: _mean_extra(rows, arm, "pairs_per_token") for arm in loss},
+        "tokens_without_expert": {arm: _mean_extra(rows, arm, "tokens_without_expert") for arm in loss},
+        "throughput": "not testable here: it needs a GPU of the Hopper generation",
+    }
+    effect = against[claimed[-1]]
+    return Judgement(verdict, effect.diff, effect.ci90, reason, details)
+
+
+def growth(table: list[dict]) -> dict[str, float]:
+    """Kept bytes at the finest experts over those at the coarsest, by layer."""
+    return {name: table[-1][name] / table[0][name] for name in ("gather", "scatter", "ours")}
+
+
+def savings(table: list[dict], top_k: int = 8) -> dict[str, float]:
+    """The share of the bytes of either other layer that ours does not keep, at K = 8 (or the finest there is)."""
+    row = next((row for row in table if row["top_k"] == top_k), table[-1])
+    return {"top_k": row["top_k"]} | {name: 1 - row["ours"] / row[name] for name in ("gather", "scatter")}
+
+
+def waste_table(rows: list[Row]) -> list[dict]:
+    """Means over seeds: one entry for each number of experts, K and tile."""
+    cells: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if "waste" in row.extra:
+            found = row.extra["waste"]
+            for tile, values in found["tiles"].items():
+                key = (found["n_experts"], found["top_k"], int(tile), found["n_tokens"])
+                cells.setdefault(key, []).append(values)
+    names = ("n_experts", "top_k", "tile", "n_tokens")
+    return [
+        dict(zip(names, key, strict=True))
+        | {what: statistics.fmean(cell[what] for cell in cells[key]) for what in ("tc", "rounding", "changed")}
+        for key in sorted(cells)
+    ]
+
+
+def _mean_extra(rows: list[Row], arm: str, name: str) -> float:
+    return statistics.fmean(row.extra[name] for row in rows if row.arm == arm)
+
+
+STUDY = Study(
+    slug="sonicmoe",
+    title="SonicMoE: Accelerating MoE with IO and Tile-aware Optimizations",
+    claim="The memory of the expert layer does not grow when experts get finer, and rounding tokens to tiles wastes no "
+    "rows at equal quality.",
+    metric="nats_per_byte",
+    unit="nats/byte",
+    higher_is_better=False,
+    rule=RULE,
+    presets=PRESETS,
+    arms=arms,
+    run=run,
+    judge=judge,
+)
