@@ -6,6 +6,7 @@
     workbench.method("rmoe")                              # one of them: what it is, how to build it, where to read on
     print(workbench.study("rmoe", preset="smoke"))        # its paper's claim as a comparison with a verdict
 
+    adapted = workbench.adapt(model, "lora", rank=8)      # adapters on the linear layers of any model
     with workbench.watch(model, "my-run") as watched:     # in a training script of your own, for the live views
         ...
         watched.step(loss=loss.item())                    # after optimizer.step()
@@ -23,6 +24,7 @@ _LAZY = {
     "method": "workbench.catalogue:method",
     "study": "workbench.studies.core:run_study",
     "train": "workbench.lib.core.train:train",
+    "adapt": "workbench.lib.core.adapt:adapt",
     "watch": "workbench.live.watch:watch",
     "runs": "workbench.live.store:runs",
     "find_run": "workbench.live.store:find",

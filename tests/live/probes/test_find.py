@@ -5,6 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from workbench.lib.core.adapt import Adapter, RoutedLinear
+from workbench.lib.core.experts import GLU
+from workbench.lib.core.low_rank import LowRankExperts
+from workbench.lib.core.models import DecoderLM
+from workbench.lib.core.observe import Announcing
+from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Routing
 from workbench.live.probes import find
 
@@ -106,3 +112,52 @@ def test_routers_of_other_libraries_are_recognised_by_their_shape(foreign, kind:
     assert torch.equal(routing.indices, expected.indices) and routing.n_tokens == 10
     assert torch.allclose(routing.probs, logits.softmax(-1), atol=1e-6)
     assert torch.allclose(routing.weights, expected.values, atol=1e-6)
+
+
+def test_an_adapted_model_shows_its_mixtures_their_groups_and_every_expert():
+    torch.manual_seed(0)
+    model = DecoderLM(32, 16, 4, 2, lambda layer: GLU(16, 8), 9)
+
+    class Mixture(Adapter):
+        slug = "mixture"
+
+        def linear(self, layer: nn.Linear, name: str) -> RoutedLinear:
+            router, experts = LinearRouter(16, E, K), LowRankExperts(E, 16, 16, 2)
+            return RoutedLinear(layer, router, experts)
+
+    layers = {name: Mixture().linear(block.attention.out, name) for name, block in model.blocks.named_children()}
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.blocks[int(name)].attention.out = layer
+        layer.base.requires_grad_(False)
+    blocks = find.blocks(model)
+    assert [(block.name, block.router, block.n_experts) for block in blocks] == [
+        (f"blocks.{i}.attention.out", "router", E) for i in range(4)
+    ]
+    assert list(find.groups(model, blocks)) == [
+        f"blocks.{i}.attention.out.{part}" for i in range(4) for part in ("router", "experts")
+    ]
+    names = [matrix.name for matrix in find.matrices(model, blocks)]
+    assert sorted(names) == sorted(  # every expert of the first, the middle and the last layer
+        f"blocks.{i}.attention.out.{part}"
+        for i in (0, 2, 3)
+        for part in ("router.projection", *(f"experts.{e}" for e in range(E)))
+    )
+
+
+def test_a_block_that_decides_by_itself_is_a_block_and_a_group():
+    class Chooser(Announcing):
+        n_experts, top_k = 3, None
+
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(D, D)
+
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleDict({"attention": Chooser(), "ffn": nn.Linear(D, D)}) for _ in range(2))}
+    )
+    blocks = find.blocks(model)
+    assert [(block.name, block.router, block.top_k) for block in blocks] == [
+        (f"layers.{i}.attention", "", None) for i in (0, 1)
+    ]
+    assert list(find.groups(model, blocks)) == ["layers.0.attention", "layers.0", "layers.1.attention", "layers.1"]

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from workbench.lib.core.low_rank import LowRankExperts
 from workbench.live.probes import find
 from workbench.live.probes.spectra import SpectrumProbe
 
@@ -74,3 +75,21 @@ def test_the_product_of_an_adapter_is_watched_as_one_matrix():
         np.testing.assert_allclose(values, torch.linalg.svdvals(dense)[: len(values)], rtol=1e-4, atol=1e-4)
         assert len(values) == rank
     assert set(found) == {"spectrum/weight/proj.lora", "spectrum/update/proj.lora"}
+
+
+def test_every_expert_of_a_low_rank_bank_has_the_spectrum_of_its_update():
+    torch.manual_seed(0)
+    bank = LowRankExperts(3, 12, 10, 2, alpha=6)
+    nn.init.normal_(bank.b)
+    module = nn.ModuleDict({"experts": bank})
+    spectra = SpectrumProbe(find.matrices(module, []))
+    spectra.remember()
+    before = [bank.delta(e).detach() for e in range(3)]
+    with torch.no_grad():
+        bank.a.mul_(1.5), bank.b.add_(0.25)
+    found = spectra.take(seed=0)
+    for e in range(3):
+        for kind, matrix in (("weight", bank.delta(e)), ("update", bank.delta(e) - before[e])):
+            values = np.linalg.svd(matrix.detach().double().numpy(), compute_uv=False)
+            shown = found[f"spectrum/{kind}/experts.{e}"]
+            np.testing.assert_allclose(shown, values[: len(shown)], rtol=1e-4, atol=1e-5)

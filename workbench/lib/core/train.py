@@ -136,7 +136,8 @@ def train(
 
     Args:
         hooks: see `Hook`; recording, control and checkpoints are hooks.
-        optimizer, start: to continue: an optimizer in the state it had after `start` steps.
+        optimizer, start: to continue: an optimizer in the state it had after `start` steps. A group of its parameters
+            may have an "lr_scale", a factor on the learning rate.
 
     Seeds torch's global generator at each step (see the module's docstring).
     """
@@ -166,7 +167,7 @@ def train(
             hook.before_update(state)
         state.lr = config.lr_at(step) * state.lr_scale
         for group in optimizer.param_groups:
-            group["lr"] = state.lr
+            group["lr"] = state.lr * group.get("lr_scale", 1.0)
         optimizer.step()
         for module in model.modules():
             if hasattr(module, "after_step"):  # e.g. the bias of loss-free balancing

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.observe import Announcing
 from workbench.lib.core.routing import Context, Routing
 
@@ -149,12 +150,27 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A pair of trained factors whose product scale * B A is what is watched (LoRA)."""
+    """A pair of trained factors whose product scale * B A is what is watched (LoRA).
+
+    Attributes:
+        expert: which of several in the same two parameters; None where the parameters are this pair alone.
+    """
 
     name: str
-    a: nn.Parameter = field(repr=False)
-    b: nn.Parameter = field(repr=False)
+    parameters: tuple[nn.Parameter, nn.Parameter] = field(repr=False)
     scale: float
+    expert: int | None = None
+
+    @property
+    def a(self) -> Tensor:
+        return self._part(0)
+
+    @property
+    def b(self) -> Tensor:
+        return self._part(1)
+
+    def _part(self, i: int) -> Tensor:
+        return (self.parameters[i] if self.expert is None else self.parameters[i][self.expert]).detach()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -169,12 +185,13 @@ def matrices(model: nn.Module, found: list[Block]) -> list[Matrix | LowRank]:
     """A sample of the trained matrices: of each kind, such as "query of a block", the first, the middle and the last.
 
     Linear layers, embeddings, routers, and of expert banks expert 0; fused weights (query, key and value; gate and up)
-    are split. Of an adapted layer (PEFT's LoRA) the product of its two factors.
+    are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`) the product of its two factors, for every expert.
     """
     kinds: dict[str, list[Matrix | LowRank]] = {}
     for matrix in _all_matrices(model, found):
         if matrix.shape[0] * matrix.shape[1] <= LARGEST and min(matrix.shape) > 1:
-            kinds.setdefault(re.sub(r"\d+", "*", matrix.name), []).append(matrix)
+            expert = getattr(matrix, "expert", None)  # each expert is a kind of its own
+            kinds.setdefault(f"{re.sub(r'[0-9]+', '*', matrix.name)} {expert}", []).append(matrix)
     chosen = {id(kind[i]) for kind in kinds.values() for i in (0, len(kind) // 2, -1)}
     return [matrix for kind in kinds.values() for matrix in kind if id(matrix) in chosen]
 
@@ -186,6 +203,9 @@ def _all_matrices(model: nn.Module, found: list[Block]) -> Iterator[Matrix | Low
             continue  # the factors, seen as a pair
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             yield from _adapters(name, module)
+        if isinstance(module, LowRankExperts):
+            yield from _experts(name, module)
+            continue
         other_expert = re.search(r"experts\.(\d+)\.", f"{name}.")
         if other_expert and int(other_expert.group(1)):
             continue
@@ -223,7 +243,13 @@ def _adapters(name: str, module: nn.Module) -> Iterator[LowRank]:
         b = module.lora_B[adapter]
         if a.weight.requires_grad and b.weight.requires_grad:
             label = f"{name}.lora" if len(module.lora_A) == 1 else f"{name}.lora.{adapter}"
-            yield LowRank(label.lstrip("."), a.weight, b.weight, float(module.scaling[adapter]))
+            yield LowRank(label.lstrip("."), (a.weight, b.weight), float(module.scaling[adapter]))
+
+
+def _experts(name: str, bank: LowRankExperts) -> Iterator[LowRank]:
+    if bank.a.requires_grad and bank.b.requires_grad:
+        for expert, scale in enumerate(bank.scale.tolist()):
+            yield LowRank(f"{name}.{expert}".lstrip("."), (bank.a, bank.b), scale, expert)
 
 
 class Inputs:

@@ -1,0 +1,91 @@
+"""Plain LoRA against peft: the same outputs and gradients, and folders that either side reads."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from workbench.errors import InputError
+from workbench.lib.core.adapt import adapt
+from workbench.lib.core.adapt.peft import CONFIG, TENSORS, read_loras, read_peft, write_peft
+
+peft = pytest.importorskip("peft")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def theirs(**options) -> nn.Module:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["first", "second"], init_lora_weights=False, **options)
+    return peft.get_peft_model(Net(), config)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"second": 2}, "alpha_pattern": {"first": 7}}]
+)
+def test_peft_folders_are_read_to_the_same_function_and_written_back(tmp_path, options):
+    model, ours, x = theirs(**options), Net(), torch.randn(7, 6)
+    model.save_pretrained(tmp_path / "theirs")
+    adapted = read_peft(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours(x), model(x), atol=1e-6, rtol=1e-6)
+    ours(x).square().sum().backward()
+    model(x).square().sum().backward()
+    bank, layer = adapted.layers["first"].experts, model.base_model.model.first
+    torch.testing.assert_close(bank.a.grad[0], layer.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(bank.b.grad[0], layer.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-5)
+    write_peft({name: layer.experts for name, layer in adapted.layers.items()}, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(Net(), tmp_path / "ours")
+    torch.testing.assert_close(again(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+def test_a_fresh_lora_is_the_one_of_peft():
+    model, adapted = theirs(), adapt(ours := Net(), rank=3, alpha=5)
+    with torch.no_grad():
+        for name, layer in adapted.layers.items():
+            layer.experts.a[0] = model.base_model.model.get_submodule(name).lora_A["default"].weight
+            layer.experts.b[0] = model.base_model.model.get_submodule(name).lora_B["default"].weight
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(ours(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+def test_what_is_no_plain_lora_is_refused_with_all_its_features(tmp_path):
+    theirs(use_dora=True, bias="all").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is no plain LoRA: bias = 'all', use_dora = True"):
+        read_loras(tmp_path)
+
+
+def test_folders_that_do_not_fit_or_are_damaged_say_so(tmp_path):
+    theirs().save_pretrained(tmp_path / "good")
+    with pytest.raises(
+        InputError, match=r"does not fit this model: the model has no linear layer 'first'; .* 'second'"
+    ):
+        read_peft(nn.Sequential(nn.Linear(6, 6)), tmp_path / "good")
+    wider = Net()
+    wider.first, wider.second = nn.Linear(6, 13), nn.Linear(13, 4)
+    before = copy.deepcopy(wider.state_dict())
+    with pytest.raises(
+        InputError, match=r"first is for a layer of shape \(12, 6\) but the model's is \(13, 6\); second"
+    ):
+        read_peft(wider, tmp_path / "good")
+    assert before.keys() == wider.state_dict().keys()
+    content = (tmp_path / "good" / TENSORS).read_bytes()
+    (tmp_path / "good" / TENSORS).write_bytes(content[:100])
+    with pytest.raises(InputError, match="damaged or half-written"):
+        read_loras(tmp_path / "good")
+    (tmp_path / "good" / CONFIG).write_text(json.dumps({"peft_type": "LOR"})[:10])
+    with pytest.raises(InputError, match="damaged or half-written"):
+        read_loras(tmp_path / "good")
+    with pytest.raises(InputError, match="must hold adapter_config"):
+        read_loras(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="expert is 2 but first has 1 of them"):
+        write_peft({"first": adapt(Net()).layers["first"].experts}, tmp_path / "x", expert=2)

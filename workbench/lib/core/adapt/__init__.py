@@ -1,0 +1,7 @@
+"""Low-rank adapters, and mixtures of them, on the linear layers of any model."""
+
+from workbench.lib.core.adapt.adapted import Adapted, AdaptedLayer, Adapter, RoutedLayer, RoutedLinear
+from workbench.lib.core.adapt.lora import LoRA, LoRALinear
+from workbench.lib.core.adapt.put import adapt
+
+__all__ = ["Adapted", "AdaptedLayer", "Adapter", "LoRA", "LoRALinear", "RoutedLayer", "RoutedLinear", "adapt"]

@@ -1,0 +1,293 @@
+"""An adapted model: what took the place of its layers, what it is told beside its input, and what it reports."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from workbench.errors import InputError, unknown
+from workbench.lib.core.adapt.feed_forward import FeedForward
+from workbench.lib.core.observe import Announcing
+from workbench.lib.core.routing import Context, Routing
+
+FACTS = ("task", "language", "label", "modality")
+"""What an adapted model can be told beside its input."""
+
+
+@dataclass(eq=False)
+class Side:
+    """What one forward pass of an adapted model knows beside its input, and the losses its layers report.
+
+    A model of the workbench hands its layers a `Context`: there `domain` is the task and `modality` the modality,
+    unless `given` says otherwise, and the losses go to `context.aux`.
+
+    Attributes:
+        given: what `Adapted.given` was told.
+        context: of the forward now running.
+        losses: weighted auxiliary losses of the forward now running; None of a layer that is in no adapted model.
+    """
+
+    given: dict[str, Tensor] = field(default_factory=dict)
+    context: Context = field(default_factory=Context)
+    losses: list[Tensor] | None = None
+
+    def rows(self, fact: str, x: Tensor) -> Tensor | None:
+        """(N,) the fact for each of the N rows of x (..., I); None where nobody gave it.
+
+        A fact has one value for all, one for each row of the batch, or one for each token. Where a layer sees a batch
+        already flattened to tokens, each value serves as many consecutive rows as there are for it.
+
+        Raises:
+            InputError: the number of values does not fit the number of rows.
+        """
+        value = self.given.get(fact)
+        if value is None:
+            value = {"task": self.context.domain, "modality": self.context.modality}.get(fact)
+        if value is None:
+            return None
+        n, value = x.shape[:-1].numel(), value.reshape(-1).to(x.device)
+        if value.numel() == 0 or n % value.numel():
+            raise InputError(
+                f"{fact} has {value.numel()} values but a layer sees {n} rows: give one for all, one for each row of "
+                "the batch or one for each token"
+            )
+        return value.repeat_interleave(n // value.numel())
+
+
+class AdaptedLayer(nn.Module):
+    """Base of what takes the place of a linear layer or a feed-forward block: the frozen part, and something added.
+
+    Attributes:
+        base: what was there.
+        slug: of the system; set when the layer is put in place.
+        side: shared by all layers of a model from then on.
+    """
+
+    slug = ""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.side = Side()
+
+    def fixed_update(self) -> Tensor | None:
+        """The (O, I) matrix this layer adds to its base's weight, or None where it depends on the token."""
+        return None
+
+
+class RoutedLayer(AdaptedLayer, Announcing):
+    """An adapted layer that sends its tokens to experts, and says where."""
+
+    def tell(self, routing: Routing, coefficients: Mapping[str, float]) -> None:
+        """Report the routing's losses, each by its coefficient, and announce it."""
+        if self.side.losses is not None:
+            self.side.losses += [weight * routing.losses[name] for name, weight in coefficients.items()]
+        if self.observed:
+            self.announce(routing, self.context(routing.expert.new_empty(routing.n_tokens, 1)))
+
+    def context(self, x: Tensor) -> Context:
+        """What is known of the N rows of x (..., I): token ids, the task as `domain`, the modality."""
+        ids = self.side.context.token_ids
+        ids = ids if ids is not None and ids.numel() == x.shape[:-1].numel() else None
+        return Context(token_ids=ids, domain=self.side.rows("task", x), modality=self.side.rows("modality", x))
+
+
+class RoutedLinear(RoutedLayer):
+    """y = W x + bank(x, router(x)): a linear layer with a mixture of low-rank experts beside it.
+
+    Args:
+        base: the frozen layer.
+        router: see `lib.core.routing.Router`; sees the layer's input.
+        experts: the bank, see `LowRankExperts`.
+        dropout: of what the experts are given.
+    """
+
+    def __init__(self, base: nn.Linear, router: nn.Module, experts: nn.Module, dropout: float = 0.0):
+        super().__init__(base)
+        self.router, self.experts, self.dropout = router, experts, nn.Dropout(dropout)
+
+    @property
+    def n_experts(self) -> int:
+        return self.router.n_experts
+
+    @property
+    def top_k(self) -> int | None:
+        return self.router.top_k
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.router(tokens, self.context(x))
+        self.tell(routing, self.router.coefficients)
+        return self.base(x) + self.experts(self.dropout(tokens), routing).view(*x.shape[:-1], -1)
+
+
+class Adapter:
+    """What one system does with the layers it is put on; see the module's example.
+
+    Attributes:
+        slug: in the catalogue.
+        facts: what it wants to be told, of `FACTS`.
+        router_lr: learning rate of the routers as a multiple of that of the experts.
+    """
+
+    slug: str
+    facts: tuple[str, ...] = ()
+    router_lr: float = 1.0
+
+    def linear(self, layer: nn.Linear, name: str) -> AdaptedLayer:
+        """What takes the place of the linear layer called `name`."""
+        raise NotImplementedError
+
+    def feed_forward(self, block: FeedForward, name: str) -> AdaptedLayer | None:
+        """What takes the place of a feed-forward block whose linear layers are all wanted; None: each by itself.
+
+        A block that is the whole model has nowhere to be replaced, and is adapted layer by layer.
+        """
+        return None
+
+    def finish(self, adapted: "Adapted") -> None:
+        """Called once all layers are in place, for systems that tie layers together."""
+
+
+class Adapted:
+    """An adapted model, with the means to train, tell, report, keep and undo the adaptation.
+
+    Attributes:
+        model: the model itself, changed in place, its own parameters frozen.
+        adapter: the system.
+        layers: what was put in, by module name.
+        options: of the system, all of them.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, targets: Sequence[str], options: dict[str, Any]):
+        self.model, self.adapter, self.targets, self.options = model, adapter, tuple(targets), options
+        self.layers: dict[str, AdaptedLayer] = {}
+        self.side = Side(losses=[])
+        self._trained = {p: p.requires_grad for p in model.parameters()}
+        for p in self._trained:
+            p.requires_grad_(False)
+        hooks = (model.register_forward_pre_hook, self._before), (model.register_forward_hook, self._after)
+        self._hooks = [register(hook, with_kwargs=True) for register, hook in hooks]
+
+    @contextmanager
+    def given(self, **facts: int | Sequence[int] | Tensor) -> Iterator[None]:
+        """Tell the model something beside its input for the forwards inside: task, language, label or modality.
+
+        Each fact is a number for all rows, one for each row of the batch, or one for each token. What a system does
+        without is written in its `Adapter`; a fact it has no use for is an error.
+        """
+        for name in facts:
+            if name not in self.adapter.facts:
+                raise unknown(f"fact of {self.adapter.slug}", name, self.adapter.facts)
+        before = dict(self.side.given)
+        self.side.given.update({name: torch.as_tensor(value) for name, value in facts.items()})
+        try:
+            yield
+        finally:
+            self.side.given.clear()
+            self.side.given.update(before)
+
+    def aux(self) -> Tensor | float:
+        """The weighted auxiliary losses of the last forward, 0.0 without any: to be added to the task's loss.
+
+        Of a model that is called with a `Context` they are in `context.aux` instead, and this is 0.0.
+        """
+        return sum(self.side.losses, 0.0)
+
+    def put(self, name: str, before: nn.Module, layer: AdaptedLayer) -> None:
+        """Put `layer` everywhere the module `before` is."""
+        layer.side, layer.slug = self.side, self.adapter.slug
+        layer.to(next(before.parameters()).device).train(before.training)
+        self.layers[name] = layer
+        _replace(self.model, before, layer)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters of what was put in, by their name in the model, each once."""
+        base = set(self._trained)
+        found: dict[nn.Parameter, str] = {}
+        for name, layer in self.layers.items():
+            for key, p in layer.named_parameters():
+                if p not in base and p.requires_grad:
+                    found.setdefault(p, f"{name}.{key}")
+        return {name: p for p, name in found.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of what was put in."""
+        return list(self.named_parameters().values())
+
+    def optimizer(self, lr: float = 3e-3, weight_decay: float = 0.0) -> torch.optim.AdamW:
+        """AdamW over the trained parameters; the routers have the system's own multiple of the learning rate."""
+        named, scale = self.named_parameters(), self.adapter.router_lr
+        routers = [p for name, p in named.items() if ".router." in name]
+        others = [p for name, p in named.items() if ".router." not in name]
+        groups = [{"params": others, "lr_scale": 1.0}, {"params": routers, "lr_scale": scale, "lr": lr * scale}]
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay)
+
+    def report(self) -> dict[str, int | float]:
+        """Counts of parameters: base (of the model as it was), added, trained; and trained in percent of all."""
+        base = sum(p.numel() for p in self._trained)
+        total = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.parameters())
+        return {"base": base, "added": total - base, "trained": trained, "percent": 100 * trained / total}
+
+    def merge_back(self) -> nn.Module:
+        """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.
+
+        Raises:
+            InputError: the update of some layer depends on the token, so no single matrix holds it. Nothing is changed.
+        """
+        fixed = {name: layer.fixed_update() for name, layer in self.layers.items()}
+        routed = [name for name, update in fixed.items() if update is None]
+        if routed:
+            raise InputError(
+                f"{self.adapter.slug} cannot be merged back: in {len(routed)} layers, such as {routed[0]}, the update "
+                "depends on the token; what merges is lora"
+            )
+        with torch.no_grad():
+            for name, update in fixed.items():
+                weight = self.layers[name].base.weight
+                weight += update.to(weight.dtype)
+        return self.remove()
+
+    def remove(self) -> nn.Module:
+        """Put the layers that were there back, trainable as before; apart from `merge_back`, bit for bit."""
+        for layer in self.layers.values():
+            _replace(self.model, layer, layer.base)
+        for hook in self._hooks:
+            hook.remove()
+        for p, wanted in self._trained.items():
+            p.requires_grad_(wanted)
+        self.layers = {}
+        return self.model
+
+    def _before(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
+        self.side.context, self.side.losses = _context(inputs, keywords) or Context(), []
+
+    def _after(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any], output: Any) -> None:
+        context = _context(inputs, keywords)
+        if context is not None:
+            context.aux, self.side.losses = context.aux + self.aux(), []
+
+
+def adapted_with(model: nn.Module) -> str | None:
+    """The system that some layer of the model is adapted with already."""
+    return next((module.slug for module in model.modules() if isinstance(module, AdaptedLayer)), None)
+
+
+def _context(inputs: tuple, keywords: dict[str, Any]) -> Context | None:
+    return next((value for value in (*inputs, *keywords.values()) if isinstance(value, Context)), None)
+
+
+def _replace(model: nn.Module, before: nn.Module, after: nn.Module) -> None:
+    """Put `after` wherever `before` is in the model, except inside `after` itself."""
+    skip = set(after.modules())
+    for parent in list(model.modules()):
+        if parent in skip:
+            continue
+        for key, child in parent._modules.items():  # named_children gives a module that is there twice once
+            if child is before:
+                parent._modules[key] = after

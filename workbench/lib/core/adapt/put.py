@@ -1,0 +1,119 @@
+"""Put low-rank adapters, or mixtures of them, on the linear layers of any model.
+
+    adapted = workbench.adapt(model, "mixlora", targets="*.mlp.*", experts=8, rank=4)
+    with adapted.given(task=tasks):            # only for systems that are told something beside the input
+        loss = model(...).loss + adapted.aux()
+    adapted.save("my-adapter")
+
+A system says what becomes of a linear layer and, if its experts are whole feed-forward blocks, of such a block:
+
+    class MixLoRA(Adapter):
+        def __init__(self, experts: int = 8, rank: int = 8, top_k: int = 2): ...
+        def linear(self, layer: nn.Linear, name: str) -> nn.Module: ...
+        def feed_forward(self, block: FeedForward, name: str) -> nn.Module | None: ...
+
+and names that class as `ADAPTER` in its file.
+"""
+
+import inspect
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from workbench import catalogue
+from workbench.errors import InputError, unknown
+from workbench.lib.core.adapt.adapted import Adapted, Adapter, adapted_with
+from workbench.lib.core.adapt.feed_forward import find_feed_forward
+from workbench.lib.core.adapt.lora import LoRA
+
+
+def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "*", **options: Any) -> Adapted:
+    """Put the system `slug` on the linear layers of `model` whose names match `targets`; everything else is frozen.
+
+    Args:
+        model: any module; changed in place.
+        slug: a system of the catalogue that has an `ADAPTER`, or "lora", the baseline of them all.
+        targets: glob patterns over the names of linear layers, one or several; "*" matches every one.
+        options: of the system, such as experts, rank and top_k; `workbench.method(slug)` says which.
+
+    Returns:
+        The handle to train, tell, report, keep and undo the adaptation.
+
+    Raises:
+        InputError: unknown slug or option, targets that match nothing or something that is no linear layer, a model
+            that is adapted already, a rank above a layer's width. The model is as it was before.
+    """
+    if (slug_there := adapted_with(model)) is not None:
+        raise InputError(f"model is adapted with {slug_there!r} already; remove() that first")
+    adapter, options = make_adapter(slug, options)
+    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    linears = match_targets(model, patterns)
+    adapted = Adapted(model, adapter, patterns, options)
+    try:
+        _put(adapted, linears)
+        adapter.finish(adapted)
+    except BaseException:
+        adapted.remove()
+        raise
+    return adapted
+
+
+def make_adapter(slug: str, options: dict[str, Any]) -> tuple[Adapter, dict[str, Any]]:
+    """The system's `Adapter` with these options, and the options with the defaults filled in."""
+    if slug == "lora":
+        kind = LoRA
+    else:
+        row = catalogue.method(slug)
+        kind = getattr(import_module(row.module), "ADAPTER", None) if row.ready else None
+        if kind is None:
+            ready = [r.slug for r in catalogue.methods("lora_experts", "ready")]
+            raise InputError(f"slug {slug!r} is no adapter that stands; allowed: {', '.join(['lora', *ready])}")
+    signature = inspect.signature(kind)
+    for name in options:
+        if name not in signature.parameters:
+            raise unknown(f"option of {slug}", name, signature.parameters)
+    bound = signature.bind(**options)
+    bound.apply_defaults()
+    return kind(**options), dict(bound.arguments)
+
+
+def match_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose names match one of the patterns.
+
+    Raises:
+        InputError: a pattern matches no linear layer. One that matches a single module of another kind is told what
+            kind that is, one that matches nothing the nearest names.
+    """
+    modules = dict(model.named_modules())
+    # not a subclass: multi-head attention of torch, for one, reads the weight of its output layer past any wrapper
+    linears = {name: module for name, module in modules.items() if type(module) is nn.Linear and name}
+    found: dict[str, nn.Linear] = {}
+    for pattern in patterns:
+        matched = {name: layer for name, layer in linears.items() if fnmatchcase(name, pattern)}
+        if not matched:
+            other = [name for name in modules if fnmatchcase(name, pattern)]
+            if other:
+                kind = type(modules[other[0]]).__name__
+                raise InputError(f"targets {pattern!r} matches {other[0]!r}, a {kind}, but must match linear layers")
+            raise unknown("targets", pattern, linears)
+        found |= matched
+    return {name: layer for name, layer in linears.items() if name in found}  # in the order of the model
+
+
+def _put(adapted: Adapted, linears: dict[str, nn.Linear]) -> None:
+    """Replace whole feed-forward blocks where the system wants them and all their layers are wanted, then the rest."""
+    model, adapter, left = adapted.model, adapted.adapter, dict(linears)
+    for name, module in list(model.named_modules()):
+        block = find_feed_forward(module)
+        inside = {f"{name}.{key}".lstrip(".") for key in block.linears} if block else set()
+        if not name or not block or not inside <= left.keys():
+            continue
+        layer = adapter.feed_forward(block, name)
+        if layer is not None:
+            adapted.put(name, module, layer)
+            left = {key: value for key, value in left.items() if key not in inside}
+    for name, linear in left.items():
+        adapted.put(name, linear, adapter.linear(linear, name))

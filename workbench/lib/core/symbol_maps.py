@@ -1,0 +1,138 @@
+"""Tasks that conflict by construction: each rewrites a string of symbols by a random map of its own.
+
+A row is [task] x1 .. xS [=] y1 .. yS, and y_i = map_task(x_(i + rotation_task)). Two tasks want different answers to
+the same question, and only the first token says which; so what they can share, and what has to be kept apart, is known.
+
+Tensor letters: B batch, T time, S symbols in a string, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from workbench.errors import InputError, unknown
+from workbench.lib.core.routing import Context
+from workbench.lib.core.task import Batch, device_of
+
+SYMBOLS = 10
+SPLITS = ("train", "validation", "test")
+HELD_OUT = 256
+"""Strings of each task in the validation and in the test split."""
+
+
+class SymbolMaps:
+    """Next-symbol prediction of the answers; metric: the share of right symbols, the mean over the tasks.
+
+    Tokens: 0..9 the symbols, 10 "=", then one token a task. Strings belong to a split by their digest, so no string of
+    one split is ever drawn in another.
+
+    Args:
+        tasks: numbers of the tasks, each with a map and a token of its own; the domains "task 0", "task 1" and so on.
+        n_tasks: of the vocabulary; at least 1 + the largest number of `tasks`.
+        length: S.
+        seed: of the maps. The same seed gives the same maps whatever `tasks` are chosen.
+        maps, rotations: which map and which rotation each task of `n_tasks` takes, for tasks made of parts they
+            share; default: map i for task i, and no rotation.
+    """
+
+    metric, unit, higher_is_better = "accuracy", "fraction", True
+    name = "symbol-maps"
+
+    def __init__(
+        self,
+        tasks: Sequence[int],
+        n_tasks: int,
+        length: int = 6,
+        seed: int = 0,
+        maps: Sequence[int] | None = None,
+        rotations: Sequence[int] | None = None,
+    ):
+        if not tasks or min(tasks) < 0 or max(tasks) >= n_tasks:
+            raise InputError(
+                f"tasks is {list(tasks)} but must be one or more numbers from 0 to n_tasks - 1 = {n_tasks - 1}"
+            )
+        if length < 1:
+            raise InputError(f"length is {length} but must be at least 1")
+        maps, rotations = maps or list(range(n_tasks)), rotations or [0] * n_tasks
+        if len(maps) != n_tasks or len(rotations) != n_tasks or min(maps) < 0:
+            raise InputError(
+                f"maps and rotations have {len(maps)} and {len(rotations)} entries but must have {n_tasks}"
+            )
+        self.tasks, self.n_tasks, self.length = tuple(tasks), n_tasks, length
+        self.vocab = SYMBOLS + 1 + n_tasks
+        self.seq_len = 2 * length + 1
+        self.domains = tuple(f"task {task}" for task in self.tasks)
+        drawn = torch.Generator().manual_seed(seed)
+        table = torch.stack([torch.randperm(SYMBOLS, generator=drawn) for _ in range(max(maps) + 1)])
+        self.maps = table[torch.tensor(maps)]  # (n_tasks, 10)
+        self.rotations = torch.tensor(rotations)
+        digest = hashlib.sha256(self.maps.numpy().tobytes() + self.rotations.numpy().tobytes()).hexdigest()
+        self.manifest = {"name": self.name, "tasks": list(self.tasks), "length": length, "seed": seed, "sha256": digest}
+        self._held_out = {split: self._fixed(split, seed) for split in SPLITS[1:]}
+
+    def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
+        if size < 1:
+            raise InputError(f"size is {size} but must be at least 1")
+        if domain is None:
+            domains = torch.randint(len(self.tasks), (size,), generator=generator)
+        else:
+            domains = torch.full((size,), domain)
+        return self._rows(self._strings(split, size, generator), domains)
+
+    def batches(self, split: str, size: int) -> Iterator[Batch]:
+        if split not in self._held_out:
+            raise unknown("split", split, self._held_out)
+        for domain in range(len(self.tasks)):
+            for strings in self._held_out[split].split(size):
+                yield self._rows(strings, torch.full((len(strings),), domain))
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Context]:
+        batch = batch.to(device_of(model))
+        context = Context(domain=batch.domain.repeat_interleave(batch.inputs.shape[1]))
+        logits = model(batch.inputs, context)[:, -self.length :]
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()), context
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
+        training = model.training
+        model.eval()
+        right: dict[int, list[Tensor]] = {}
+        try:
+            for batch in self.batches(split, 64):
+                seen = right.setdefault(int(batch.domain[0]), [])
+                if max_batches is None or len(seen) < max_batches:
+                    batch = batch.to(device_of(model))
+                    context = Context(domain=batch.domain.repeat_interleave(batch.inputs.shape[1]))
+                    logits = model(batch.inputs, context)[:, -self.length :]
+                    seen.append((logits.argmax(-1) == batch.targets).double().mean())
+        finally:
+            model.train(training)
+        mean = {name: float(torch.stack(right[i]).mean()) for i, name in enumerate(self.domains)}
+        return {self.metric: sum(mean.values()) / len(mean)} | {f"{self.metric}/{name}": v for name, v in mean.items()}
+
+    def _rows(self, strings: Tensor, domains: Tensor) -> Batch:
+        """inputs (B, 2 S + 1): all but the last answer; targets (B, S): the answers."""
+        task = torch.tensor(self.tasks)[domains]
+        place = (torch.arange(self.length) + self.rotations[task, None]) % self.length
+        answers = self.maps[task].gather(1, strings.gather(1, place))
+        first, equals = (SYMBOLS + 1 + task)[:, None], torch.full((len(strings), 1), SYMBOLS)
+        return Batch(torch.cat([first, strings, equals, answers[:, :-1]], 1), answers, domains)
+
+    def _strings(self, split: str, size: int, generator: torch.Generator) -> Tensor:
+        """(size, S) strings of a split: training takes eight in ten of all strings, the others one each."""
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        parts: list[Tensor] = []
+        while sum(map(len, parts)) < size:
+            drawn = torch.randint(SYMBOLS, (4 * size + 64, self.length), generator=generator)
+            # a number made of the symbols, mixed so that neighbours fall into different splits
+            number = (drawn * SYMBOLS ** torch.arange(self.length)).sum(1) * 2654435761 % 2**32 // 2**22 % 10
+            parts.append(drawn[(number - 7).clamp(min=0) == SPLITS.index(split)])
+        return torch.cat(parts)[:size]
+
+    def _fixed(self, split: str, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + SPLITS.index(split))
+        return self._strings(split, HELD_OUT, generator)
