@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from workbench.catalogue import methods
 from workbench.errors import InputError
 from workbench.studies.core import NOT_RESOLVED, REPRODUCED, Judgement, Row, Study, load_study
 
@@ -85,4 +86,4 @@ def test_wrong_input_is_named():
         Judgement("proved", 0.0, (0, 0), "")
     assert Judgement(NOT_RESOLVED, 0.0, (0, 0), "").verdict == "not resolved at this scale"
     with pytest.raises(InputError, match="no study yet"):
-        load_study("moba")
+        load_study(methods(status="planned")[0].slug)
