@@ -99,6 +99,16 @@ def test_routing_information_draws_the_shuffled_baseline_of_the_selected_layer()
     assert figure.data[-1].line.dash == "dash"
 
 
+def test_support_sizes_have_equal_weights_as_their_null_line():
+    probabilities = (STEPS, np.array([4.0, 3.0, 2.0]))
+    figure = balance.support_sizes(
+        STEPS, np.array([[1.8] * 3, [1.2] * 3]), LAYERS, of_probabilities=probabilities, chosen=2
+    )
+    assert [line.name for line in figure.data] == ["0", "1", "of p"]
+    assert "equal weights" in " ".join(note.text for note in figure.layout.annotations)
+    assert any(shape.y0 == shape.y1 == 2 for shape in figure.layout.shapes)
+
+
 def test_composition_sets_shares_beside_those_of_all_experts():
     figure = routing.composition(["e", "space"], [0.75, 0.25], [0.5, 0.5], title="Tokens", of="of the expert's tokens")
     mine, everyone = figure.data

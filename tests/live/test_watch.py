@@ -75,9 +75,10 @@ def test_a_watched_script_records_every_name_at_its_cadence(task, home):
         every, two, four, six = list(range(9)), [0, 2, 4, 6, 8], [0, 4, 8], [0, 6]
         expected = dict.fromkeys(["train/loss", "train/lr", "train/step_seconds"], every)
         expected |= dict.fromkeys(["cost/probe_seconds", "cost/store_seconds"], every)
+        measured = ("confidence", "entropy", "support", "probability_support")
         for name in layers:
             expected |= {f"{what}/{name}": two for what in ("load", "importance", "load_by_domain")}
-            expected |= {f"router/{name}/{what}": two for what in ("confidence", "entropy")}
+            expected |= {f"router/{name}/{what}": two for what in measured}
             expected |= {f"coactivation/{name}": four, f"tokens/{name}": six}
             expected |= {f"valid/{what}/{name}": [8] for what in ("load", "importance", "load_by_domain")}
         expected["transition/blocks.0.ffn"] = four

@@ -11,6 +11,7 @@ from workbench.figures.theme import (
     blank,
     mark_step,
     null_label,
+    null_line,
     null_shape,
     short_names,
     step_shape,
@@ -119,7 +120,7 @@ def routing_information(
     layers: Sequence[str],
     *,
     theme: str = "light",
-    title: str = "What the expert tells about the domain",
+    title: str = "Routing information",
     step: float | None = None,
     selected: int | None = None,
     ceiling: float | None = None,
@@ -155,6 +156,42 @@ def routing_information(
     )
     mark_step(figure, theme, step)
     figure.update_yaxes(rangemode="tozero", range=None if ceiling is None else [0, 100 * ceiling])
+    return figure
+
+
+def support_sizes(
+    steps: np.ndarray,
+    sizes: np.ndarray,
+    layers: Sequence[str],
+    *,
+    of_probabilities: tuple[np.ndarray, np.ndarray] | None = None,
+    chosen: int | None = None,
+    theme: str = "light",
+    title: str = "Effective support size",
+    step: float | None = None,
+    selected: int | None = None,
+    ceiling: float | None = None,
+) -> go.Figure:
+    """How many experts' worth of weight a token has, over time, one line per layer.
+
+    ``sizes`` (L, S), 1 .. K. ``of_probabilities`` is (steps, sizes) of the selected layer's probabilities over all
+    experts, dashed; ``chosen`` its K, a null line: equal weights. ``ceiling`` fixes the y axis.
+    """
+    colours = theme_named(theme)
+    traces = [
+        _layer_line(steps, sizes[row], name, shade, None if selected is None else row == selected)
+        for row, (name, shade) in enumerate(zip(short_names(layers), colours.ordered(len(layers)), strict=True))
+    ]
+    if of_probabilities is not None:
+        line = _layer_line(*of_probabilities, "of p", colours.null, None)
+        traces.append(line | {"line": {"color": colours.null, "width": 1.4, "dash": "dash"}})
+    figure = blank(
+        theme, title, "(Σw)² ÷ Σw², mean over tokens", x="step", y="experts", data=traces, legend_title_text="layer"
+    )
+    if chosen is not None:
+        null_line(figure, theme, chosen, "K, equal weights")
+    mark_step(figure, theme, step)
+    figure.update_yaxes(range=None if ceiling is None else [0.9, ceiling])
     return figure
 
 

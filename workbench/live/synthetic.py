@@ -95,7 +95,7 @@ def synthetic_steps(
             for name, layer in zip(names, layers, strict=True):
                 layer.drift(rng)
                 layer.route(rng, batch)
-                scalars[f"router/{name}/confidence"], scalars[f"router/{name}/entropy"] = layer.sharpness()
+                scalars |= {f"router/{name}/{what}": value for what, value in layer.sharpness().items()}
                 tensors |= {f"{key}/{name}": value for key, value in layer.loads(batch).items()}
                 tensors[f"dropped/{name}"] = layer.dropped()
             if step % CADENCE["structure"] == 0:
@@ -152,10 +152,16 @@ class _Layer:
         np.put_along_axis(self.mask, self.chosen, 1.0, axis=1)
         np.add.at(self.tokens, (self.chosen, batch.token[:, None]), 1)
 
-    def sharpness(self) -> tuple[float, float]:
-        """Mean of the largest probability, and mean token entropy as a share of ln E."""
+    def sharpness(self) -> dict[str, float]:
+        """Mean of the largest probability, token entropy as a share of ln E, and effective support sizes."""
         entropy = -(self.p * np.log(self.p)).sum(axis=1)
-        return float(self.p.max(axis=1).mean()), float(entropy.mean() / np.log(max(self.n_experts, 2)))
+        weights = np.take_along_axis(self.p, self.chosen, axis=1)
+        return {
+            "confidence": float(self.p.max(axis=1).mean()),
+            "entropy": float(entropy.mean() / np.log(max(self.n_experts, 2))),
+            "support": float((weights.sum(axis=1) ** 2 / (weights**2).sum(axis=1)).mean()),
+            "probability_support": float((1 / (self.p**2).sum(axis=1)).mean()),
+        }
 
     def loads(self, batch: _Batch) -> dict[str, np.ndarray]:
         domains = np.eye(len(self.by_domain), dtype=np.float32)[batch.domain]  # (N, domains)

@@ -15,6 +15,7 @@ from workbench.lib.measures.coactivation import (
     coactivation,
     coactivation_counts,
     conditional,
+    effective_partners,
     jaccard,
     joint_share,
     lift,
@@ -48,6 +49,14 @@ def test_hand_computed():
     assert lift_corrected(counts).diagonal().isnan().all()  # an expert with itself has no null
     assert npmi(counts)[0, 1].item() == pytest.approx(math.log(4 / 3) / -math.log(0.5))
     assert npmi(counts)[0, 3] == -1
+
+
+def test_effective_partners():
+    assert effective_partners(COUNTS)[:2].tolist() == pytest.approx([1 / (4 / 9 + 1 / 9), 1])  # meets 1 twice, 2 once
+    fixed = coactivation_counts(selection_mask(torch.tensor([[0, 1, 2], [0, 1, 2], [3, 4, 5]]), 7))
+    assert effective_partners(fixed)[:6].tolist() == pytest.approx([2] * 6)  # K - 1 fixed ones
+    assert effective_partners(fixed)[6].isnan()  # never chosen
+    assert effective_partners(torch.ones(5, 5).expand(2, -1, -1)).tolist() == [[4] * 5] * 2
 
 
 @PROPERTY

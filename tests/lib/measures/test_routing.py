@@ -15,6 +15,7 @@ from workbench.lib.measures.routing import (
     counts_by_class,
     drop_rates,
     effective_support,
+    effective_support_size,
     load_balance_value,
     load_stats,
     null_load_stats,
@@ -235,6 +236,14 @@ def test_confidence_entropy_and_support():
         torch.testing.assert_close(measure(padded, mask), measure(probs))
         assert measure(probs, torch.zeros(3, dtype=torch.bool)).isnan()
         assert measure(probs.expand(5, 3, 4)).shape == (5,)
+
+
+def test_effective_support_size_of_weights():
+    weights = torch.tensor([[1.0, 0.0, 0.0], [2.0, 2.0, 0.0], [0.1, 0.1, 0.1], [0.75, 0.25, 0.0]])
+    expected = torch.tensor([1, 2, 3, 1 / (0.75**2 + 0.25**2)]).double()
+    torch.testing.assert_close(effective_support_size(weights), expected)
+    torch.testing.assert_close(effective_support_size(7 * weights), effective_support_size(weights))
+    assert effective_support_size(torch.zeros(2, 3)).isnan().all()
 
 
 def test_counts_by_class():

@@ -53,6 +53,10 @@ def test_counts_are_those_of_the_training_batches(model, task):
         assert scalars[f"router/{name}/confidence"] == pytest.approx(probs.max(1).mean())
         entropy = -(probs * np.log(probs)).sum(1).mean() / np.log(E)
         assert scalars[f"router/{name}/entropy"] == pytest.approx(entropy)
+        weights = torch.cat([routing.weights.detach() for routing, _ in pairs]).double()
+        support = (weights.sum(1) ** 2 / (weights**2).sum(1)).mean().item()
+        assert scalars[f"router/{name}/support"] == pytest.approx(support)
+        assert scalars[f"router/{name}/probability_support"] == pytest.approx((1 / (probs**2).sum(1)).mean())
         table = tokens[f"tokens/{name}"]
         assert table.shape == (E, 256) and table.sum() == mask.sum()
         for expert, token in ((0, 98), (3, 102)):
@@ -127,7 +131,7 @@ def test_variable_numbers_of_experts_and_routers_without_probabilities():
     counts.arm(True)
     hashed(torch.randn(20, D), Context(token_ids=torch.arange(20)))
     scalars, tensors = counts.take(structure=True)
-    assert scalars == {} and sorted(tensors) == ["coactivation/", "load/"]
+    assert scalars == {"router//support": K} and sorted(tensors) == ["coactivation/", "load/"]
 
 
 def test_padding_is_not_counted(foreign):

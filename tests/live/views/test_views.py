@@ -148,6 +148,10 @@ def test_domains_information_and_drops(run):
     np.testing.assert_allclose(lines[0].y, 100 * information.normalised.numpy(), rtol=1e-5)
     null = 100 * (information.null / information.row_entropy).numpy()
     np.testing.assert_allclose(lines[-1].y, null, rtol=1e-5)
+    sizes = figure(view, "support").data
+    np.testing.assert_allclose(sizes[0].y, run.scalars("router/blocks.0.ffn/support")[1], rtol=1e-6)
+    np.testing.assert_allclose(sizes[-1].y, run.scalars("router/blocks.0.ffn/probability_support")[1], rtol=1e-6)
+    assert sizes[-1].line.dash == "dash" and [line.name for line in sizes[:-1]] == ["0", "1", "2"]
     np.testing.assert_allclose(figure(view, "dropped").data[0].y, 100 * run.tensors("dropped/blocks.0.ffn")[1][:, 0])
 
 
@@ -175,6 +179,7 @@ def test_without_a_capacity_nothing_is_dropped(growing):
         writer.commit(0)
     view = ImbalanceView(folder)
     assert "no capacity limit" in str(view.cards["dropped"].contents[0])
+    assert "holds no record" in str(view.cards["support"].contents[0])
     assert figure(view, "share").data[0].y[0] == 1  # and a load without probabilities is shown alone
     assert len(figure(view, "share").data) == 1
 
@@ -200,7 +205,7 @@ def test_two_runs_share_one_colour_scale_and_one_axis(run, other):
     assert (first.zmin, first.zmax) == (second.zmin, second.zmax)
     assert first.colorscale == second.colorscale
     assert not np.array_equal(first.z, second.z)
-    for card in ("balance", "share", "information", "dropped"):
+    for card in ("balance", "share", "information", "support", "dropped"):
         assert figure(view, card, 0).layout.yaxis.range == figure(view, card, 1).layout.yaxis.range
     for kind, card in ((CoactivationView, "matrix"), (CoactivationView, "transition"), (ConflictView, "cosine")):
         heats = [figure(kind(run, other), card, i).data[0] for i in (0, 1)]

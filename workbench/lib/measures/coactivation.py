@@ -142,6 +142,16 @@ def npmi(
     return value.where(ratio != 0, -1.0)  # the limit of -inf / inf; NaN ratios stay NaN
 
 
+def effective_partners(counts: Num[Tensor, "*batch experts experts"]) -> Float64[Tensor, "*batch experts"]:
+    """1 / sum_j q_ij^2 over j != i with q_ij = N_ij / sum_l N_il: how many partners an expert has, in effect.
+
+    K - 1 with fixed partners, E - 1 if it meets all others equally often; NaN for an expert that meets none. Uneven
+    loads alone lower it: compare with the same of `coactivation_scores(...).mean`.
+    """
+    pairs = counts.double() - counts.double().diagonal(dim1=-2, dim2=-1).diag_embed()
+    return 1 / (pairs / pairs.sum(-1, keepdim=True)).square().sum(-1)
+
+
 KINDS = {
     "conditional": lambda counts, n_tokens: conditional(counts),
     "joint": joint_share,

@@ -218,6 +218,16 @@ def effective_support(
     return _token_mean(entropy(probs).exp(), mask)
 
 
+def effective_support_size(weights: Float[Tensor, "*batch experts"]) -> Float64[Tensor, "*batch"]:
+    """(sum w)^2 / sum w^2 of the non-negative weights of a token, over the experts or over its chosen ones alone.
+
+    1 if one weight is all, K if K are equal; NaN where all are zero. ReMix (2603.10160) counts by it how many of the
+    chosen LoRAs act. Of probabilities it is another number than `effective_support`.
+    """
+    weights = weights.double()
+    return weights.sum(-1).square() / weights.square().sum(-1)
+
+
 def counts_by_class(
     expert: Int[Tensor, " pairs"], label: Int[Tensor, " pairs"], n_classes: int, n_experts: int
 ) -> Int64[Tensor, "classes experts"]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.meters import RoutingMeter
-from workbench.lib.measures.routing import counts_by_class
+from workbench.lib.measures.routing import counts_by_class, effective_support_size
 from workbench.live.probes.find import Block, Inputs, in_backward
 
 LARGEST_TABLE = 2**17
@@ -18,12 +18,13 @@ Values = tuple[dict[str, float], dict[str, np.ndarray]]
 
 
 class _Tally:
-    """Sums over batches: what `RoutingMeter` holds, and the load by domain."""
+    """Sums over batches: what `RoutingMeter` holds, the load by domain, and the effective support sizes."""
 
     def __init__(self, found: list[Block], n_domains: int):
         self.n_domains = n_domains
         self.meter = RoutingMeter([block.name for block in found], [block.n_experts for block in found], None)
         self.by_domain = {block.name: torch.zeros(n_domains, block.n_experts, dtype=torch.int64) for block in found}
+        self.support: dict[str, tuple[float, int]] = {}  # sum over tokens and their number
         self.tokens = 0
 
     def add(self, block: Block, routing: Routing, domain: Tensor | None) -> None:
@@ -34,11 +35,26 @@ class _Tally:
         else:
             kept = None if routing.kept is None else _mask(routing, routing.kept)
             self.meter.update(block.name, routing.mask(), routing.probs, kept)
+        served = routing.weights if routing.top_k is not None and routing.kept is None else routing.dense()
+        self._add_support(f"support/{block.name}", served)
+        if routing.probs is not None:
+            self._add_support(f"probability_support/{block.name}", routing.probs)
         if domain is not None and self.n_domains:
             label = domain.to(routing.expert.device)[routing.token]
             self.by_domain[block.name] += counts_by_class(
                 routing.expert, label, self.n_domains, routing.n_experts
             ).cpu()
+
+    def _add_support(self, what: str, weights: Tensor) -> None:
+        sizes = effective_support_size(weights.detach())
+        sizes = sizes[sizes.isfinite()]  # a token without any expert has none
+        total, tokens = self.support.get(what, (0.0, 0))
+        self.support[what] = (total + float(sizes.sum()), tokens + len(sizes))
+
+    def support_sizes(self, name: str) -> dict[str, float]:
+        """Mean effective support size of the weights and of the probabilities, as far as they were seen."""
+        found = {what: self.support.get(f"{what}/{name}", (0.0, 0)) for what in ("support", "probability_support")}
+        return {what: total / tokens for what, (total, tokens) in found.items() if tokens}
 
     def loads(self, name: str) -> dict[str, np.ndarray]:
         """load, importance and load_by_domain of one layer, as far as they were seen."""
@@ -105,6 +121,7 @@ class RoutingProbe:
             if counts.limited[0]:
                 rates = [float(rate) for rate in tally.meter.drop_rates(name)]
                 tensors[f"dropped/{name}"] = np.array(rates, dtype=np.float32)
+            scalars |= {f"router/{name}/{what}": size for what, size in tally.support_sizes(name).items()}
             if counts.probabilities:
                 scalars[f"router/{name}/confidence"] = float(tally.meter.confidence(name))
                 scalars[f"router/{name}/entropy"] = float(tally.meter.token_entropy(name))

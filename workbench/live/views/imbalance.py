@@ -9,7 +9,7 @@ from workbench.figures import balance as lines
 from workbench.figures import routing as figures
 from workbench.live.views.bar import layer_select, text, widget
 from workbench.live.views.card import Card
-from workbench.live.views.load import balance, domain_information, loads_over_time, shares_of
+from workbench.live.views.load import balance, domain_information, loads_over_time, shares_of, support
 from workbench.live.views.readings import Nothing, Readings, present
 from workbench.live.views.tokens import token_label
 from workbench.live.views.view import View
@@ -38,6 +38,9 @@ HOW = {
     "information": "How much knowing the expert tells about the domain of a token, as a share of all there is to know "
     "(0 % nothing, 100 % the expert gives the domain away). Finite batches show a little by chance: the dashed line "
     "is the value after shuffling the domains.",
+    "support": "How many experts really act on a token: (Σw)² ÷ Σw² of its combine weights. K if they are equal, 1 if "
+    "one takes all. One line per layer; a line that sinks towards 1 is a mixture that becomes a choice of one. Dashed: "
+    "the same of the selected layer's probabilities over all experts, which may concentrate where the weights cannot.",
     "dropped": "With a capacity limit, assignments beyond it are dropped. A token is lost only when all of its K "
     "assignments are dropped, so the two rates differ; lost tokens pass the layer unchanged.",
 }
@@ -60,10 +63,11 @@ class ImbalanceView(View):
             "balance": Card("Balance", HOW["balance"], span=5, height=300),
             "layers": Card("Load by layer", HOW["layers"], span=4, height=262, on_click=bar),
             "share": Card("Load and probability", HOW["share"], span=4, height=262, on_click=bar),
-            "tokens": Card("Tokens of an expert", HOW["tokens"], span=4, height=262),
-            "domains": Card("Domains of an expert", HOW["domains"], span=4, height=262),
-            "information": Card("Routing information", HOW["information"], span=4, height=262),
-            "dropped": Card("Dropped by capacity", HOW["dropped"], span=4, height=262),
+            "support": Card("Effective support", HOW["support"], span=4, height=262),
+            "tokens": Card("Tokens of an expert", HOW["tokens"], span=3, height=262),
+            "domains": Card("Domains of an expert", HOW["domains"], span=3, height=262),
+            "information": Card("Routing information", HOW["information"], span=3, height=262),
+            "dropped": Card("Dropped by capacity", HOW["dropped"], span=3, height=262),
         }
 
     def choose_expert(self, expert: int | None) -> None:
@@ -89,6 +93,7 @@ class ImbalanceView(View):
         self.put("balance", lambda: balance_contents(self), newest("load"))
         self.put("layers", lambda: self._layers(ceiling), at_step("load"), ceiling)
         self.put("share", self._share, at_step("load"), expert)
+        self.put("support", self._support, newest("load"))
         self.put("tokens", lambda: self._takes("Tokens", self._tokens), at_step("tokens", "conflict"), expert)
         self.put("domains", lambda: self._takes("Domains", self._domains), at_step("load_by_domain"), expert)
         self.put("information", self._information, newest("load_by_domain"))
@@ -175,6 +180,28 @@ class ImbalanceView(View):
             ),
         )
 
+    def _support(self) -> list:
+        def read(run: Readings) -> tuple:
+            layer = run.layer(self.selection.layer)
+            of_probabilities = run.scalars(f"router/{layer.name}/probability_support")
+            return *support(run), of_probabilities if len(of_probabilities[0]) else None, layer.top_k
+
+        found = self.read(read)
+        tops = [np.nanmax([*np.ravel(sizes), *(p[1] if p else ()), k or 1]) for _, sizes, p, k in present(found)]
+        return self.each(
+            found,
+            lambda run, data: lines.support_sizes(
+                *data[:2],
+                [layer.name for layer in run.layers],
+                of_probabilities=data[2],
+                chosen=data[3],
+                title=f"Effective support{self.suffix(run)}",
+                selected=self.selected_layer(run),
+                ceiling=1.08 * float(max([1.5, *tops])),
+                **self.look,
+            ),
+        )
+
     def _information(self) -> list:
         found = self.read(domain_information)
         tops = [np.nanmax([values, null], initial=0.0) for _, values, null in present(found)]
@@ -183,7 +210,7 @@ class ImbalanceView(View):
             lambda run, data: lines.routing_information(
                 *data,
                 [layer.name for layer in run.layers],
-                title=f"What the expert tells about the domain{self.suffix(run)}",
+                title=f"Routing information{self.suffix(run)}",
                 selected=self.selected_layer(run),
                 ceiling=1.08 * float(max([1e-3, *tops])),
                 **self.look,

@@ -53,6 +53,13 @@ def _null_quantiles(tokens: int, n_experts: int, top_k: int) -> dict[str, tuple[
     return {name: tuple(getattr(null, name).tolist()) for name in BALANCE}
 
 
+def support(run: Readings) -> tuple[np.ndarray, np.ndarray]:
+    """(steps (S,), mean effective support size (L, S)) of the weights in every layer."""
+    series = [run.scalars(f"router/{layer.name}/support", "routing") for layer in run.moe_layers()]
+    rows = min(len(steps) for steps, _ in series)
+    return series[0][0][-rows:], np.stack([sizes[-rows:] for _, sizes in series])
+
+
 def domain_information(run: Readings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(steps (S,), information (L, S), its shuffled baseline (L, S)) of expert about domain, as shares of H(domain)."""
     series = [run.tensors(f"load_by_domain/{layer.name}", "routing") for layer in run.moe_layers()]

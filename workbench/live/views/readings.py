@@ -128,9 +128,15 @@ class Readings:
 
     # -- series
 
-    def scalars(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps (S,), values (S,)) of a scalar series over the whole run, thinned; empty where not recorded."""
-        return self._follow(name, self.run.scalars, 3 * POINTS)
+    def scalars(self, name: str, cadence: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(steps (S,), values (S,)) of a scalar series over the whole run, thinned.
+
+        Where it is not recorded: empty, or with the entry of meta.cadence that says when it is, ``Nothing``.
+        """
+        steps, values = self._follow(name, self.run.scalars, 3 * POINTS)
+        if cadence is not None and not len(steps):
+            raise self._not_yet(cadence)
+        return steps, values
 
     def recent(self, name: str, steps: int) -> np.ndarray:
         """The values of a scalar series over the last ``steps`` steps."""
