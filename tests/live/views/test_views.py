@@ -158,9 +158,9 @@ def test_domains_information_and_drops(run):
 def test_the_busiest_expert_is_looked_into_until_one_is_clicked(run):
     view = ImbalanceView(run)
     load = run.tensor("load/blocks.0.ffn")[1]
-    assert f"expert {load.argmax()}," in figure(view, "tokens").layout.title.text
+    assert f"expert {load.argmax()}</b>" in figure(view, "tokens").layout.title.text
     view.cards["load"].on_click({"x": 100, "y": 3})
-    assert "expert 3," in figure(view, "tokens").layout.title.text
+    assert "expert 3</b>" in figure(view, "tokens").layout.title.text
     tokens = run.tensor("tokens/blocks.0.ffn")[1]
     share = np.sort(tokens[3] / tokens[3].sum())[::-1]
     np.testing.assert_allclose(figure(view, "tokens").data[0].x, 100 * share[:12])
@@ -168,7 +168,7 @@ def test_the_busiest_expert_is_looked_into_until_one_is_clicked(run):
     np.testing.assert_allclose(figure(view, "domains").data[0].x, 100 * by_domain[:, 3] / by_domain[:, 3].sum())
     assert figure(view, "share").data[0].marker.line.width[3] == 2
     view.choose_expert(None)
-    assert f"expert {load.argmax()}," in figure(view, "tokens").layout.title.text
+    assert f"expert {load.argmax()}</b>" in figure(view, "tokens").layout.title.text
 
 
 def test_without_a_capacity_nothing_is_dropped(growing):

@@ -27,7 +27,7 @@ def _styled(kind: type, sheet: str, width: int | None, **more):
 
 def layer_select(selection: Selection) -> pn.widgets.Select:
     """A widget that chooses the layer of a selection, and follows it; every view about layers has one."""
-    select = widget(pn.widgets.Select, 190, label="Layer", options={"–": 0})
+    select = widget(pn.widgets.Select, 250, label="Layer", options={"–": 0})
 
     def follow(*_) -> None:
         layers = selection.run.layers if selection.run else []

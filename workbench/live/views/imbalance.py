@@ -134,7 +134,7 @@ class ImbalanceView(View):
 
     def _takes(self, what: str, read: Callable[[Readings], tuple]) -> list:
         def build(run: Readings, data: tuple):
-            title = f"{what} of expert {self._expert_of(run)}, {self.layer_label(run)}{self.suffix(run)}"
+            title = f"{what} of expert {self._expert_of(run)}{self.suffix(run)}"  # of the layer chosen above: no room
             return figures.composition(*data, title=title, of="of the expert's tokens", theme=self.selection.theme)
 
         return self.each(self.read(read), build)
