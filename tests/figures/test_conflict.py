@@ -43,6 +43,11 @@ def test_groups_by_pairs():
     assert figure.layout.shapes[0].type == "rect"
 
 
+def test_names_of_many_pairs_give_way_to_their_number():
+    figure = conflict.group_cosines(np.zeros((1, 66)), ["trunk"], [f"{i} – x" for i in range(66)])
+    assert figure.layout.xaxis.showticklabels is False and "66 pairs" in figure.layout.xaxis.title.text
+
+
 def test_the_null_of_the_rate_is_one_half():
     figure = conflict.conflict_lines(STEPS, {"trunk": np.array([0, 1 / 3, 1])}, selected="trunk")
     assert figure.layout.shapes[0].y0 == 0.5

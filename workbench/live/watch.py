@@ -125,7 +125,7 @@ def describe(model: nn.Module, task: Task | None = None) -> dict[str, Any]:
     found = find.blocks(model)
     return {
         "layers": [{"name": block.name, "n_experts": block.n_experts, "top_k": block.top_k} for block in found],
-        "groups": {name: sum(p.numel() for p in group) for name, group in find.groups(model, found).items()},
+        "groups": {name: find.size(group) for name, group in find.groups(model, found).items()},
         "matrices": {matrix.name: list(matrix.shape) for matrix in find.matrices(model, found)},
         "domains": list(task.domains) if task else [],
         "vocabulary": "bytes" if getattr(task, "vocab", None) == 256 else None,

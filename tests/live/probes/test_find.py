@@ -134,9 +134,11 @@ def test_an_adapted_model_shows_its_mixtures_their_groups_and_every_expert():
     assert [(block.name, block.router, block.n_experts) for block in blocks] == [
         (f"blocks.{i}.attention.out", "router", E) for i in range(4)
     ]
-    assert list(find.groups(model, blocks)) == [
-        f"blocks.{i}.attention.out.{part}" for i in range(4) for part in ("router", "experts")
-    ]
+    groups = find.groups(model, blocks)
+    parts = ("router", *(f"experts.{e}" for e in range(E)))  # gradient conflict is seen within each expert
+    assert list(groups) == [f"blocks.{i}.attention.out.{part}" for i in range(4) for part in parts]
+    assert {find.size(members) for name, members in groups.items() if "experts" in name} == {2 * 16 + 16 * 2}
+    assert sum(map(find.size, groups.values())) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     names = [matrix.name for matrix in find.matrices(model, blocks)]
     assert sorted(names) == sorted(  # every expert of the first, the middle and the last layer
         f"blocks.{i}.attention.out.{part}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from workbench.lib.core.observe import quiet
 from workbench.lib.core.task import Task
-from workbench.lib.measures.meters import ConflictMeter
+from workbench.lib.measures.meters import ConflictMeter, Member
 
 
 class ConflictProbe:
@@ -24,7 +24,7 @@ class ConflictProbe:
         rows: rows of each half batch.
     """
 
-    def __init__(self, model: nn.Module, task: Task, groups: Mapping[str, Sequence[nn.Parameter]], rows: int):
+    def __init__(self, model: nn.Module, task: Task, groups: Mapping[str, Sequence[Member]], rows: int):
         self.model, self.task, self.rows = model, task, rows
         self.meter = ConflictMeter(groups)
 

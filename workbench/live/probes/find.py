@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.observe import Announcing
 from workbench.lib.core.routing import Context, Routing
+from workbench.lib.measures.meters import Member
 
 Observer = Callable[["Block", Routing, Context], None]
 GATES = ("gate", "router")
@@ -103,18 +104,35 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def groups(model: nn.Module, found: list[Block]) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters in groups by their part in the model, each parameter in one.
+MOST_EXPERTS = 16
+"""Experts of a bank of low-rank experts up to which each of them is a group of parameters of its own."""
 
-    Of a mixture-of-experts block "router", "experts" and "shared" (what every token passes); of a numbered layer around
-    one "attention" (the rest, norms included); a block without a router and a numbered layer without a block as a
-    whole; everything else is the "trunk" (embeddings, last norm, head).
+
+def groups(model: nn.Module, found: list[Block]) -> dict[str, list[Member]]:
+    """The trained parameters in groups by their part in the model, each parameter, or slice of one, in one.
+
+    Of a mixture-of-experts block "router", "experts" and "shared" (what every token passes), and of low-rank experts
+    each one, "experts.0" and so on; of a numbered layer around a block "attention" (the rest, norms included); a block
+    without a router and a numbered layer without a block as a whole; everything else is the "trunk" (embeddings, last
+    norm, head).
     """
-    result: dict[str, list[nn.Parameter]] = {}
+    banks = [module for module in model.modules() if isinstance(module, LowRankExperts)]
+    of_bank = {p: len(p) for bank in banks for p in bank.parameters() if len(p) == bank.n_experts <= MOST_EXPERTS}
+    result: dict[str, list[Member]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            result.setdefault(_group(name, found), []).append(parameter)
+            group = _group(name, found)
+            if parameter in of_bank and group.rpartition(".")[2] == "experts":
+                for expert in range(of_bank[parameter]):
+                    result.setdefault(f"{group}.{expert}", []).append((parameter, expert))
+            else:
+                result.setdefault(group, []).append(parameter)
     return result
+
+
+def size(group: list[Member]) -> int:
+    """Number of parameters in a group."""
+    return sum((member if isinstance(member, nn.Parameter) else member[0][member[1]]).numel() for member in group)
 
 
 def _group(name: str, found: list[Block]) -> str:
