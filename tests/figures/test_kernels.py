@@ -117,6 +117,19 @@ def test_the_table_has_a_row_a_kernel_and_marks_spills(theme):
     assert len(set(fills)) == 1 and fills[0] != table.cells.fill.color[0][0]
 
 
+def test_the_columns_of_the_table_are_as_wide_as_their_text():
+    long = [row | {"kernel": "block_sparse_attention/pair_backward_kv"} for row in STATIC]
+    figures = [kernels.static_table(rows) for rows in (STATIC, long)]
+    for figure in figures:
+        (table,) = figure.data
+        texts = [
+            [heading, *cells] for heading, cells in zip(kernels.COLUMNS.values(), table.cells["values"], strict=True)
+        ]
+        assert all(width > max(map(len, text)) for width, text in zip(table.columnwidth, texts, strict=True))
+        assert figure.layout.width >= kernels.CHARACTER * sum(table.columnwidth)
+    assert figures[1].layout.width > figures[0].layout.width
+
+
 def test_errors_stand_on_a_log_axis_with_exact_ones_at_the_floor():
     figure = kernels.numerics({"cpu": {"out": 1e-7, "dx": 0.0}, "triton": {"out": 3e-6}}, tolerance=1e-5)
     cpu, triton = figure.data

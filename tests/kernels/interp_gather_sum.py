@@ -94,6 +94,15 @@ def test_what_lies_between_the_rows_and_the_rows_of_other_tokens_are_not_read():
     assert poisoned[2].isnan().all() and torch.equal(poisoned[[0, 1, 3]], clean[[0, 1, 3]])
 
 
+def test_a_row_that_begins_past_2_to_the_31(far_rows):
+    from workbench.kernels.gather_sum import triton as path  # the operator makes its rows contiguous first
+
+    plan = fixed_plan(3, 1)
+    y, weight = draw(plan, 20, torch.float16)
+    for w in (weight.float(), None):
+        assert torch.equal(path.gather_sum(far_rows(y), plan, w), path.gather_sum(y, plan, w))
+
+
 def test_gradients_and_registration():
     plan = ragged_plan([2, 0, 3, 1])
     y, weight = draw(plan, 5)

@@ -112,6 +112,14 @@ def test_rows_of_x_that_lie_apart():
         assert all(map(torch.equal, ours, expected))
 
 
+def test_a_row_of_x_that_begins_past_2_to_the_31(far_rows):
+    plan = grouped([2, 1])
+    args = draw(plan, 20, 8, dtype=torch.float16)
+    far = far_rows(args[0].detach()).requires_grad_()
+    ours, expected = (run([x, *args[1:]], plan, "swiglu", "triton") for x in (far, args[0]))
+    assert all(map(torch.equal, ours, expected))
+
+
 @kinds
 def test_two_runs_are_bit_equal_and_inference_gives_the_same(activation):
     plan = grouped([0, 7, BLOCK + 1], top_k=3)

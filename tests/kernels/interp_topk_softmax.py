@@ -77,6 +77,12 @@ def test_spaced_rows_columns_and_what_lies_between():
             assert torch.equal(ours, theirs)
 
 
+def test_a_row_that_begins_past_2_to_the_31(far_rows):
+    logits = draw(3, 12, dtype=torch.float16)
+    ours, expected = (topk_softmax(x, 3, backend="triton") for x in (far_rows(logits), logits))
+    assert all(map(torch.equal, ours, expected))
+
+
 @both
 def test_gradients_and_registration(renormalize):
     logits = draw(5, 6).requires_grad_()

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.errors import InputError
 from workbench.kernels import RoutePlan, dispatch, memory, moe_mlp, threads
@@ -255,6 +256,21 @@ def test_an_error_in_a_thread_reaches_the_caller():
     assert sorted(done) == [0, 1, 2, 4, 5, 6, 7]
 
 
+def test_a_confined_thread_uses_one_core_and_shares_as_many_as_ever():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = threads.available()
+        with threads.confined():
+            assert threads.available() == expected
+            with threads.confined():  # again inside changes nothing
+                assert torch.get_num_threads() == (1 if expected == 2 else 2)
+            assert torch.get_num_threads() == (1 if expected == 2 else 2)
+        assert torch.get_num_threads() == 2 and threads.available() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_scratch_is_reused_within_a_thread_only():
     first = memory.scratch(((4, 4), torch.float32), ((3,), torch.float64))
     again = memory.scratch(((2, 2), torch.float32))
@@ -318,9 +334,27 @@ def test_wrong_input_is_named():
             case()
 
 
-def test_operations_are_counted():
-    from torch.utils.flop_counter import FlopCounterMode
+def test_huge_sizes_and_strides_on_meta_tensors():
+    """Shapes alone, forward and backward: Z would have 2**41 numbers, and rows of x begin 2**33 apart."""
+    n_tokens, dim, hidden, n_experts, top_k = 2**25, 4096, 4096, 64, 8
+    expert = torch.empty(n_tokens * top_k, dtype=torch.int32, device="meta")
+    plan = RoutePlan.build(expert, n_experts, top_k=top_k)
+    x = torch.empty_strided((n_tokens, dim), (2**33, 1), device="meta").requires_grad_()
+    w1 = torch.empty(n_experts, 2 * hidden, dim, device="meta", requires_grad=True)
+    w2 = torch.empty(n_experts, dim, hidden, device="meta", requires_grad=True)
+    score = torch.empty(expert.shape, device="meta", requires_grad=True)
+    b1, b2 = (torch.empty(n_experts, n, device="meta", requires_grad=True) for n in (2 * hidden, dim))
+    with FlopCounterMode(display=False) as counter:
+        out = moe_mlp(x, w1, w2, plan, score, b1, b2, backend="cpu")
+        out.sum().backward()
+    assert out.shape == x.shape and out.stride() == (dim, 1)
+    for t in (x, w1, w2, score, b1, b2):
+        assert t.grad.shape == t.shape and t.grad.is_contiguous()
+    assert counter.get_total_flops() == 3 * 6 * expert.numel() * hidden * dim
+    assert plan.tiles(128)[0].shape == (expert.numel() // 128 + n_experts,)
 
+
+def test_operations_are_counted():
     plan = plan_of("fixed", 9, 4, 2)
     for activation, factor in [("swiglu", 6), ("relu", 4)]:
         args = inputs_of(plan, 8, 4, activation)

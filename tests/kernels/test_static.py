@@ -5,14 +5,20 @@ After a change of a kernel: `python -m workbench.kernels.static --write tests/ke
 
 import dataclasses
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from addresses import narrow_addresses
 
 from workbench.errors import InputError
 from workbench.kernels import static
 
 triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 SNAPSHOT = Path(__file__).with_name("static_snapshot.json")
 KEY = ("kernel", "dtype", "shape", "target")
@@ -46,6 +52,13 @@ class TestTarget:
         ]
         assert not changed, "\n".join([*changed, f"if that is meant: {REFRESH}"])
 
+    def test_rows_are_addressed_in_64_bits(self, target: str):
+        """A row times a width or a stride may pass 2**31; a token times K is a pair, of which a plan has fewer."""
+        for launch in static.launches():
+            code = static.compiled(launch, target).asm["ttir"]
+            assert [product for product in narrow_addresses(code) if "%top_k" not in product] == [], launch.name
+            assert re.search(r"tt\.addptr .*(, |x)i64", code), launch.name
+
 
 def test_the_snapshot_covers_every_operator_both_types_and_all_targets():
     rows = expected()["rows"]
@@ -55,22 +68,28 @@ def test_the_snapshot_covers_every_operator_both_types_and_all_targets():
     assert gemms and all(row["wgmma"] > 0 for row in gemms)
 
 
-@pytest.mark.parametrize("operator", static.OPERATORS)
-def test_rows_are_addressed_in_64_bits(operator: str, monkeypatch: pytest.MonkeyPatch):
-    """Every kernel that multiplies a row by a run-time stride does so in 64 bits: such a product may pass 2**31."""
-    seen = []
+@triton.jit
+def _move(index, source, out, width, stride, ROW: tl.constexpr, PROGRAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Gathers rows of a width into rows a stride apart; offsets of either are made in these types."""
+    group = tl.program_id(0) // tl.cdiv(width, BLOCK)
+    col = (tl.program_id(0) - group * tl.cdiv(width, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(index + group)
+    t = tl.load(source + row.to(ROW) * width + col, mask=col < width, other=0.0)
+    for i in range(4):
+        tl.store(out + (group + i).to(PROGRAM) * stride + col, t, mask=col < width)
 
-    def compile_only(source, target, options):
-        seen.append(source)
-        raise StopIteration
 
-    for launch in static.launches([operator]):
-        with monkeypatch.context() as patch:
-            patch.setattr(triton, "compile", compile_only)
-            with pytest.raises(StopIteration):
-                static.figures(launch, "sm_90")
-        assert "int64" in launch.function.src, launch.name
-    assert seen
+@pytest.mark.parametrize("row", [tl.int32, tl.int64], ids=str)
+@pytest.mark.parametrize("program", [tl.int32, tl.int64], ids=str)
+def test_narrow_addresses_are_found_in_the_code(row, program):
+    """That of a row read from memory, that of one made from the program's number; not columns, which are small."""
+    signature = {"index": "*i32", "source": "*bf16", "out": "*bf16", "width": "i32", "stride": "i32"}
+    constants = {"ROW": row, "PROGRAM": program, "BLOCK": 64}
+    launch = static.Launch("test/move", _move, signature, constants, (), 4, 1, "bf16", "any", False)
+    found = narrow_addresses(static.compiled(launch, "sm_90").asm["ttir"])
+    assert any("%width" in product for product in found) == (row == tl.int32)
+    assert any("%stride" in product for product in found) == (program == tl.int32)
+    assert len(found) == [row, program].count(tl.int32)
 
 
 def test_faults_are_named():

@@ -13,11 +13,11 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from workbench.bench.core import BOTH, FORWARD, LIMIT, OURS, Case, Contestants
 from workbench.kernels.memory import saved_bytes
 from workbench.kernels.moe_mlp import moe_mlp
+from workbench.kernels.moe_mlp.scattered import scattered
 from workbench.kernels.plan import RoutePlan
 
 REPEATS = 9
@@ -107,31 +107,8 @@ class Problem:
         return experts
 
     def _scattered(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """The layer as ScatterMoE lays it out (Tan et al. 2024, arXiv:2403.08245): see `ScatteredProduct`."""
         plan = RoutePlan.build(index.reshape(-1), self.n_experts, top_k=self.top_k)
-        gate, up = ScatteredProduct.apply(x, self.w1, plan, True).chunk(2, dim=1)
-        y = ScatteredProduct.apply(F.silu(gate) * up, self.w2, plan, False)
-        pairs = y[plan.inv].view(x.shape[0], self.top_k, -1)
-        return (pairs * weight[..., None]).sum(1)
-
-
-class ScatteredProduct(torch.autograd.Function):
-    """Each grouped row times its expert's matrix; it keeps its input for the backward, not the gathered copy of it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.plan, ctx.gather = plan, gather
-        return F.grouped_mm(x[plan.tok] if gather else x, w.transpose(1, 2), offs=plan.offs[1:])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, w = ctx.saved_tensors
-        plan, ends = ctx.plan, ctx.plan.offs[1:]
-        rows = x[plan.tok] if ctx.gather else x
-        dw = F.grouped_mm(grad.T, rows, offs=ends)
-        dx = F.grouped_mm(grad, w, offs=ends)
-        return torch.zeros_like(x).index_add_(0, plan.tok, dx) if ctx.gather else dx, dw, None, None
+        return scattered(x, self.w1, self.w2, plan, weight.reshape(-1))
 
 
 def _contestants(shape: tuple[int, int, int, int, int], direction: str) -> Contestants:

@@ -28,6 +28,7 @@ COLUMNS = {  # of `static_table`: key in a row -> heading
     "cp_async": "cp.async",
     "occupancy": "occupancy",
 }
+CHARACTER = 6.3  # pixels of a character in `static_table`, on average
 BESIDE = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}  # a legend that may be long
 
 
@@ -207,6 +208,8 @@ def static_table(rows: Sequence[Mapping], *, theme: str = "light") -> go.Figure:
     """
     colours = theme_named(theme)
     columns = [[_cell(key, row[key]) for row in rows] for key in COLUMNS]
+    # A table breaks no word, so each column is as wide as its longest text.
+    longest = [max(map(len, (name, *cells))) + 3 for name, cells in zip(COLUMNS.values(), columns, strict=True)]
     warned = [bool(row["spills"]) for row in rows]
     figure = blank(
         theme,
@@ -215,11 +218,12 @@ def static_table(rows: Sequence[Mapping], *, theme: str = "light") -> go.Figure:
         "resident warps over the most there can be",
         margin={"l": 14, "r": 14, "t": 60, "b": 8},
         height=110 + 24 * (len(rows) + 1),
+        width=max(700, CHARACTER * sum(longest)),
         xaxis={"visible": False},
         yaxis={"visible": False},
     )
     figure.add_table(
-        columnwidth=[4.2, 3.8] + [1.5] * (len(COLUMNS) - 2),
+        columnwidth=longest,
         header={
             "values": [f"<b>{heading}</b>" for heading in COLUMNS.values()],
             "fill_color": colours.grid,

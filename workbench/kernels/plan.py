@@ -60,10 +60,10 @@ class RoutePlan:
         Raises:
             InputError: names the argument that does not fit.
         """
-        n_tokens = _check(expert, n_experts, top_k, tok_offs)
+        n_tokens = check(expert, n_experts, top_k, tok_offs)
         device, n_pairs = expert.device, expert.shape[0]
+        check_values(expert, n_experts, tok_offs)
         by_expert, order = torch.sort(expert, stable=True)
-        _check_values(by_expert, n_experts, tok_offs, n_pairs)
         position = torch.arange(n_pairs, device=device, dtype=torch.int32)
         inv = torch.empty_like(position).scatter_(0, order, position)
         bounds = torch.arange(n_experts + 1, device=device, dtype=expert.dtype)
@@ -106,7 +106,7 @@ class RoutePlan:
         return torch.where(used, expert, -1), torch.where(used, row, -1)
 
 
-def _check(expert: Tensor, n_experts: int, top_k: int | None, tok_offs: Tensor | None) -> int:
+def check(expert: Tensor, n_experts: int, top_k: int | None, tok_offs: Tensor | None) -> int:
     """What shapes and types can tell; returns the number of tokens."""
     if expert.ndim != 1 or expert.dtype.is_floating_point or expert.dtype == torch.bool:
         raise InputError(f"expert is {_shown(expert)} but must be integers of shape (pairs,)")
@@ -130,11 +130,12 @@ def _check(expert: Tensor, n_experts: int, top_k: int | None, tok_offs: Tensor |
     return n_pairs // top_k
 
 
-def _check_values(by_expert: Tensor, n_experts: int, tok_offs: Tensor | None, n_pairs: int) -> None:
+def check_values(expert: Tensor, n_experts: int, tok_offs: Tensor | None) -> None:
     """What only the values can tell, where reading them costs nothing."""
-    if by_expert.device.type != "cpu" or torch.compiler.is_compiling():
+    if expert.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    low, high = (int(by_expert[0]), int(by_expert[-1])) if n_pairs else (0, 0)
+    n_pairs = expert.shape[0]
+    low, high = map(int, expert.aminmax()) if n_pairs else (0, 0)
     if low < 0 or high >= n_experts:
         raise InputError(
             f"expert holds values from {low} to {high} but all must be from 0 to n_experts - 1 = {n_experts - 1}"

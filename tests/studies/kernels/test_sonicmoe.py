@@ -12,7 +12,7 @@ from workbench.lib.core.models import DecoderLM
 from workbench.lib.kernels.sonicmoe import SonicRouter, padded_fraction, predicted_saved_bytes, topk_routing
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.kernels.sonicmoe import PRESETS, STUDY, arms, build, judge, run, waste_table
-from workbench.studies.kernels.sonicmoe_memory import grouping, layers, memory
+from workbench.studies.kernels.sonicmoe_memory import layers, memory
 
 NOISE = (0.0, 0.004, -0.003, 0.001)
 LOSS = {"tc": 2.0, "nearest-8": 2.001, "nearest-32": 2.002, "nearest-128": 2.3, "down-32": 2.01, "up-32": 2.0}
@@ -166,11 +166,6 @@ def test_the_gathering_and_the_scattering_layer_keep_what_their_design_says():
     indices = row["scatter"] - 4 * (n * d + values + pairs * d)
     assert 0 <= indices <= 8 * 3 * pairs + 8 * 8
     assert row["ours"] == sum(predicted_saved_bytes(n, d, width // k, 8, pairs).values())
-
-
-def test_grouping_is_a_permutation_and_its_inverse():
-    order, inverse, counts = grouping(topk_routing(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)), 2))
-    assert torch.equal(order[inverse], torch.arange(60)) and counts.sum() == 60
 
 
 # runs

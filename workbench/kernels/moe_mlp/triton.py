@@ -1,24 +1,23 @@
 """The expert layer in Triton: what is gathered, activated or summed happens inside the products.
 
-Forward: `_up` gathers rows of X, multiplies by W1 and activates; `_rows` multiplies by W2; `gather_sum` combines.
-Backward, with the formulas of `reference`: `_down_dgrad` makes dZ, score * A and the parts of dscore in one pass from Z
-and dO[tok] W2; `_score_grad` adds the parts; `_wgrad` makes both weight gradients, `_bias_grad` those of the biases;
-`_rows` makes the rows of dX, which `gather_sum` adds. A, Y and gathered rows of X are never kept.
+Forward: `up_forward` gathers rows of X, multiplies by W1 and activates; `grouped_rows` multiplies by W2; `gather_sum`
+combines. Backward, with the formulas of `reference`: `down_dgrad` makes dZ, score * A and the parts of dscore in one
+pass from Z and dO[tok] W2; `score_grad` adds the parts; `wgrad` makes both weight gradients, `bias_grad` those of the
+biases; `grouped_rows` makes the rows of dX, which `gather_sum` adds. A, Y and gathered rows of X are never kept.
 
-Grouped rows are cut into tiles of one expert (`RoutePlan.tiles`). Every output is written by one program, with sums in
-a fixed order, so two runs agree bit for bit. Accumulators are float32. Widths and strides are run-time arguments,
-offsets of rows and experts are int64, and whatever a mask leaves out is read as 0.
+Grouped rows are cut into tiles of one expert (`RoutePlan.tiles`). The kernels are in `triton_kernels`; two runs agree
+bit for bit.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.kernels.gather_sum.triton import gather_sum
+from workbench.kernels.moe_mlp import triton_kernels as kernels
 from workbench.kernels.plan import RoutePlan
 
 if TYPE_CHECKING:
@@ -60,246 +59,6 @@ TILES = {
 }
 
 
-@triton.jit
-def _place(tiles, columns):
-    """Tile of rows and tile of columns of this program: eight tiles of rows share the columns they read."""
-    group = tl.program_id(0) // (8 * columns)
-    inside = tl.program_id(0) - group * 8 * columns
-    height = tl.minimum(tiles - group * 8, 8)
-    return group * 8 + inside % height, inside // height
-
-
-@triton.jit
-def _up(
-    x, w1, b1, tok, offs, tile_expert, tile_row, z, a, dim, hidden, tiles, stride_x,
-    GLU: tl.constexpr, BIASED: tl.constexpr, SAVE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    tile, column = _place(tiles, tl.cdiv(hidden, BLOCK_N))
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    row = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
-    there = row < tl.load(offs + expert + 1)
-    token = tl.load(tok + row, mask=there, other=0).to(tl.int64)
-    col = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    up = (2 if GLU else 1) * hidden
-    x_p = x + token[:, None] * stride_x + k[None, :]
-    gate_p = w1 + (expert.to(tl.int64) * up + col)[None, :] * dim + k[:, None]
-    up_p = w1 + (expert.to(tl.int64) * up + hidden + col)[None, :] * dim + k[:, None]
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    linear = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(tl.cdiv(dim, BLOCK_K)):
-        left = k < dim - step * BLOCK_K
-        x_t = tl.load(x_p, mask=there[:, None] & left[None, :], other=0.0)
-        inside = left[:, None] & (col < hidden)[None, :]
-        gate = tl.dot(x_t, tl.load(gate_p, mask=inside, other=0.0), gate, input_precision="ieee")
-        if GLU:
-            linear = tl.dot(x_t, tl.load(up_p, mask=inside, other=0.0), linear, input_precision="ieee")
-            up_p += BLOCK_K
-        x_p += BLOCK_K
-        gate_p += BLOCK_K
-    if BIASED:
-        b1 += expert.to(tl.int64) * up
-        gate += tl.load(b1 + col, mask=col < hidden, other=0.0).to(tl.float32)[None, :]
-        if GLU:
-            linear += tl.load(b1 + hidden + col, mask=col < hidden, other=0.0).to(tl.float32)[None, :]
-    # The backward reads Z as it is stored, so the activation takes it as it is stored.
-    data = a.dtype.element_ty
-    gate = gate.to(data)
-    wide = gate.to(tl.float32)
-    inside = there[:, None] & (col < hidden)[None, :]
-    at = row.to(tl.int64)[:, None]
-    if SAVE:
-        tl.store(z + at * up + col[None, :], gate, mask=inside)
-    if GLU:
-        linear_t = linear.to(data)
-        if SAVE:
-            tl.store(z + at * up + (hidden + col)[None, :], linear_t, mask=inside)
-        active = wide * tl.sigmoid(wide) * linear_t.to(tl.float32)
-    else:
-        active = tl.maximum(wide, 0.0)
-    tl.store(a + at * hidden + col[None, :], active.to(data), mask=inside)
-
-
-@triton.jit
-def _rows(
-    left, w, bias, offs, tile_expert, tile_row, out, inner, width, tiles,
-    TRANSPOSED: tl.constexpr, BIASED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out (P, width) = left (P, inner) times w_e (inner, width), or w_e (width, inner) transposed, plus bias_e."""
-    tile, column = _place(tiles, tl.cdiv(width, BLOCK_N))
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    first, row = tl.load(tile_row + tile), tl.arange(0, BLOCK_M)
-    there = row < tl.load(offs + expert + 1) - first
-    left += first.to(tl.int64) * inner
-    out += first.to(tl.int64) * width
-    col = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    left_p = left + row[:, None] * inner + k[None, :]
-    w += expert.to(tl.int64) * width * inner
-    if TRANSPOSED:
-        w_p = w + col.to(tl.int64)[None, :] * inner + k[:, None]
-    else:
-        w_p = w + k.to(tl.int64)[:, None] * width + col[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(tl.cdiv(inner, BLOCK_K)):
-        more = k < inner - step * BLOCK_K
-        left_t = tl.load(left_p, mask=there[:, None] & more[None, :], other=0.0)
-        w_t = tl.load(w_p, mask=more[:, None] & (col < width)[None, :], other=0.0)
-        acc = tl.dot(left_t, w_t, acc, input_precision="ieee")
-        left_p += BLOCK_K
-        if TRANSPOSED:
-            w_p += BLOCK_K
-        else:
-            w_p += BLOCK_K * width
-    if BIASED:
-        bias_t = tl.load(bias + expert.to(tl.int64) * width + col, mask=col < width, other=0.0)
-        acc += bias_t.to(tl.float32)[None, :]
-    inside = there[:, None] & (col < width)[None, :]
-    tl.store(out + row[:, None] * width + col[None, :], acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _down_dgrad(
-    grad, w2, z, score, order, tok, offs, tile_expert, tile_row, dz, scaled, parts, dim, hidden, tiles,
-    GLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """From U = dO[tok] W2_e: dZ, score * A, and the part of <U, A> that these columns hold."""
-    columns = tl.cdiv(hidden, BLOCK_N)
-    tile, column = _place(tiles, columns)
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    first, inner = tl.load(tile_row + tile), tl.arange(0, BLOCK_M)
-    row = first + inner
-    there = row < tl.load(offs + expert + 1)
-    token = tl.load(tok + row, mask=there, other=0).to(tl.int64)
-    col = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    grad_p = grad + token[:, None] * dim + k[None, :]
-    w2_p = w2 + (expert.to(tl.int64) * dim + k)[:, None] * hidden + col[None, :]
-    u = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(tl.cdiv(dim, BLOCK_K)):
-        more = k < dim - step * BLOCK_K
-        grad_t = tl.load(grad_p, mask=there[:, None] & more[None, :], other=0.0)
-        w2_t = tl.load(w2_p, mask=more[:, None] & (col < hidden)[None, :], other=0.0)
-        u = tl.dot(grad_t, w2_t, u, input_precision="ieee")
-        grad_p += BLOCK_K
-        w2_p += BLOCK_K * hidden
-    inside = there[:, None] & (col < hidden)[None, :]
-    data = scaled.dtype.element_ty
-    pair = tl.load(order + row, mask=there, other=0)
-    s = tl.load(score + pair, mask=there, other=0.0).to(tl.float32)
-    up = (2 if GLU else 1) * hidden
-    z += first.to(tl.int64) * up
-    dz += first.to(tl.int64) * up
-    scaled += first.to(tl.int64) * hidden
-    at = inner[:, None] * up + col[None, :]  # inside the tile
-    gate = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-    # First what depends on Z alone, then its products with U, which lies otherwise in registers.
-    if GLU:
-        linear = tl.load(z + at + hidden, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        active = silu * linear
-        slope = linear * (sigmoid + silu * (1 - sigmoid))
-        tl.store(dz + at + hidden, (u * (silu * s[:, None])).to(data), mask=inside)
-    else:
-        active = tl.maximum(gate, 0.0)
-        slope = tl.where(gate > 0, 1.0, 0.0)
-    tl.store(scaled + inner[:, None] * hidden + col[None, :], (active * s[:, None]).to(data), mask=inside)
-    tl.store(dz + at, (u * (slope * s[:, None])).to(data), mask=inside)
-    tl.store(parts + row.to(tl.int64) * columns + column, tl.sum(u * active, 1), mask=there)
-
-
-@triton.jit
-def _score_grad(
-    parts, grad, b2, order, tok, offs, tile_expert, tile_row, dscore, columns, dim,
-    BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Adds the parts of each row, and <dO[tok], b2_e>, and stores the sum at the row's pair."""
-    expert = tl.load(tile_expert + tl.program_id(0))
-    if expert < 0:
-        return
-    row = tl.load(tile_row + tl.program_id(0)) + tl.arange(0, BLOCK_M)
-    there = row < tl.load(offs + expert + 1)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for column in range(columns):
-        total += tl.load(parts + row.to(tl.int64) * columns + column, mask=there, other=0.0)
-    if BIASED:
-        token = tl.load(tok + row, mask=there, other=0).to(tl.int64)
-        for begin in range(0, dim, BLOCK_K):
-            col = begin + tl.arange(0, BLOCK_K)
-            inside = there[:, None] & (col < dim)[None, :]
-            grad_t = tl.load(grad + token[:, None] * dim + col[None, :], mask=inside, other=0.0)
-            b2_t = tl.load(b2 + expert.to(tl.int64) * dim + col, mask=col < dim, other=0.0)
-            total += tl.sum(grad_t.to(tl.float32) * b2_t.to(tl.float32)[None, :], 1)
-    pair = tl.load(order + row, mask=there, other=0)
-    tl.store(dscore + pair, total.to(dscore.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _wgrad(
-    left, right, tok, offs, out, height, width, stride_left, stride_right,
-    GATHER_LEFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out_e (height, width) = left^T right over the rows of expert e; one side is gathered by token, the other grouped.
-
-    An expert without rows gets zeros."""
-    columns = tl.cdiv(width, BLOCK_N)
-    each = tl.cdiv(height, BLOCK_M) * columns
-    expert = tl.program_id(0) // each
-    inside = tl.program_id(0) - expert * each
-    m = inside // columns * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = inside % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.load(offs + expert + 1)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for begin in range(tl.load(offs + expert), end, BLOCK_K):
-        row = begin + tl.arange(0, BLOCK_K)
-        there = row < end
-        token = tl.load(tok + row, mask=there, other=0).to(tl.int64)
-        grouped = row.to(tl.int64)
-        left_row = token if GATHER_LEFT else grouped
-        right_row = grouped if GATHER_LEFT else token
-        left_p = left + left_row[None, :] * stride_left + m[:, None]
-        right_p = right + right_row[:, None] * stride_right + n[None, :]
-        left_t = tl.load(left_p, mask=there[None, :] & (m < height)[:, None], other=0.0)
-        right_t = tl.load(right_p, mask=there[:, None] & (n < width)[None, :], other=0.0)
-        acc = tl.dot(left_t, right_t, acc, input_precision="ieee")
-    out += expert.to(tl.int64) * height * width
-    out_p = out + m.to(tl.int64)[:, None] * width + n[None, :]
-    tl.store(out_p, acc.to(out.dtype.element_ty), mask=(m < height)[:, None] & (n < width)[None, :])
-
-
-@triton.jit
-def _bias_grad(
-    rows, score, order, tok, offs, out, width,
-    GATHERED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out_e (width) = sum of the rows of expert e; gathered by token and times the score, or grouped as they are."""
-    columns = tl.cdiv(width, BLOCK_N)
-    expert = tl.program_id(0) // columns
-    col = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.load(offs + expert + 1)
-    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for begin in range(tl.load(offs + expert), end, BLOCK_K):
-        row = begin + tl.arange(0, BLOCK_K)
-        there = row < end
-        source = tl.load(tok + row, mask=there, other=0) if GATHERED else row
-        inside = there[:, None] & (col < width)[None, :]
-        t = tl.load(rows + source.to(tl.int64)[:, None] * width + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        if GATHERED:
-            pair = tl.load(order + row, mask=there, other=0)
-            t *= tl.load(score + pair, mask=there, other=0.0).to(tl.float32)[:, None]
-        acc += tl.sum(t, 0)
-    tl.store(out + expert.to(tl.int64) * width + col, acc.to(out.dtype.element_ty), mask=col < width)
-
-
 def forward(
     x: Tensor,
     w1: Tensor,
@@ -323,7 +82,7 @@ def forward(
     a = x.new_empty(plan.n_pairs, w2.shape[2])
     count, (dim, hidden) = tiles[0].shape[0], w2.shape[1:]
     blocks, grid = _blocks("up", x, count, hidden)
-    _up[grid](
+    kernels.up_forward[grid](
         x, w1, w1 if b1 is None else b1, plan.tok, plan.offs, *tiles, a if z is None else z, a,
         dim, hidden, count, x.stride(0),
         GLU=activation == "swiglu", BIASED=b1 is not None, SAVE=save, **blocks,
@@ -350,13 +109,13 @@ def backward(
     blocks, grid = _blocks("down_dgrad", x, count, hidden)
     columns = triton.cdiv(hidden, blocks["BLOCK_N"])
     parts = x.new_empty(plan.n_pairs, columns, dtype=torch.float32)
-    _down_dgrad[grid](
+    kernels.down_dgrad[grid](
         grad, w2, z, score, plan.order, plan.tok, plan.offs, *tiles, dz, scaled, parts, dim, hidden, count,
         GLU=activation == "swiglu", **blocks,
     )  # fmt: skip
     dscore = torch.empty_like(score)
     blocks, _ = _blocks("score_grad", x)
-    _score_grad[(count,)](
+    kernels.score_grad[(count,)](
         parts, grad, grad if b2 is None else b2, plan.order, plan.tok, plan.offs, *tiles, dscore, columns, dim,
         BIASED=b2 is not None, **blocks,
     )  # fmt: skip
@@ -378,7 +137,7 @@ def _product(
     out = left.new_empty(plan.n_pairs, width)
     count = tiles[0].shape[0]
     blocks, grid = _blocks(kernel, left, count, width)
-    _rows[grid](
+    kernels.grouped_rows[grid](
         left, w, w if bias is None else bias, plan.offs, *tiles, out, inner, width, count,
         TRANSPOSED=transposed, BIASED=bias is not None, **blocks,
     )  # fmt: skip
@@ -390,7 +149,7 @@ def _weight_grad(left: Tensor, right: Tensor, w: Tensor, plan: RoutePlan, gather
     height, width = w.shape[1:]
     tile = TILES["wgrad", w.element_size()]
     blocks, grid = _blocks("wgrad", w, plan.n_experts * triton.cdiv(height, tile.m), width)
-    _wgrad[grid](
+    kernels.wgrad[grid](
         left, right, plan.tok, plan.offs, out, height, width, left.stride(0), right.stride(0),
         GATHER_LEFT=gather_left, **blocks,
     )  # fmt: skip
@@ -400,7 +159,7 @@ def _weight_grad(left: Tensor, right: Tensor, w: Tensor, plan: RoutePlan, gather
 def _column_sums(rows: Tensor, score: Tensor | None, bias: Tensor, plan: RoutePlan) -> Tensor:
     out = torch.empty_like(bias)
     blocks, grid = _blocks("bias_grad", bias, plan.n_experts, bias.shape[1])
-    _bias_grad[grid](
+    kernels.bias_grad[grid](
         rows, rows if score is None else score, plan.order, plan.tok, plan.offs, out, bias.shape[1],
         GATHERED=score is not None, **blocks,
     )  # fmt: skip
@@ -451,19 +210,19 @@ def _launches(dtype: str) -> "list[Launch]":
         )
 
     return [
-        launch("up", _up, "SwiGLU, training", GLU=True, BIASED=False, SAVE=True),
-        launch("up", _up, "SwiGLU, inference", GLU=True, BIASED=False, SAVE=False),
-        launch("up", _up, "SwiGLU, biases, training", GLU=True, BIASED=True, SAVE=True),
-        launch("up", _up, "ReLU, biases, training", GLU=False, BIASED=True, SAVE=True),
-        launch("down", _rows, "no bias", TRANSPOSED=True, BIASED=False),
-        launch("down", _rows, "bias", TRANSPOSED=True, BIASED=True),
-        launch("down_dgrad", _down_dgrad, "SwiGLU", GLU=True),
-        launch("down_dgrad", _down_dgrad, "ReLU", GLU=False),
-        launch("score_grad", _score_grad, "no bias", BIASED=False),
-        launch("score_grad", _score_grad, "bias", BIASED=True),
-        launch("wgrad", _wgrad, "W2", GATHER_LEFT=True),
-        launch("wgrad", _wgrad, "W1", GATHER_LEFT=False),
-        launch("bias_grad", _bias_grad, "b1", GATHERED=False),
-        launch("bias_grad", _bias_grad, "b2", GATHERED=True),
-        launch("up_dgrad", _rows, "rows of dX", TRANSPOSED=False, BIASED=False),
+        launch("up", kernels.up_forward, "SwiGLU, training", GLU=True, BIASED=False, SAVE=True),
+        launch("up", kernels.up_forward, "SwiGLU, inference", GLU=True, BIASED=False, SAVE=False),
+        launch("up", kernels.up_forward, "SwiGLU, biases, training", GLU=True, BIASED=True, SAVE=True),
+        launch("up", kernels.up_forward, "ReLU, biases, training", GLU=False, BIASED=True, SAVE=True),
+        launch("down", kernels.grouped_rows, "no bias", TRANSPOSED=True, BIASED=False),
+        launch("down", kernels.grouped_rows, "bias", TRANSPOSED=True, BIASED=True),
+        launch("down_dgrad", kernels.down_dgrad, "SwiGLU", GLU=True),
+        launch("down_dgrad", kernels.down_dgrad, "ReLU", GLU=False),
+        launch("score_grad", kernels.score_grad, "no bias", BIASED=False),
+        launch("score_grad", kernels.score_grad, "bias", BIASED=True),
+        launch("wgrad", kernels.wgrad, "W2", GATHER_LEFT=True),
+        launch("wgrad", kernels.wgrad, "W1", GATHER_LEFT=False),
+        launch("bias_grad", kernels.bias_grad, "b1", GATHERED=False),
+        launch("bias_grad", kernels.bias_grad, "b2", GATHERED=True),
+        launch("up_dgrad", kernels.grouped_rows, "rows of dX", TRANSPOSED=False, BIASED=False),
     ]
