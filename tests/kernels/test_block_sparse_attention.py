@@ -16,9 +16,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.errors import InputError
-from workbench.kernels import block_gate_topk, block_sparse_attention, dispatch
+from workbench.kernels import block_gate_topk, block_sparse_attention, dispatch, memory
 from workbench.kernels.block_sparse_attention import _attend, _gate, cpu, gate, index, reference
-from workbench.kernels.block_sparse_attention.index import BlockIndex, block_table, invert
+from workbench.kernels.block_sparse_attention.index import BlockIndex, invert
 
 operator = importlib.import_module("workbench.kernels.block_sparse_attention")
 PATHS = ("reference", "cpu")
@@ -284,11 +284,40 @@ def test_scores_that_are_no_numbers_still_give_whole_rows():
 def test_the_fast_inversion_is_the_plain_one():
     q, k, _ = tensors(100)
     for sequences in (None, VARLEN):
-        blocks = block_gate_topk(q, k, 8, 3, sequences).blocks
-        n_blocks = len(block_table(100, 8, sequences, blocks.device)[0])
-        assert all(
-            torch.equal(a, b) for a, b in zip(invert(blocks, n_blocks), gate.invert(blocks, n_blocks), strict=True)
-        )
+        chosen = block_gate_topk(q, k, 8, 3, sequences, backend="cpu")
+        plain = invert(chosen.blocks, chosen.n_blocks)
+        assert all(map(torch.equal, (chosen.rows, chosen.col_offs, chosen.pair), plain))
+
+
+@pytest.mark.parametrize("sequences", [None, VARLEN], ids=["one sequence", "packed"])
+def test_the_choice_does_not_depend_on_the_slices_it_is_made_in(sequences, monkeypatch):
+    q, k, _ = tensors(100)
+    whole = block_gate_topk(q, k, 8, 3, sequences)
+    monkeypatch.setattr(gate, "SCORES", 300)
+    sliced = block_gate_topk(q, k, 8, 3, sequences)
+    assert all(map(torch.equal, whole.tensors(), sliced.tensors()))
+
+
+def test_memory_that_is_kept_is_never_seen():
+    """What an earlier call left in the workspaces does not show, and nothing that is returned lies in them."""
+    q, k, v = tensors(100, dtype=torch.float32, grad=True)
+
+    def run():
+        return with_grads(lambda *qkv: block_sparse_attention(*qkv, block_gate_topk(*qkv[:2], 8, 3)), q, k, v)
+
+    memory.release()
+    clean = run()
+    spaces = [space for several in memory._threads.workspaces.values() for space in several]
+    assert spaces and all(space.n_bytes for space in spaces)
+    for space in spaces:
+        for buffer in space.buffers.values():
+            buffer.fill_(torch.nan)
+    again = run()
+    assert all(map(torch.equal, clean, again))
+    for space in spaces:
+        for buffer in space.buffers.values():
+            buffer.fill_(torch.nan)
+    assert not any(x.isnan().any() for x in again)
 
 
 def test_any_choice_of_blocks_can_be_given():

@@ -9,7 +9,8 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,18 +44,52 @@ def scratch(*wanted: tuple[Sequence[int], torch.dtype]) -> list[Tensor]:
     return parts
 
 
+class Workspace:
+    """Named scratch tensors of one type: `workspace(name, *shape)` has whatever was left in it."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.buffers = dtype, {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = _product(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = None  # freed before the larger one is taken
+            self.buffers[name] = fresh((size,), self.dtype)
+        return self.buffers[name][:size].view(shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+@contextmanager
+def workspaces(count: int, dtype: torch.dtype) -> Iterator[list[Workspace]]:
+    """One for each of `count` workers of the calling thread, kept as the buffer of `scratch` is."""
+    kept = _threads.__dict__.pop("workspaces", {})  # nobody else uses them meanwhile
+    mine = kept.setdefault(dtype, [])
+    mine += [Workspace(dtype) for _ in range(count - len(mine))]
+    yield mine[:count]
+    if sum(space.n_bytes for spaces in kept.values() for space in spaces) <= KEPT_BYTES:
+        _threads.workspaces = kept
+
+
 def release() -> None:
-    """Free this thread's scratch buffer."""
+    """Free this thread's scratch buffer and workspaces."""
     _threads.buffer = None
+    _threads.workspaces = {}
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor, on large pages where it is large and the system has them on request."""
-    tensor = torch.empty(shape, dtype=dtype)
+    return on_large_pages(torch.empty(shape, dtype=dtype))
+
+
+def on_large_pages(tensor: Tensor) -> Tensor:
+    """The tensor, a CPU tensor that nothing has been written to."""
     madvise = _madvise()
     if madvise is not None:
         first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        end = (tensor.data_ptr() + tensor.numel() * dtype.itemsize) // HUGE_PAGE * HUGE_PAGE
+        end = (tensor.data_ptr() + tensor.numel() * tensor.itemsize) // HUGE_PAGE * HUGE_PAGE
         if end > first:
             madvise(first, end - first, MADV_HUGEPAGE)  # advice: a refusal changes nothing but the speed
     return tensor

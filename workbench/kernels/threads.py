@@ -12,8 +12,9 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,11 +24,35 @@ Item = TypeVar("Item")
 
 _lock = threading.Lock()
 _pool: tuple[int, ThreadPoolExecutor] | None = None  # with its process: a fork has none of the threads
+_here = threading.local()  # `count`: how many threads there were before `confined`
 
 
 def available() -> int:
     """How many threads `share` can use: as many as torch is set to, 1 where they cannot be confined."""
-    return torch.get_num_threads() if _controls() is not None else 1
+    if _controls() is None:
+        return 1
+    return getattr(_here, "count", None) or torch.get_num_threads()
+
+
+@contextmanager
+def confined() -> Iterator[None]:
+    """torch's operators called inside use the calling thread alone; `share` has as many threads as ever.
+
+    After an operator that used several threads, those of OpenMP wait for the next one in a loop that takes a core for
+    some milliseconds each: one that `share` has given to a thread of its own.
+    """
+    if _controls() is None or hasattr(_here, "count"):
+        yield
+        return
+    _here.count = torch.get_num_threads()
+    _confine()
+    try:
+        yield
+    finally:
+        set_openmp, set_mkl = _controls()
+        set_openmp(_here.count)
+        set_mkl(0)  # as many as are set for all threads
+        del _here.count
 
 
 def share(items: Iterable[Item], work: Callable[[int, Item], None], threads: int) -> None:

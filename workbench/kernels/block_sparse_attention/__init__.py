@@ -119,14 +119,14 @@ def _gate(
     """The tensors of a `BlockIndex`."""
     dispatch.record("block_gate_topk", backend)
     starts, lengths = block_table(q.shape[0], block_size, cu_seqlens, q.device)
-    path = import_module(f"{__name__}.gate") if backend == "cpu" else _path(backend)
     if q.shape[0] == 0:
         blocks = torch.empty(*q.shape[:2], top_k, dtype=torch.int32, device=q.device)
+    elif backend == "cpu":
+        found = import_module(f"{__name__}.gate").index(q, k, block_size, top_k, cu_seqlens, starts)
+        return *found, starts, lengths
     else:
-        blocks = path.gate(q, k, block_size, top_k, cu_seqlens, starts, lengths).contiguous()
-    by_column = path.invert if backend == "cpu" else invert
-    rows, col_offs, pair = by_column(blocks, starts.numel())
-    return blocks, rows, col_offs, pair.contiguous(), starts, lengths
+        blocks = _path(backend).gate(q, k, block_size, top_k, cu_seqlens, starts, lengths).contiguous()
+    return blocks, *invert(blocks, starts.numel()), starts, lengths
 
 
 @_gate.register_fake

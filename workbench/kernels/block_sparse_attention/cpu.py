@@ -23,9 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from workbench.kernels import threads
 from workbench.kernels.block_sparse_attention.index import BlockIndex
+from workbench.kernels.memory import Workspace, on_large_pages, workspaces
 
 LOG2E = 1 / math.log(2)
-CACHE = 1 << 19  # numbers in the scores and gathered rows of a tile: two megabytes in float32, found by trial
+CACHE = 1 << 20  # numbers in the scores and gathered rows of a tile: four megabytes in float32, found by trial
 SLACK = 0.75  # a tile ends before a column shorter than this share of its longest: so much padding at most
 SAFE = 100.0  # scores up to which no power of two leaves the range of float32, whatever their number
 
@@ -46,53 +47,55 @@ class Tile(NamedTuple):
     first: bool
 
 
+@threads.confined()
 def forward(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
     """Output (N, H, d) and L (N, H), as the reference; scores and sums are in float32 (float64 where q is)."""
     n_tokens, heads, d = q.shape
-    out, lse = torch.empty_like(q), q.new_empty(n_tokens, heads, dtype=accumulator(q))
+    out, lse = on_large_pages(torch.empty_like(q)), q.new_empty(n_tokens, heads, dtype=accumulator(q))
     places = block_places(index, n_tokens)
     offsets, size, group = index.col_offs.tolist(), index.block_size, heads // k.shape[1]
 
-    def work(g: int) -> None:
-        own_keys, own_values = padded(k[:, g], lse.dtype), padded(v[:, g], lse.dtype)
+    def work(memory: Workspace, g: int) -> None:
+        own_keys, own_values = padded(memory, "own keys", k[:, g]), padded(memory, "own values", v[:, g])
         for h in range(g * group, (g + 1) * group):
             order, tiles = plan(index, h, offsets, n_tokens, d)
-            keys, values = (by_block(x, places, order) for x in (own_keys, own_values))
-            keys = keys.transpose(1, 2)
-            queries = padded(q[:, h], lse.dtype).mul_(scale * LOG2E)
-            parts, sums = torch.zeros_like(queries), torch.zeros_like(queries[:, 0])
-            scratch = Scratch(tiles, queries)
+            tokens = places[order]
+            keys = taken(memory, "keys", own_keys, tokens.flatten(), tokens.shape).transpose(1, 2)
+            values = taken(memory, "values", own_values, tokens.flatten(), tokens.shape)
+            queries = padded(memory, "queries", q[:, h]).mul_(scale * LOG2E)
+            parts, sums = memory("parts", n_tokens + 1, d).zero_(), memory("sums", n_tokens + 1).zero_()
             peak = float(queries.norm(dim=1).max() * own_keys.norm(dim=1).max())  # no score is larger
-            top = None if peak <= SAFE else largest_scores(queries, keys, tiles, scratch)
+            top = None if peak <= SAFE else largest_scores(queries, keys, tiles, memory)
             for tile in tiles:
-                mine = torch.index_select(queries, 0, tile.rows, out=scratch(0, tile, d)).view(*tile.shape, d)
-                scores = torch.bmm(mine, keys[tile.columns], out=scratch(1, tile, size).view(*tile.shape, size))
+                mine = taken(memory, "mine", queries, tile.rows, tile.shape)
+                scores = torch.bmm(mine, keys[tile.columns], out=memory("scores", *tile.shape, size))
                 if top is not None:
                     scores.sub_(top[tile.rows].view(*tile.shape, 1))
                 mask_own(scores.exp2_(), tile)
                 sums.index_add_(0, tile.rows, scores.sum(-1).flatten())
-                part = scratch(2, tile, d)
-                torch.bmm(scores, values[tile.columns], out=part.view(*tile.shape, d))
-                parts.index_add_(0, tile.rows, part)
-            out[:, h] = parts[:-1].div_(sums[:-1, None])
+                part = torch.bmm(scores, values[tile.columns], out=memory("part", *tile.shape, d))
+                parts.index_add_(0, tile.rows, part.flatten(0, 1))
+            torch.div(parts[:-1], sums[:-1, None], out=parts[:-1])
+            out[:, h] = parts[:-1]
             lse[:, h] = (sums.log2_() if top is None else sums.log2_().add_(top))[:-1].div_(LOG2E)
 
-    each_head(work, k.shape[1])
+    each_head(work, k.shape[1], lse.dtype)
     return out, lse
 
 
-def largest_scores(queries: Tensor, keys: Tensor, tiles: list[Tile], scratch: "Scratch") -> Tensor:
+def largest_scores(queries: Tensor, keys: Tensor, tiles: list[Tile], memory: Workspace) -> Tensor:
     """(N + 1,) the largest score of each query, 0 for the row of padding."""
-    top, (_, d, size) = torch.full_like(queries[:, 0], -torch.inf), keys.shape
+    top = torch.full_like(queries[:, 0], -torch.inf)
     for tile in tiles:
-        mine = torch.index_select(queries, 0, tile.rows, out=scratch(0, tile, d)).view(*tile.shape, d)
-        scores = torch.bmm(mine, keys[tile.columns], out=scratch(1, tile, size).view(*tile.shape, size))
+        mine = taken(memory, "mine", queries, tile.rows, tile.shape)
+        scores = torch.bmm(mine, keys[tile.columns], out=memory("scores", *tile.shape, keys.shape[2]))
         mask_own(scores, tile, -torch.inf)
         top.scatter_reduce_(0, tile.rows, scores.amax(-1).flatten(), "amax")
     top[-1] = 0
     return top
 
 
+@threads.confined()
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, index: BlockIndex, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,42 +103,45 @@ def backward(
     dQ = dS K, where delta is the product of the output and its gradient.
     """
     n_tokens, heads, d = q.shape
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    places, kind = block_places(index, n_tokens), lse.dtype
+    dq, dk, dv = (on_large_pages(torch.empty_like(x)) for x in (q, k, v))
+    places = block_places(index, n_tokens)
     offsets, size, group = index.col_offs.tolist(), index.block_size, heads // k.shape[1]
 
-    def work(g: int) -> None:
-        own_keys, own_values = padded(k[:, g], kind), padded(v[:, g], kind)
-        dk_all, dv_all = torch.zeros_like(own_keys), torch.zeros_like(own_values)
+    def work(memory: Workspace, g: int) -> None:
+        own_keys, own_values = padded(memory, "own keys", k[:, g]), padded(memory, "own values", v[:, g])
+        dk_all, dv_all, d_queries = (memory(name, n_tokens + 1, d) for name in ("dk", "dv", "dq"))
+        dk_all.zero_(), dv_all.zero_()
         for h in range(g * group, (g + 1) * group):
             order, tiles = plan(index, h, offsets, n_tokens, d)
-            keys, values = (by_block(x, places, order) for x in (own_keys, own_values))
-            queries, grads = padded(q[:, h], kind).mul_(scale * LOG2E), padded(grad[:, h], kind)
-            minus_l = padded(lse[:, h, None], kind).mul_(-LOG2E)[:, 0]
-            minus_delta = (grads * padded(out[:, h], kind)).sum(1).neg_()
-            d_keys, d_values, d_queries = torch.zeros_like(keys), torch.zeros_like(values), torch.zeros_like(queries)
-            scratch = Scratch(tiles, queries)
+            tokens = places[order]
+            keys = taken(memory, "keys", own_keys, tokens.flatten(), tokens.shape)
+            values = taken(memory, "values", own_values, tokens.flatten(), tokens.shape)
+            queries = padded(memory, "queries", q[:, h]).mul_(scale * LOG2E)
+            grads = padded(memory, "grads", grad[:, h])
+            minus_l = padded(memory, "lse", lse[:, h, None]).mul_(-LOG2E)[:, 0]
+            minus_delta = padded(memory, "product", out[:, h]).mul_(grads).sum(1).neg_()
+            d_keys, d_values = (memory(name, *keys.shape).zero_() for name in ("d keys", "d values"))
+            d_queries.zero_()
             for tile in tiles:
                 shape, at, rows = tile.shape, tile.columns, tile.rows
-                mine = torch.index_select(queries, 0, rows, out=scratch(0, tile, d)).view(*shape, d)
-                p = scratch(1, tile, size).view(*shape, size)
+                mine = taken(memory, "mine", queries, rows, shape)
+                p = memory("scores", *shape, size)
                 torch.baddbmm(minus_l[rows].view(*shape, 1), mine, keys[at].transpose(1, 2), out=p)
                 mask_own(p.exp2_(), tile)
-                down = torch.index_select(grads, 0, rows, out=scratch(2, tile, d)).view(*shape, d)
+                down = taken(memory, "down", grads, rows, shape)
                 d_values[at].baddbmm_(p.transpose(1, 2), down)
-                ds = scratch(3, tile, size).view(*shape, size)
+                ds = memory("d scores", *shape, size)
                 torch.baddbmm(minus_delta[rows].view(*shape, 1), down, values[at].transpose(1, 2), out=ds).mul_(p)
                 d_keys[at].baddbmm_(ds.transpose(1, 2), mine)
-                part = scratch(0, tile, d)
-                torch.bmm(ds, keys[at], out=part.view(*shape, d))
-                d_queries.index_add_(0, rows, part)
+                part = torch.bmm(ds, keys[at], out=memory("part", *shape, d))
+                d_queries.index_add_(0, rows, part.flatten(0, 1))
             dq[:, h] = d_queries[:-1].mul_(scale)
-            tokens = places[order].flatten()
+            tokens = tokens.flatten()
             dk_all.index_add_(0, tokens, d_keys.flatten(0, 1), alpha=1 / LOG2E)  # takes off the queries' log2(e)
             dv_all.index_add_(0, tokens, d_values.flatten(0, 1))
         dk[:, g], dv[:, g] = dk_all[:-1], dv_all[:-1]
 
-    each_head(work, k.shape[1])
+    each_head(work, k.shape[1], lse.dtype)
     return dq, dk, dv
 
 
@@ -162,26 +168,29 @@ def plan(index: BlockIndex, head: int, offsets: list[int], n_tokens: int, d: int
     return torch.tensor(order), tiles
 
 
-class Scratch:
-    """Memory that every tile uses anew: `scratch(number, tile, width)` is (C R, width) of buffer `number`."""
-
-    def __init__(self, tiles: list[Tile], like: Tensor):
-        self.most, self.like, self.buffers = max(len(tile.rows) for tile in tiles), like, {}
-
-    def __call__(self, number: int, tile: Tile, width: int) -> Tensor:
-        if number not in self.buffers:
-            self.buffers[number] = self.like.new_empty(self.most, width)
-        return self.buffers[number][: len(tile.rows)]
+def padded(memory: Workspace, name: str, x: Tensor) -> Tensor:
+    """(N + 1, width) the rows of x and a row of zeros, which stands for padding."""
+    rows = memory(name, x.shape[0] + 1, x.shape[1])
+    rows[:-1], rows[-1] = x, 0
+    return rows
 
 
-def each_head(work: Callable[[int], None], heads: int) -> None:
-    """`work(head)` for each head, in as many threads as there are heads for."""
-    count = min(threads.available(), heads)
-    if count > 1:
-        threads.share(range(heads), lambda _, head: work(head), count)
-    else:
-        for head in range(heads):
-            work(head)
+def taken(memory: Workspace, name: str, x: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(*shape, width) these rows of x."""
+    found = memory(name, *shape, x.shape[1])
+    torch.index_select(x, 0, rows, out=found.view(-1, x.shape[1]))
+    return found
+
+
+def each_head(work: Callable[[Workspace, int], None], heads: int, kind: torch.dtype) -> None:
+    """`work(memory, head)` for each head, in as many threads as there are heads for."""
+    count = max(1, min(threads.available(), heads))
+    with workspaces(count, kind) as memories:
+        if count > 1:
+            threads.share(range(heads), lambda thread, head: work(memories[thread], head), count)
+        else:
+            for head in range(heads):
+                work(memories[0], head)
 
 
 def mask_own(scores: Tensor, tile: Tile, value: float = 0.0) -> None:
@@ -198,19 +207,7 @@ def accumulator(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def padded(x: Tensor, kind: torch.dtype) -> Tensor:
-    """(N + 1, width) the rows of x and a row of zeros, which stands for padding."""
-    rows = x.new_empty(x.shape[0] + 1, x.shape[1], dtype=kind)
-    rows[:-1], rows[-1] = x, 0
-    return rows
-
-
 def block_places(index: BlockIndex, n_tokens: int) -> Tensor:
     """(M, B) the token at each place of each block, N behind a block's end."""
     within = torch.arange(index.block_size)
     return torch.where(within < index.lengths[:, None], index.starts[:, None] + within, n_tokens)
-
-
-def by_block(x: Tensor, places: Tensor, order: Tensor) -> Tensor:
-    """(blocks, B, d) the rows of x at the places of the blocks in `order`."""
-    return x.index_select(0, places[order].flatten()).view(len(order), places.shape[1], -1)

@@ -119,7 +119,7 @@ def invert(blocks: Int32[Tensor, "tokens heads k"], n_blocks: int) -> tuple[Tens
     n_tokens, heads, k = blocks.shape
     columns = heads * n_blocks
     by_head = blocks.transpose(0, 1)
-    first = torch.arange(0, columns, n_blocks, dtype=torch.int32, device=blocks.device)[:, None, None]
+    first = (torch.arange(heads, dtype=torch.int32, device=blocks.device) * n_blocks)[:, None, None]
     key = torch.where(by_head < 0, columns, by_head + first).flatten()  # (H N K,), by head and then query
     order = torch.argsort(key, stable=True)
     nnz = torch.zeros(columns + 1, dtype=torch.int64, device=blocks.device)
