@@ -4,7 +4,11 @@ from collections.abc import Callable, Sequence
 
 # Name -> module, imported when it is run. A module has `cases(quick) -> list[Case]`, `REPEATS`, and, where there are
 # tables beside the timings, `tables(quick) -> {key: rows}`, which are added to the result.
-BENCHES = {"moe": "workbench.bench.moe", "attention": "workbench.bench.attention"}
+BENCHES = {
+    "moe": "workbench.bench.moe",
+    "attention": "workbench.bench.attention",
+    "lora": "workbench.bench.lora",
+}
 
 
 def run(

@@ -9,8 +9,10 @@ the operator itself, registered with torch, checks its arguments and chooses the
 # operator is asked for would stand here in its place.
 from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
 from workbench.kernels.gather_sum import gather_sum
+from workbench.kernels.low_rank import low_rank
 from workbench.kernels.moe_mlp import moe_mlp
 from workbench.kernels.plan import RoutePlan
+from workbench.kernels.route_metadata import route_metadata
 from workbench.kernels.span_attention import span_attention, span_decode
 from workbench.kernels.topk_softmax import topk_softmax
 from workbench.kernels.transformers import register_transformers
@@ -20,8 +22,10 @@ __all__ = [
     "block_gate_topk",
     "block_sparse_attention",
     "gather_sum",
+    "low_rank",
     "moe_mlp",
     "register_transformers",
+    "route_metadata",
     "span_attention",
     "span_decode",
     "topk_softmax",

@@ -22,7 +22,15 @@ from typing import Any
 
 from workbench.errors import InputError, unknown
 
-OPERATORS = ("moe_mlp", "gather_sum", "topk_softmax", "block_sparse_attention", "span_attention")
+OPERATORS = (
+    "moe_mlp",
+    "gather_sum",
+    "topk_softmax",
+    "route_metadata",
+    "block_sparse_attention",
+    "span_attention",
+    "low_rank",
+)
 """The operators with a Triton path."""
 
 
@@ -148,8 +156,8 @@ def table(
     return rows
 
 
-def figures(launch: Launch, target: str) -> Figures:
-    """Compile one configuration for one target, ahead of time.
+def compiled(launch: Launch, target: str) -> Any:
+    """Triton's own result of compiling one configuration for one target; its `asm` holds the code of every stage.
 
     Raises:
         InputError: unknown target, or Triton interprets its kernels in this process.
@@ -167,7 +175,6 @@ def figures(launch: Launch, target: str) -> Figures:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    stages = launch.num_stages if kind.backend == "cuda" else min(launch.num_stages, 2)
     names = launch.function.arg_names
     source = ASTSource(
         launch.function,
@@ -175,19 +182,29 @@ def figures(launch: Launch, target: str) -> Figures:
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": stages}
-    compiled = triton.compile(source, target=GPUTarget(kind.backend, kind.arch, kind.warp), options=options)
-    shared = compiled.metadata.shared
+    options = {"num_warps": launch.num_warps, "num_stages": _stages(launch, kind)}
+    return triton.compile(source, target=GPUTarget(kind.backend, kind.arch, kind.warp), options=options)
+
+
+def _stages(launch: Launch, kind: Target) -> int:
+    """Two at most on AMD, as its launches have: there is 64 KiB of shared memory."""
+    return launch.num_stages if kind.backend == "cuda" else min(launch.num_stages, 2)
+
+
+def figures(launch: Launch, target: str) -> Figures:
+    """What the compiler makes of one configuration for one target. Raises as `compiled`."""
+    code = compiled(launch, target)
+    kind, shared = TARGETS[target], code.metadata.shared
     if kind.backend == "cuda":
-        registers, spills = _nvidia(compiled.asm["cubin"])
-        ptx = compiled.asm["ptx"]
+        registers, spills = _nvidia(code.asm["cubin"])
+        ptx = code.asm["ptx"]
         counts = {
             "wgmma": ptx.count("wgmma.mma_async") if kind.arch == 90 else None,
             "tma": ptx.count("cp.async.bulk.tensor") if kind.arch >= 90 else None,
             "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         }
     else:
-        registers, spills = _amd(compiled.asm["amdgcn"])
+        registers, spills = _amd(code.asm["amdgcn"])
         counts = {"wgmma": None, "tma": None, "cp_async": None}
     return Figures(
         launch.kernel,
@@ -196,7 +213,7 @@ def figures(launch: Launch, target: str) -> Figures:
         target,
         launch.gemm,
         launch.num_warps,
-        stages,
+        _stages(launch, kind),
         registers,
         spills,
         shared,

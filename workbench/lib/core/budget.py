@@ -1,4 +1,10 @@
-"""What a model costs: parameters, active parameters, floating-point operations. Studies match and print these."""
+"""What a model costs: parameters, active parameters, floating-point operations. Studies match and print these.
+
+Which parameters a token does not use, a layer says itself. Any `Announcing` module that has a submodule `experts` says
+that its parameters are those of its n_experts experts in equal shares, and announces which of them each token is sent
+to. So whole feed-forward blocks count as banks do, and a layer that mixes the parameters of all its experts, and
+therefore announces them all, has none that are idle. What lies outside `experts` is used by every token.
+"""
 
 from dataclasses import asdict, dataclass
 
@@ -6,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from workbench.lib.core.moe import MoELayer
+from workbench.lib.core.observe import Announcing
 from workbench.lib.core.task import Batch, Task
 
 aten = torch.ops.aten
@@ -49,22 +55,26 @@ def measure_budget(model: nn.Module, task: Task, batch: Batch) -> Budget:
     kept = {p: p.grad for p in model.parameters()}
     for p in kept:
         p.grad = None
-    used: dict[nn.Module, float] = {}  # experts per token, by bank: several layers may share one
+    used: dict[nn.Module, float] = {}  # share of its experts that a token uses, by bank: several layers may share one
 
     def note(layer, routing, context):
-        used[layer.experts] = used.get(layer.experts, 0.0) + routing.expert.numel() / routing.n_tokens
+        pairs = routing.expert.numel() / (routing.n_tokens * routing.n_experts)
+        used[layer.experts] = used.get(layer.experts, 0.0) + pairs
 
-    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    layers = [
+        m for m in model.modules() if isinstance(m, Announcing) and isinstance(getattr(m, "experts", None), nn.Module)
+    ]
     handles = [layer.observe(note) for layer in layers]
     try:
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, torch.enable_grad():
             loss, context = task.loss(model, batch)
-            (loss + context.aux).backward()
+            if (total := loss + context.aux).requires_grad:  # of a frozen model the forward alone counts
+                total.backward()
     finally:
         for handle in handles:
             handle.remove()
         for p, grad in kept.items():
             p.grad = grad
-    idle = sum(count_params(bank) * max(0.0, 1 - k / bank.n_experts) for bank, k in used.items())
+    idle = sum(count_params(bank) * max(0.0, 1 - share) for bank, share in used.items())
     params = count_params(model)
     return Budget(params, round(params - idle), counter.get_total_flops(), len(batch))

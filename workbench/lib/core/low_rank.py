@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.errors import InputError, unknown
+from workbench.kernels.low_rank import low_rank
 from workbench.lib.core.routing import Routing
 
 PATHS = ("dense", "grouped")
@@ -98,14 +99,16 @@ class LowRankExperts(nn.Module):
 
         Args:
             path: "dense" computes all experts and multiplies by the gates, at 2 N E r (I + O) operations in two large
-                products; "grouped" computes each pair alone, at 2 P r (I + O) in two small products an expert. Both
-                agree. Default: dense while E r is at most the larger width, grouped above.
+                products; "grouped" computes each pair alone, at 2 P r (I + O), and gathers its rows. Both agree.
+                Default: by an estimate of what they cost, see `kernels.low_rank.cheaper_dense`.
         """
-        if path is None:
-            path = "dense" if self.n_experts * self.rank <= max(self.d_in, self.d_out) else "grouped"
-        if path not in PATHS:
+        if path is not None and path not in PATHS:
             raise unknown("path", path, PATHS)
-        return self._dense(x, routing) if path == "dense" else self._grouped(x, routing)
+        routing = routing.served()
+        score = routing.weight * self.scale[routing.expert]
+        of_token = {"tok_offs": routing.offsets} if routing.top_k is None else {"top_k": routing.top_k}
+        score = score if score.dtype == torch.float32 else score.to(x.dtype)
+        return low_rank(x, self.a, self.b, routing.expert, score, **of_token, backend=path)
 
     def codes(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens experts rank"]:
         """A_e x_n for every token and expert."""
@@ -121,18 +124,6 @@ class LowRankExperts(nn.Module):
         """The update of each token for dense gates: the dense path's core."""
         codes = self.codes(x) * (gates * self.scale).to(x.dtype)[:, :, None]
         return codes.flatten(1) @ self.b.transpose(1, 2).flatten(0, 1)
-
-    def _dense(self, x: Tensor, routing: Routing) -> Tensor:
-        return self.gated(x, routing.dense())
-
-    def _grouped(self, x: Tensor, routing: Routing) -> Tensor:
-        routing = routing.served()
-        order = torch.argsort(routing.expert, stable=True)
-        token, counts = routing.token[order], routing.counts.tolist()
-        weight = (routing.weight * self.scale[routing.expert]).to(x.dtype)[order, None]
-        parts = zip(x[token].split(counts), weight.split(counts), self.a.unbind(0), self.b.unbind(0), strict=True)
-        y = torch.cat([(rows @ a.T * gate) @ b.T for rows, gate, a, b in parts])
-        return y.new_zeros(x.shape[0], self.d_out).index_add(0, token, y)
 
     def delta(self, expert: int) -> Float[Tensor, "d_out d_in"]:
         """The full update s_e B_e A_e of one expert."""
