@@ -41,6 +41,13 @@ class Interval:
         """Whether the interval lies wholly on one side of `value`."""
         return value < self.low or value > self.high
 
+    def __str__(self) -> str:
+        return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+    def as_dict(self) -> dict[str, float | tuple[float, float]]:
+        """{"mean": estimate, "ci95": (low, high)}, the number in the name being the coverage in percent."""
+        return {"mean": self.estimate, f"ci{100 * self.level:g}": (self.low, self.high)}
+
 
 @dataclass(frozen=True)
 class TostResult:

@@ -23,7 +23,7 @@ from workbench.lib.core.budget import measure_budget
 from workbench.lib.core.pretrained import pretrained
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Batch
-from workbench.lib.measures.statistics import Interval, paired_interval, spearman, tost
+from workbench.lib.measures.statistics import paired_interval, spearman, tost
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
 
 KEYS, VALUES = 16, 8
@@ -333,14 +333,14 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
     else:
         verdict = NOT_RESOLVED
     reason = (
-        f"Recall at density {rho}, moa minus uniform {shown(gain)}, above 0 in "
+        f"Recall at density {rho}, moa minus uniform {gain}, above 0 in "
         f"{'every' if every else 'not every'} seed; "
-        f"moa minus random {shown(luck)}, {'' if equal.equivalent else 'not '}shown to be equivalent within {MARGIN}; "
+        f"moa minus random {luck}, {'' if equal.equivalent else 'not '}shown to be equivalent within {MARGIN}; "
         f"mean rank correlation of predicted and true rise in loss {correlation:.2f}. The effect is moa minus uniform."
     )
     details = {
         "minus_moa": {
-            arm: as_dict(paired_interval(values, recall[f"moa@{arm.split('@')[1]}"]))
+            arm: paired_interval(values, recall[f"moa@{arm.split('@')[1]}"]).as_dict()
             for arm, values in recall.items()
             if "@" in arm and not arm.startswith("moa")
         },
@@ -354,14 +354,6 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
         "tost_moa_random": {"margin": MARGIN, "p": equal.p, "ci90": equal.ci90, "equivalent": equal.equivalent},
     }
     return Judgement(verdict, gain.estimate, (gain.low, gain.high), reason, details)
-
-
-def shown(interval: Interval) -> str:
-    return f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-
-
-def as_dict(interval: Interval) -> dict:
-    return {"mean": interval.estimate, "ci95": (interval.low, interval.high)}
 
 
 STUDY = Study(

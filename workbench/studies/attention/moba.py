@@ -27,7 +27,7 @@ from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import EVALUATION_BATCH, Batch, device_of
 from workbench.lib.core.train import TrainConfig, train
-from workbench.lib.measures.statistics import Interval, paired_interval
+from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
 
 MARGIN = 0.05  # accuracy: as near as this is near dense
@@ -298,8 +298,8 @@ def judge(rows: list[Row], settings: Settings, probabilities: dict[str, list[flo
         if all(isinstance(row.extra["snr"], float) for row in rows if row.arm == arm)
     }
     reason = (
-        f"Share recalled, {small} minus {large} {shown(smaller)}, convolution {shown(conv)}, dense minus "
-        f"{small}-kconv {shown(short)}; dense recalls {statistics.fmean(recall['dense']):.3f}. Simulation and formula "
+        f"Share recalled, {small} minus {large} {smaller}, convolution {conv}, dense minus "
+        f"{small}-kconv {short}; dense recalls {statistics.fmean(recall['dense']):.3f}. Simulation and formula "
         f"differ by at most {worst:.4f}. The effect is {small} minus {large}."
     )
     details = {
@@ -309,20 +309,12 @@ def judge(rows: list[Row], settings: Settings, probabilities: dict[str, list[flo
         "bits_per_byte": {
             arm: statistics.fmean(row.extra["bits_per_byte"] for row in rows if row.arm == arm) for arm in recall
         },
-        "chosen_minus_random": as_dict(paired_interval(recall[small], recall[small.replace("moba", "random")])),
-        "convolution": as_dict(conv),
-        "dense_minus_sparse": as_dict(short),
+        "chosen_minus_random": paired_interval(recall[small], recall[small.replace("moba", "random")]).as_dict(),
+        "convolution": conv.as_dict(),
+        "dense_minus_sparse": short.as_dict(),
         "theory": probabilities,
     }
     return Judgement(verdict, smaller.estimate, (smaller.low, smaller.high), reason, details)
-
-
-def shown(interval: Interval) -> str:
-    return f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-
-
-def as_dict(interval: Interval) -> dict:
-    return {"mean": interval.estimate, "ci95": (interval.low, interval.high)}
 
 
 STUDY = Study(

@@ -18,7 +18,7 @@ from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.measures.routing import load_stats
-from workbench.lib.measures.statistics import Interval, paired_interval, tost
+from workbench.lib.measures.statistics import paired_interval, tost
 from workbench.lib.measures.transition import cross_layer_information
 from workbench.lib.routing.rmoe import matched_width, recurrent_routers, router_state_flow
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
@@ -184,28 +184,20 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
     equal = tost(bits["gru"], bits["mlp"], MARGIN, paired=True)
     reason = (
         "Bits per byte, gru minus "
-        + ", ".join(f"{arm} {shown(interval)}" for arm, interval in gains.items())
+        + ", ".join(f"{arm} {interval}" for arm, interval in gains.items())
         + "; information between consecutive layers, gru minus "
-        + ", ".join(f"{arm} {shown(interval)}" for arm, interval in rises.items())
+        + ", ".join(f"{arm} {interval}" for arm, interval in rises.items())
         + f"; gru and mlp are {'' if equal.equivalent else 'not '}shown to be equivalent within {MARGIN}. "
         "The effect is gru minus mlp."
     )
     details = {
-        "bits_per_byte": {arm: as_dict(interval) for arm, interval in gains.items()},
-        "detach_minus_gru": as_dict(paired_interval(bits["gru-detach"], bits["gru"])),
+        "bits_per_byte": {arm: interval.as_dict() for arm, interval in gains.items()},
+        "detach_minus_gru": paired_interval(bits["gru-detach"], bits["gru"]).as_dict(),
         "consecutive_information": {arm: statistics.fmean(values) for arm, values in shared.items()},
-        "information_rise": {arm: as_dict(interval) for arm, interval in rises.items()},
+        "information_rise": {arm: interval.as_dict() for arm, interval in rises.items()},
         "tost_gru_mlp": {"margin": MARGIN, "p": equal.p, "ci90": equal.ci90, "equivalent": equal.equivalent},
     }
     return Judgement(verdict, gains["mlp"].estimate, (gains["mlp"].low, gains["mlp"].high), reason, details)
-
-
-def shown(interval: Interval) -> str:
-    return f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-
-
-def as_dict(interval: Interval) -> dict:
-    return {"mean": interval.estimate, "ci95": (interval.low, interval.high)}
 
 
 STUDY = Study(

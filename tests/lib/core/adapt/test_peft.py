@@ -48,14 +48,53 @@ def test_peft_folders_are_read_to_the_same_function_and_written_back(tmp_path, o
     torch.testing.assert_close(again(x), model(x), atol=1e-6, rtol=1e-6)
 
 
-def test_a_fresh_lora_is_the_one_of_peft():
-    model, adapted = theirs(), adapt(ours := Net(), rank=3, alpha=5)
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=31, num_key_value_heads=1, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "names", "x"),
+    [
+        (Net, ["first", "second"], "*", torch.randn(7, 6, generator=torch.Generator().manual_seed(4))),
+        (
+            llama,
+            ["q_proj", "v_proj", "down_proj"],
+            ["*.q_proj", "*.v_proj", "*.down_proj"],
+            torch.randint(31, (3, 5), generator=torch.Generator().manual_seed(4)),
+        ),
+    ],
+    ids=["net", "llama"],
+)
+def test_a_fresh_lora_is_the_one_of_peft_in_outputs_and_gradients(build, targets, names, x):
+    """Every output, and the gradient of the input and of every A and B, to 1e-6; nothing else has one."""
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(build(), config)
+    adapted = adapt(ours := build(), targets=names, rank=3, alpha=5)
+    pairs = {
+        name: (layer.experts, model.base_model.model.get_submodule(name)) for name, layer in adapted.layers.items()
+    }
+    assert len(pairs) == sum(isinstance(m, peft.tuners.lora.Linear) for m in model.modules())
     with torch.no_grad():
-        for name, layer in adapted.layers.items():
-            layer.experts.a[0] = model.base_model.model.get_submodule(name).lora_A["default"].weight
-            layer.experts.b[0] = model.base_model.model.get_submodule(name).lora_B["default"].weight
-    x = torch.randn(7, 6)
-    torch.testing.assert_close(ours(x), model(x), atol=1e-6, rtol=1e-6)
+        for bank, layer in pairs.values():
+            bank.a[0], bank.b[0] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    results = []
+    for net in (ours, model):
+        inputs = x.clone().requires_grad_() if x.is_floating_point() else x
+        y = net(inputs)
+        y = y if isinstance(y, torch.Tensor) else y.logits
+        y.square().mean().backward()
+        results.append((y, inputs.grad))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+    for bank, layer in pairs.values():
+        for mine, theirs in ((bank.a, layer.lora_A["default"]), (bank.b, layer.lora_B["default"])):
+            assert theirs.weight.grad.any()
+            torch.testing.assert_close(mine.grad[0], theirs.weight.grad, atol=1e-6, rtol=1e-6)
+    assert sum(p.grad is not None for p in ours.parameters()) == 2 * len(pairs)
 
 
 def test_what_is_no_plain_lora_is_refused_with_all_its_features(tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,7 +202,8 @@ class Adapted:
     def put(self, name: str, before: nn.Module, layer: AdaptedLayer) -> None:
         """Put `layer` everywhere the module `before` is."""
         layer.side, layer.slug = self.side, self.adapter.slug
-        layer.to(next(before.parameters()).device).train(before.training)
+        like = next(before.parameters())
+        layer.to(like.device, like.dtype if like.is_floating_point() else None).train(before.training)
         self.layers[name] = layer
         _replace(self.model, before, layer)
 
@@ -233,6 +235,12 @@ class Adapted:
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.parameters())
         return {"base": base, "added": total - base, "trained": trained, "percent": 100 * trained / total}
+
+    def save(self, folder: str | Path) -> Path:
+        """Keep it in a folder; see `files.save`, and `files.load` to get it back."""
+        from workbench.lib.core.adapt.files import save  # which needs this module
+
+        return save(self, folder)
 
     def merge_back(self) -> nn.Module:
         """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.

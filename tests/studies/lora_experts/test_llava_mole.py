@@ -1,0 +1,134 @@
+"""The study of LLaVA-MoLE: its domains conflict as they should, it runs, and its rule says what it says."""
+
+import json
+
+import pytest
+import torch
+
+from workbench.errors import InputError
+from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
+from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
+from workbench.studies.lora_experts import digit_questions as questions
+from workbench.studies.lora_experts.digit_questions import CODE, DOMAINS, SYMBOLS, WORDS, DigitQuestions
+from workbench.studies.lora_experts.llava_mole import OURS, PRESETS, STUDY, ByDomain, build, judge, learn, run
+
+NOISE = (0.0, 0.004, -0.003)
+ACCURACY = {
+    "lora-single": (0.95, 0.9, 0.8),
+    "lora-mix": (0.9, 0.6, 0.6),
+    "lora-mix-2x": (0.95, 0.7, 0.65),
+    "lora-rank-k": (0.95, 0.7, 0.65),
+    OURS: (0.95, 0.88, 0.78),
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+
+
+def judged(change=None, noise=None, seeds=3):
+    accuracy, noise = ACCURACY | (change or {}), noise or {}
+    rows = []
+    for i, (arm, values) in enumerate(accuracy.items()):
+        for seed in range(seeds):
+            moved = [
+                v + NOISE[seed] * (1 + i + 0.1 * d) + noise.get(arm, (0, 0, 0))[seed] for d, v in enumerate(values)
+            ]
+            rows.append(Row(arm, seed, 1, 1, 1, 1, sum(moved) / 3, {"by_domain": moved}))
+    return judge(rows, {"arms": list(accuracy)})
+
+
+def test_llava_mole_study_reproduces_if_the_mix_hurts_and_the_experts_undo_it():
+    result = judged()
+    assert result.verdict == REPRODUCED
+    assert result.effect == pytest.approx(0.17, abs=1e-2) and result.ci[0] > 0
+    assert set(result.details["minus"]) == set(ACCURACY) - {OURS}
+    json.dumps(result.details)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora-single": (0.5, 0.5, 0.5)},  # the mix helps
+        {OURS: (0.8, 0.6, 0.5)},
+        {OURS: (0.7, 0.95, 0.95)},  # better on the mean, worse on one domain
+        {"lora-mix-2x": (0.99, 0.95, 0.9)},
+        {"lora-rank-k": (0.99, 0.95, 0.9)},  # it was capacity
+    ],
+)
+def test_llava_mole_study_does_not_reproduce_if_one_part_is_contradicted(change):
+    assert judged(change).verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize("arm", ["lora-single", "lora-mix", "lora-mix-2x", "lora-rank-k"])
+def test_llava_mole_study_resolves_nothing_if_an_interval_includes_zero(arm):
+    assert judged(noise={arm: (0.6, -0.6, 0.0)}).verdict == NOT_RESOLVED
+
+
+def test_llava_mole_study_resolves_nothing_with_one_seed():
+    assert judged(seeds=1).verdict == NOT_RESOLVED
+
+
+def test_llava_mole_domains_want_other_answers_to_the_same_picture():
+    task = DigitQuestions()
+    batches = list(task.batches("validation", 256))
+    general, document, medical = batches
+    assert torch.equal(general.inputs, document.inputs) and torch.equal(general.inputs, medical.inputs)
+    assert sorted(CODE) == list(range(SYMBOLS)) and medical.targets.max() == 3
+    strips, digits = task._fixed["validation"]
+    assert torch.equal(strips, general.inputs) and strips.shape == (256, 8, 16)
+    assert torch.equal(general.targets, digits[:, 0])
+    assert torch.equal(document.targets, torch.tensor(CODE)[digits[:, 1]])
+    order = strips.sum((1, 2)).argsort()
+    assert medical.targets[order].diff().min() >= 0
+    train = task.batch("train", 3000, torch.Generator().manual_seed(0), domain=2)
+    assert train.targets.bincount().min() > 600  # quarters
+    for i, batch in enumerate(batches):  # one word of the domain, anywhere, and words of all
+        low = SYMBOLS + WORDS * questions.KINDS.index(DOMAINS[i])
+        own = (batch.question >= low) & (batch.question < low + WORDS)
+        assert (own.sum(1) == 1).all() and own.any(0).all()
+        assert (batch.question[~own] >= questions.VOCAB - WORDS).all()
+
+
+def test_llava_mole_bed_names_wrong_input():
+    with pytest.raises(InputError, match="domain 'medica' is unknown; did you mean 'medical'"):
+        DigitQuestions(("medica",))
+    with pytest.raises(InputError, match="shares is"):
+        DigitQuestions(shares=(1.0, 2.0))
+    with pytest.raises(InputError, match="size is 0"):
+        DigitQuestions().batch("train", 0, torch.Generator())
+    with pytest.raises(InputError, match="split 'trial' is unknown"):
+        next(DigitQuestions().batches("trial", 4))
+    shares = DigitQuestions(shares=(8, 1, 1)).batch("train", 2000, torch.Generator().manual_seed(0)).domain.bincount()
+    assert shares[0] > 1500 and shares[1:].min() > 100
+
+
+@pytest.mark.study
+def test_llava_mole_study_runs_twice_the_same(home):
+    results = [STUDY.execute("smoke") for _ in range(2)]
+    for one, other in zip(*(result.rows for result in results), strict=True):
+        assert (one.metric, one.extra, one.flops) == (other.metric, other.extra, other.flops)
+    rows = {row.arm: row for row in results[0].rows}
+    assert rows["lora-mix"].steps == rows["lora-single"].steps == rows[OURS].steps == 6
+    assert rows["lora-mix-2x"].steps == 12
+    assert rows["lora-rank-k"].extra["trained"] == 3 * rows["lora-mix"].extra["trained"]
+    assert rows["mole-oracle"].extra["trained"] == rows["mole-random"].extra["trained"] < rows[OURS].extra["trained"]
+    assert rows["mole-oracle"].extra["load_by_domain"] == [torch.eye(3).tolist()] * 2
+    assert len(rows["lora-mix"].extra["gradient_cosine"]) == 3
+    json.dumps(results[0].judgement.details)
+
+
+@pytest.mark.study
+def test_llava_mole_study_arms_are_what_they_are_called(home):
+    settings = PRESETS["smoke"]
+    random = build("mole-random", 0, settings)
+    first = next(layer for layer in random.layers.values() if isinstance(layer, RoutedFeedForward)).router
+    before = first.projection.weight.clone()
+    trained = learn("mole-random", 0, DigitQuestions(), 2, settings, 0)[0]
+    routers = [layer.router for layer in trained.layers.values() if isinstance(layer, RoutedFeedForward)]
+    assert torch.equal(routers[0].projection.weight, before)
+    oracle = build("mole-oracle", 0, settings)
+    routers = [layer.router for layer in oracle.layers.values() if isinstance(layer, RoutedFeedForward)]
+    assert all(isinstance(router, ByDomain) for router in routers) and not list(oracle.adapter.facts)
+    assert run("mole-uneven", 0, settings).steps == 6

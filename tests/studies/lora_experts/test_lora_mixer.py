@@ -1,0 +1,83 @@
+"""The study of LoRA-Mixer: its experts are trained apart, it runs, and its rule says what it says."""
+
+import json
+
+import pytest
+import torch
+
+from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
+from workbench.studies.lora_experts import bed
+from workbench.studies.lora_experts.lora_mixer import ARMS, PRESETS, ROUTERS, STUDY, Few, experts, judge
+
+NOISE = (0.0, 0.02, -0.01)
+ACCURACY = dict.fromkeys(ARMS, 0.5) | {"described, 1024": 0.9, "described, 256": 0.8, "balance only, 256": 0.7}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+
+
+def judged(accuracy=None, seeds=3, noise=None):
+    rows = []
+    for i, (arm, value) in enumerate((ACCURACY | (accuracy or {})).items()):
+        for seed in range(seeds):
+            own = (noise or {}).get(arm, [0.05 * i * part for part in NOISE])[seed]
+            extra = {"trained": 10} | dict.fromkeys(("entropy", "load_divergence", "task_information"), 0.5)
+            rows.append(Row(arm, seed, 1, 1, 1, 1, value + NOISE[seed] + own, extra))
+    return judge(rows, {})
+
+
+def test_lora_mixer_study_reproduces_if_it_beats_mixlora_and_its_loss_helps():
+    result = judged()
+    assert result.verdict == REPRODUCED and result.effect == pytest.approx(0.4, abs=0.02)
+    json.dumps(result.details)
+
+
+def test_lora_mixer_study_does_not_reproduce_on_the_other_side_or_if_the_losses_are_equivalent():
+    assert judged({"mixlora": 1.0}).verdict == NOT_REPRODUCED
+    assert judged({"balance only, 256": 0.95}).verdict == NOT_REPRODUCED
+    same = {"described, 256": (0.0, 0.001, 0.0), "balance only, 256": (0.001, 0.0, 0.001)}
+    result = judged({"described, 256": 0.7}, noise=same)
+    assert result.verdict == NOT_REPRODUCED and result.details["equivalent"]
+
+
+def test_lora_mixer_study_resolves_nothing_if_an_interval_includes_zero():
+    assert judged(noise={"described, 256": (0.3, -0.3, 0.3)}).verdict == NOT_RESOLVED
+    assert judged(seeds=1).verdict == NOT_RESOLVED
+
+
+def test_lora_mixer_study_routers_learn_from_few_strings():
+    task, generator = Few(5, seed=1), torch.Generator().manual_seed(0)
+    assert len({tuple(row.tolist()) for row in task.batch("train", 100, generator).inputs}) == 5
+    assert len(task.batch("validation", 7, generator).inputs) == 7
+
+
+@pytest.mark.study
+def test_lora_mixer_study_experts_are_kept_and_each_is_of_its_own_map(home):
+    settings = PRESETS["smoke"]
+    first, again = experts(settings, 0), experts(settings, 0)
+    assert len(first) == 6 and set(first[0]) == {
+        f"blocks.{i}.attention.{part}" for i in (0, 1) for part in ("qkv", "out")
+    }
+    for one, other in zip(first, again, strict=True):
+        for name, (a, b, scale) in one.items():
+            assert torch.equal(a, other[name][0]) and torch.equal(b, other[name][1]) and scale == other[name][2]
+            assert b.any() and a.shape[0] == 4
+    assert not torch.equal(first[0]["blocks.0.attention.out"][1], first[1]["blocks.0.attention.out"][1])
+
+
+@pytest.mark.study
+def test_lora_mixer_study_runs_twice_the_same(home):
+    results = [STUDY.execute("smoke") for _ in range(2)]
+    for one, other in zip(*(result.rows for result in results), strict=True):
+        assert (one.metric, one.extra, one.flops) == (other.metric, other.extra, other.flops)
+    rows = {row.arm: row for row in results[0].rows}
+    assert list(rows) == list(ARMS)
+    routers = [rows[arm].extra["trained"] for arm in ROUTERS]
+    assert set(routers) == {2 * 6 * 48}  # two blocks, a router each
+    assert rows["mixlora"].params > rows["described, 256"].params > bed.make_model().head.weight.numel()
+    assert rows["mixlora"].steps == 6 * 3 + 3 and rows["average"].steps == 0
+    for arm in ROUTERS:
+        assert 0 <= rows[arm].extra["entropy"] <= 1 and set(rows[arm].extra["accuracy_in_use"]) == {"1", "2", "3"}
+    json.dumps(results[0].to_dict())

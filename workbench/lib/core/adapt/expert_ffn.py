@@ -1,0 +1,244 @@
+"""Experts that are whole feed-forward blocks: one frozen block, and low-rank updates of every linear layer in it.
+
+The non-linearity is inside an expert, so a mixture of them is another function than a mixture of updates in each linear
+layer, except with one expert a token.
+
+Tensor letters: N tokens, D model width, E experts, K experts of a token, P routed pairs, B groups of tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from workbench.errors import InputError
+from workbench.lib.core.adapt.adapted import Adapted, RoutedLayer, Side
+from workbench.lib.core.adapt.feed_forward import FeedForward
+from workbench.lib.core.low_rank import LowRankExperts
+from workbench.lib.core.routing import Context, Routing
+
+
+class RoutedFeedForward(RoutedLayer):
+    """y_n = sum_e w[n, e] FFN_e(x_n), FFN_e the frozen block with W + s_e B_e A_e in place of each of its matrices W.
+
+    The frozen block is inside every expert: nothing is added to the sum, and where the weights of a token sum to less
+    than 1, less than a whole block remains. One decision serves all linear layers of the block. The frozen input layers
+    run once a token, since every expert begins with them; so does the output layer, since it is linear and can be given
+    the weighted sum of what the experts would give it. With a gate that is 3 D H products a token instead of 3 K D H.
+
+    Attributes:
+        block: the frozen block; its module is `base`.
+        router: sees the block's input.
+        experts: a bank for each linear layer of the block, by its name there. A layer that holds gate and up is one.
+        balance: what the layers of a model report their balance loss to together; None: each its own.
+
+    Args:
+        dropout: of what the updates are given, drawn for each of them.
+    """
+
+    def __init__(
+        self, block: FeedForward, router: nn.Module, experts: Mapping[str, LowRankExperts], dropout: float = 0.0
+    ):
+        super().__init__(block.module)
+        if experts.keys() != block.linears.keys():
+            raise InputError(f"experts are for {', '.join(experts)} but must be for {', '.join(block.linears)}")
+        for name, bank in experts.items():
+            here, layer = (bank.n_experts, bank.d_in, bank.d_out), block.linears[name]
+            if here != (router.n_experts, layer.in_features, layer.out_features):
+                raise InputError(
+                    f"experts[{name!r}] has (experts, inputs, outputs) {here} but must have "
+                    f"{(router.n_experts, layer.in_features, layer.out_features)}"
+                )
+        self.block, self.router = block, router
+        self.experts, self.dropout = nn.ModuleDict(experts), nn.Dropout(dropout)
+        self.balance: JointBalance | None = None
+
+    @property
+    def n_experts(self) -> int:
+        return self.router.n_experts
+
+    @property
+    def top_k(self) -> int | None:
+        return self.router.top_k
+
+    def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch d_out"]:
+        """The block is called as it was before; what routers are told comes from `side`."""
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.router(tokens, self.context(x))
+        if self.balance is None:
+            self.tell(routing, self.router.coefficients)
+        else:
+            self.tell(routing, {})
+            self.balance.add(self.side, x, routing, self.router.coefficients.get("lbl", 0.0))
+        return self.mix(tokens, routing).view(*x.shape[:-1], -1)
+
+    def mix(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens d_out"]:
+        """The experts' outputs, weighted and summed."""
+        routing = routing.served()
+        token = None if routing.top_k == 1 else routing.token
+        pairs = Routing.fixed(routing.expert[:, None], torch.ones_like(routing.weight)[:, None], routing.n_experts)
+        inputs = dict.fromkeys(name for name in (self.block.gate, self.block.up) if name)
+        x_pairs = _rows(x, token)
+        hidden = {
+            name: self.updated(name, _rows(self.block.linears[name](x), token), x_pairs, pairs) for name in inputs
+        }
+        return self.output(activated(self.block, hidden), pairs, routing)
+
+    def updated(
+        self, name: str, frozen: Float[Tensor, "pairs d_out"], x: Float[Tensor, "pairs d_in"], pairs: Routing
+    ) -> Float[Tensor, "pairs d_out"]:
+        """One linear layer of the experts.
+
+        Args:
+            frozen: what the frozen layer gives.
+            pairs: the expert of each row, with weight 1.
+        """
+        return frozen + self.experts[name](self.dropout(x), pairs)
+
+    def output(
+        self, hidden: Float[Tensor, "pairs hidden"], pairs: Routing, routing: Routing
+    ) -> Float[Tensor, "tokens d_out"]:
+        """The output layer of the experts, and the sum over the experts of each token."""
+        down = self.block.linears[self.block.down]
+        y = F.linear(combine(hidden, routing), down.weight)
+        if down.bias is not None:
+            y = y + combine(down.bias.expand(len(hidden), -1), routing)
+        return y + combine(self.experts[self.block.down](self.dropout(hidden), pairs), routing)
+
+
+def expert_loras(adapted: Adapted, expert: int) -> dict[str, LowRankExperts]:
+    """One expert of every block as the LoRAs it is, by the names of the linear layers, and the LoRAs beside the blocks.
+
+    They are what `adapt.peft.write_peft` takes: the folder is the model in which that expert serves every token.
+
+    Raises:
+        InputError: no such expert, or it is something else than plain LoRAs.
+    """
+    found: dict[str, LowRankExperts] = {}
+    for name, layer in adapted.layers.items():
+        routed = isinstance(layer, RoutedFeedForward)
+        banks = {f"{name}.{key}": b for key, b in layer.experts.items()} if routed else {name: layer.experts}
+        for key, bank in banks.items():
+            if type(bank) is not LowRankExperts:
+                raise InputError(f"{key} has {type(bank).__name__}, which are no plain LoRAs")
+            if routed and not 0 <= expert < bank.n_experts:
+                raise InputError(f"expert is {expert} but {name} has {bank.n_experts} of them, numbered from 0")
+            e = expert if routed else 0
+            found[key] = LowRankExperts.from_loras([(bank.a[e], bank.b[e], float(bank.scale[e]))])
+    return found
+
+
+@torch.no_grad()
+def set_expert(adapted: Adapted, expert: int, loras: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
+    """Let an expert of the blocks be LoRAs that were trained elsewhere, such as those of `adapt.peft.read_loras`.
+
+    Args:
+        loras: (A (r, I), B (O, r), scale) by the names of linear layers in blocks; a lower rank than the experts' is
+            padded with zeros. A layer of a block that is not named keeps what it has.
+
+    Raises:
+        InputError: a name, a width, a rank or the number does not fit; all of it in one message. Nothing is changed.
+    """
+    layers = [(name, layer) for name, layer in adapted.layers.items() if isinstance(layer, RoutedFeedForward)]
+    banks = {f"{name}.{key}": bank for name, layer in layers for key, bank in layer.experts.items()}
+    wrong = [f"no block has a linear layer {name!r}" for name in loras if name not in banks]
+    for name in loras.keys() & banks.keys():
+        (a, b, _), bank = loras[name], banks[name]
+        if not 0 <= expert < bank.n_experts:
+            wrong.append(f"expert is {expert} but {name} has {bank.n_experts} of them, numbered from 0")
+        if (a.shape[1], b.shape[0]) != (bank.d_in, bank.d_out) or a.shape[0] != b.shape[1] or a.shape[0] > bank.rank:
+            wrong.append(
+                f"{name} has A {tuple(a.shape)} and B {tuple(b.shape)} but must have ({bank.rank} or fewer, "
+                f"{bank.d_in}) and ({bank.d_out}, the same)"
+            )
+    if wrong:
+        raise InputError(f"loras do not fit this model: {'; '.join(sorted(wrong))}")
+    for name, (a, b, scale) in loras.items():
+        bank = banks[name]
+        bank.a[expert], bank.b[expert], bank.scale[expert] = 0.0, 0.0, scale
+        bank.a[expert, : a.shape[0]], bank.b[expert, :, : b.shape[1]] = a, b
+
+
+def activated(block: FeedForward, hidden: Mapping[str, Tensor]) -> Tensor:
+    """What the output layer of a block is given, from what its input layers give, by their names."""
+    gate, up = hidden[block.up].chunk(2, dim=-1) if block.fused else (hidden.get(block.gate), hidden[block.up])
+    return block.activate(gate, up)
+
+
+def combine(values: Float[Tensor, "pairs dim"], routing: Routing) -> Float[Tensor, "tokens dim"]:
+    """The weighted sum over the pairs of each token."""
+    values = values * routing.weight.to(values.dtype)[:, None]
+    if routing.top_k is not None:
+        return values.view(routing.n_tokens, routing.top_k, -1).sum(1)
+    return values.new_zeros(routing.n_tokens, values.shape[1]).index_add(0, routing.token, values)
+
+
+class JointBalance:
+    """A balance loss over the routers of all layers together: one layer may lean where another leans the other way.
+
+    Each layer adds its load and its probabilities to the sums of the forward pass, and puts the loss of all layers so
+    far in the place of the loss before. Tokens that a model's `attention_mask` (B, T) leaves out do not count: it is
+    seen where the model is called with that keyword, by layers that are given all B T tokens.
+
+    Args:
+        value: (load (B, E), probability (B, E)) -> (B,), the loss of each group of tokens from its means over tokens
+            and layers. The load is the number of times an expert is chosen, so that it sums to K.
+        by_sample: whether each row of the batch is a group, or the batch is one. A layer that is given (N, D) has no
+            rows: its batch is one group.
+    """
+
+    def __init__(self, value: Callable[[Tensor, Tensor], Tensor], by_sample: bool = False):
+        self.value, self.by_sample = value, by_sample
+        self._forget()
+
+    def tie(self, adapted: Adapted) -> None:
+        """Have all whole-block layers of an adapted model report here."""
+        for layer in adapted.layers.values():
+            if isinstance(layer, RoutedFeedForward):
+                layer.balance = self
+        adapted._hooks.append(adapted.model.register_forward_pre_hook(self._see, with_kwargs=True))
+
+    def add(self, side: Side, x: Float[Tensor, "*batch dim"], routing: Routing, coefficient: float) -> None:
+        """Count one layer's routing of the tokens x in, and bring the loss in `side.losses` up to date."""
+        if side.losses is None:
+            return
+        if side.losses is not self._losses:  # a new forward has a new list
+            mask = self._mask
+            self._forget()
+            self._losses, self._mask = side.losses, mask
+        n, e = routing.n_tokens, routing.n_experts
+        keep = self._mask if self._mask is not None and self._mask.numel() == n else None
+        batch = x.shape[0] if x.ndim > 2 else 1 if keep is None else keep.shape[0]
+        groups = batch if self.by_sample else 1
+        kept = torch.ones(n, device=x.device) if keep is None else keep.flatten().to(x.device)
+        kept = kept.to(routing.probs.dtype).view(groups, -1, 1)
+        load = (routing.mask().view(groups, -1, e) * kept).sum(1)
+        parts = (load, (routing.probs.view(groups, -1, e) * kept).sum(1), kept.sum(1))
+        before, entry = self._sums.get(groups, ((0.0, 0.0, 0.0), None))
+        sums = tuple(a + b for a, b in zip(before, parts, strict=True))
+        load, probability, count = sums
+        per_group = self.value(load / count.clamp(min=1), probability / count.clamp(min=1))
+        loss = coefficient * per_group.sum() / (count > 0).sum().clamp(min=1)
+        side.losses[:] = [other for other in side.losses if other is not entry] + [loss]
+        self._sums[groups] = (sums, loss)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": self.value, "by_sample": self.by_sample}  # a copy has seen no forward
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def _forget(self) -> None:
+        self._losses, self._mask, self._sums = None, None, {}
+
+    def _see(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
+        mask = keywords.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _rows(x: Tensor, token: Tensor | None) -> Tensor:
+    """The row of each pair; None: one pair a token."""
+    return x if token is None else x[token]
