@@ -215,8 +215,9 @@ def _stop_with_parent() -> None:
 def _give_way() -> None:
     """Take the processor where nobody else wants it: what is watched must not hold up the one who watches."""
     os.nice(10)
-    with suppress(OSError):  # Linux weighs sessions against each other first, and this process began one
-        Path("/proc/self/autogroup").write_text("10")
+    if os.getsid(0) == os.getpid():  # Linux weighs sessions against each other first; no one else's is touched
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text("10")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
