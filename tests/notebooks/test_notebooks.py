@@ -24,6 +24,7 @@ MARK = "NBVAL_CHECK_OUTPUT"
 VARIANTS = {  # a second parameter set each, beside the defaults at smoke
     "00_tour": {"seed": 3, "n_experts": 5, "top_k": 1},
     "01_routing": {"seed": 7},
+    "04_lora_experts": {"seed": 7},
     "09_attention": {"seed": 7},
     "17_kernels": {"seed": 7},
 }

@@ -113,6 +113,19 @@ def test_charts_broken_scripts_are_refused(kind, language):
         assert not verify(spec, script[:at] + script[at + 1 :], language).ok
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("color=", "alpha=0.0, color="), ("color=", 'hatch="x", color='), ("legend(loc", 'legend(title="x", loc')],
+)
+def test_charts_same_data_in_another_style_is_refused(old, new):
+    """A figure can hold the right numbers and not show them."""
+    script = render(BAR, "python").replace(old, new)
+    assert script != render(BAR, "python")
+    verdict = verify(BAR, script, "python")
+    assert not verdict.ok and verdict.found == BAR and "style" in verdict.reason
+    assert verify(BAR, render(BAR, "python") + "ax.set_ylim(0, 10)\n", "python").ok
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_charts_swapped_attributes_are_noticed(language):
     """Every style that a spec has is in the script and is compared: none is dropped on both sides."""

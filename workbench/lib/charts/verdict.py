@@ -1,8 +1,8 @@
 """Does a script draw the chart it should? By running it where a renderer is here, by a strict parser otherwise.
 
-Python is always run, in a process of its own with the Agg backend, and judged by the figure that it drew. R and LaTeX
-pictures hold no metadata, so these scripts are always parsed; where Rscript or pdflatex is installed they must render
-as well. The result says which of this was done.
+Python is always run, in a process of its own with the Agg backend, and judged by the figure that it drew and by its
+pixels, which must be those of the chart's own script. R and LaTeX pictures hold no metadata, so these scripts are
+always parsed; where Rscript or pdflatex is installed they must render as well. The result says which of this was done.
 """
 
 import base64
@@ -21,9 +21,12 @@ import numpy as np
 from workbench.errors import InputError, unknown
 from workbench.lib.charts.grammar import ScriptError, parse
 from workbench.lib.charts.spec import LANGUAGES, ChartSpec
+from workbench.lib.charts.templates import render
 
 TIMEOUT = 60.0
 """Seconds one script may take."""
+IMAGE = 64
+"""Pixels of the pictures that two Python scripts are compared by."""
 COMMANDS = {"r": ("Rscript", "chart.R", "chart.png"), "latex": ("pdflatex", "chart.tex", "chart.pdf")}
 MISSING = "matplotlib is missing, and charts are drawn with it: pip install matplotlib"
 
@@ -72,8 +75,12 @@ def verify(spec: ChartSpec, script: str, language: str, timeout: float = TIMEOUT
         raise unknown("language", language, LANGUAGES)
     how = renderers()[language]
     if language == "python":
-        drawing = run_python([script], timeout=timeout)[0]
-        return _compare(spec, drawing.spec, how, drawing.error)
+        drawing, expected = run_python([script, render(spec, language)], IMAGE, timeout)
+        verdict = _compare(spec, drawing.spec, how, drawing.error)
+        # The metadata says nothing of what a template never varies: bars may be there and invisible.
+        if verdict.ok and not np.array_equal(drawing.image, expected.image):
+            return Verdict(False, how, "draws the same data in another style", drawing.spec)
+        return verdict
     try:
         found = parse(script, language)
     except ScriptError as error:
