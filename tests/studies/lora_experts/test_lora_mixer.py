@@ -7,7 +7,16 @@ import torch
 
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.lora_experts import bed
-from workbench.studies.lora_experts.lora_mixer import ARMS, PRESETS, ROUTERS, STUDY, Few, experts, judge
+from workbench.studies.lora_experts.lora_mixer import (
+    ARMS,
+    ELSEWHERE,
+    PRESETS,
+    ROUTERS,
+    STUDY,
+    Few,
+    experts,
+    judge,
+)
 
 NOISE = (0.0, 0.02, -0.01)
 ACCURACY = dict.fromkeys(ARMS, 0.5) | {"described, 1024": 0.9, "described, 256": 0.8, "balance only, 256": 0.7}
@@ -54,9 +63,12 @@ def test_lora_mixer_study_routers_learn_from_few_strings():
 
 
 @pytest.mark.study
-def test_lora_mixer_study_experts_are_kept_and_each_is_of_its_own_map(home):
+def test_lora_mixer_study_experts_depend_on_the_seed_alone_and_each_is_of_its_own_map(home, tmp_path, monkeypatch):
     settings = PRESETS["smoke"]
-    first, again = experts(settings, 0), experts(settings, 0)
+    first = experts(settings, 0)
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "another"))  # trained again, in another state of the generator
+    torch.manual_seed(9)
+    again = experts(settings, 0)
     assert len(first) == 6 and set(first[0]) == {
         f"blocks.{i}.attention.{part}" for i in (0, 1) for part in ("qkv", "out")
     }
@@ -65,6 +77,8 @@ def test_lora_mixer_study_experts_are_kept_and_each_is_of_its_own_map(home):
             assert torch.equal(a, other[name][0]) and torch.equal(b, other[name][1]) and scale == other[name][2]
             assert b.any() and a.shape[0] == 4
     assert not torch.equal(first[0]["blocks.0.attention.out"][1], first[1]["blocks.0.attention.out"][1])
+    other = experts(settings, 1)
+    assert not torch.equal(first[0]["blocks.0.attention.out"][0], other[0]["blocks.0.attention.out"][0])
 
 
 @pytest.mark.study
@@ -74,10 +88,22 @@ def test_lora_mixer_study_runs_twice_the_same(home):
         assert (one.metric, one.extra, one.flops) == (other.metric, other.extra, other.flops)
     rows = {row.arm: row for row in results[0].rows}
     assert list(rows) == list(ARMS)
-    routers = [rows[arm].extra["trained"] for arm in ROUTERS]
-    assert set(routers) == {2 * 6 * 48}  # two blocks, a router each
-    assert rows["mixlora"].params > rows["described, 256"].params > bed.make_model().head.weight.numel()
+    for arm in ROUTERS:  # two blocks: a router for each attention, or for each feed-forward layer
+        assert rows[arm].extra["trained"] == 2 * 6 * (48 + 96 if ELSEWHERE in arm else 48)
+    assert rows["average"].extra["trained"] == rows["sum"].extra["trained"] == 0
+    assert rows["told the task"].extra["trained"] == 2 * 6 * 4 * (48 + 3 * 48 + 48 + 48)
+    assert (
+        rows["mixlora"].params > rows["described, 256"].params > sum(p.numel() for p in bed.make_model().parameters())
+    )
+    assert rows["average"].metric != rows["sum"].metric
     assert rows["mixlora"].steps == 6 * 3 + 3 and rows["average"].steps == 0
     for arm in ROUTERS:
         assert 0 <= rows[arm].extra["entropy"] <= 1 and set(rows[arm].extra["accuracy_in_use"]) == {"1", "2", "3"}
     json.dumps(results[0].to_dict())
+    for arm, share in (("average", 1 / 6), ("sum", 1.0)):
+        model = bed.base(PRESETS["smoke"])
+        with torch.no_grad():
+            for lora in experts(PRESETS["smoke"], 0):
+                for name, (a, b, scale) in lora.items():
+                    model.get_submodule(name).weight += share * scale * b @ a
+        assert Few(5, seed=0).evaluate(model)["accuracy"] == pytest.approx(rows[arm].metric, abs=2e-3)

@@ -10,7 +10,7 @@ missing. Digits are handwritten ones, and no handwriting of the validation or te
     closeups      both
 
 Judged on scenes with sharp handwritings of the held-out splits: the error of the predicted noise inside the two boxes
-and outside, and digits drawn into the boxes of a scene whose rest is given.
+and outside; `glyph_drawing` judges the digits that are drawn.
 
 Tensor letters: B batch, C channels, T = 200 noise levels.
 """
@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -211,10 +210,11 @@ class GlyphScenes:
                 part = Scenes(scenes.images[at], scenes.condition[at], scenes.corners[at])
                 yield noisy(part, torch.full((len(part.images),), level), noise=noise[at])
 
-    def fixed(self, split: str) -> tuple[Scenes, Tensor]:
-        """The held-out scenes of a split, whole ones, and their noise."""
+    def fixed(self, split: str, missing: str | None = None) -> tuple[Scenes, Tensor]:
+        """The held-out scenes of a split, and their noise; whole scenes, or the same ones without a part."""
         generator = torch.Generator().manual_seed({"validation": 1, "test": 2}[split])
-        scenes = draw_scenes("scenes", split, self.held_out, generator, (0.0, 0.0))
+        dropped = tuple(float(part == missing) for part in PARTS)
+        scenes = draw_scenes("scenes", split, self.held_out, generator, dropped)
         return scenes, torch.randn(scenes.images.shape, generator=generator)
 
     def loss(self, model: nn.Module, batch: Noisy) -> tuple[Tensor, Context]:
@@ -309,53 +309,6 @@ def _waves(time: Tensor) -> Tensor:
 
 def _twice(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-@torch.no_grad()
-def inpaint(model: nn.Module, scenes: Scenes, steps: int, seed: int) -> Tensor:
-    """Draw the two boxes of scenes whose rest is given: DDIM (Song et al. 2021, 2010.02502), eta 0, and after each step
-    everything outside the boxes is put back at its level of noise. No guidance."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(scenes.images.shape, generator=generator)
-    inside = scenes.boxes().any(1, keepdim=True)
-    times = torch.linspace(LEVELS, 0, steps + 1).round().long()
-    x = noise.clone()
-    model.eval()
-    for now, after in pairwise(times):
-        time = now.expand(len(x))
-        known = add_noise(scenes.images, noise, time)
-        x = torch.where(inside, x, known)
-        predicted, share = model(x, time, scenes.condition), signal(now)
-        clean = ((x - (1 - share).sqrt() * predicted) / share.sqrt()).clamp(-1.5, 1.5)
-        x = add_noise(clean, (x - share.sqrt() * clean) / (1 - share).sqrt(), after.expand(len(x)))
-    return torch.where(inside, x, scenes.images)
-
-
-def make_classifier() -> nn.Sequential:
-    """Digit of an 8 x 8 crop; the 16 values before its last layer are its features."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, CLASSES)
-    )
-
-
-def classifier(settings: Mapping[str, Any]) -> nn.Module:
-    """Taught on crops of sharp scenes with all handwritings of the training split; from the cache where it is."""
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return make_classifier()
-
-    def teach(model: nn.Module) -> None:
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(settings["classifier_steps"]):
-            scenes = draw_scenes("scenes", "train", 32, generator, (0.0, 0.0), few=False)
-            optimizer.zero_grad()
-            F.cross_entropy(model(scenes.crops().flatten(0, 1)), scenes.condition.flatten()).backward()
-            optimizer.step()
-
-    recipe = {"steps": settings["classifier_steps"], "data": GlyphScenes("scenes").manifest}
-    return pretrained("glyph-classifier", recipe, build, teach, [sys.modules[__name__]])
 
 
 def base(settings: Mapping[str, Any]) -> nn.Module:

@@ -4,6 +4,10 @@ Six symbol maps on the frozen decoder of the shared test-bed. A LoRA of rank 4 o
 on each map by itself; then the six are frozen and routers learn to mix them from n strings of all maps, whose map
 nobody tells. The rivals learn all maps at once from as many strings in all as the LoRAs and the routers together:
 MixLoRA in the feed-forward layers with as many experts of the same rank, and one LoRA of the total rank in attention.
+
+Bounds of what routers can do: the LoRA of the right map, all LoRAs averaged, all LoRAs added. A string names its map in
+its first token alone, so in the first attention layer no other token knows the map. The same is therefore done with
+LoRAs of the feed-forward layers, whose input has been through attention.
 """
 
 import math
@@ -30,6 +34,7 @@ from workbench.studies.lora_experts import bed
 EXPERTS, RANK, TOP_K = 6, 4, 3
 LR = 3e-3
 TARGETS = "*.attention.*"
+ELSEWHERE = "feed-forward"  # in the name of an arm: the LoRAs are in the feed-forward layers
 MARGIN = 0.01
 POOLS = (64, 256, 1024)  # n, strings the routers learn from
 
@@ -38,10 +43,14 @@ ROUTERS = {
     **{f"described, {n}": (n, 0.05, 0.05, 1) for n in POOLS},
     **{f"balance only, {n}": (n, 0.05, 0.0, 1) for n in POOLS},
     "printed, 256": (256, 0.05, 0.05, -1),
+    "described / 10, 256": (256, 0.05, 0.005, 1),
     "described x 10, 256": (256, 0.05, 0.5, 1),
+    "printed x 10, 256": (256, 0.05, 0.5, -1),
     "task loss only, 256": (256, 0.0, 0.0, 1),
+    f"described, {ELSEWHERE}, 1024": (1024, 0.05, 0.05, 1),
 }
-ARMS = (*ROUTERS, "average", "told the task", "mixlora", "lora-total")
+BOUNDS = ("average", "sum", "told the task", f"told the task, {ELSEWHERE}")
+ARMS = (*ROUTERS, *BOUNDS, "mixlora", "lora-total")
 FEW, MORE = POOLS[1], POOLS[2]
 
 RULE = (
@@ -98,15 +107,17 @@ class Experts(nn.Module):
         return [{name: (v["a"], v["b"], float(v["scale"])) for name, v in lora.items()} for lora in found]
 
 
-def experts(settings: Settings, seed: int) -> list[LoRAs]:
+def experts(settings: Settings, seed: int, targets: str = TARGETS) -> list[LoRAs]:
     """The LoRAs of the six maps, each trained by itself: trained once, then from the cache."""
-    adapted = adapt(bed.base(settings), "lora-mixer", TARGETS, experts=EXPERTS, rank=RANK, phase="hard")
+    model = bed.base(settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = adapt(model, "lora-mixer", targets, experts=EXPERTS, rank=RANK, phase="hard")
 
     def build() -> Experts:
         return Experts(lora_mixer.to_loras(adapted))
 
     def teach(kept: Experts) -> None:
-        torch.manual_seed(seed)
         for e in range(EXPERTS):
             task = SymbolMaps((bed.OLD + e,), bed.OLD + bed.NEW, bed.LENGTH)
             with adapted.given(task=e):
@@ -114,6 +125,7 @@ def experts(settings: Settings, seed: int) -> list[LoRAs]:
         kept.load_state_dict(build().state_dict())
 
     recipe = {key: settings[key] for key in ("base_steps", "expert_steps")} | {"seed": seed, "batch": bed.BATCH}
+    recipe["targets"] = targets
     code = [symbol_maps, low_rank, lora_mixer, bed, sys.modules[__name__]]
     return pretrained("symbol-maps-loras", recipe, build, teach, code).loras()
 
@@ -134,20 +146,23 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
             adapted = adapt(model, "lora", TARGETS, rank=EXPERTS * RANK)
         state = train(model, bed.new_maps(EXPERTS), config(steps, seed), optimizer=adapted.optimizer(LR))
         return bed.row(arm, seed, adapted, state)
-    model, loras = bed.base(settings), experts(settings, seed)
+    model, loras = bed.base(settings), experts(settings, seed, bed.TARGETS if ELSEWHERE in arm else TARGETS)
     torch.manual_seed(seed)
     _, balance, entropy, sign = ROUTERS.get(arm, (n, 0.0, 0.0, 1))
     options = {"balance": balance, "entropy": entropy, "entropy_sign": sign}
-    if arm == "told the task":
+    if arm.startswith("told the task"):
         options["phase"], options["freeze_experts"] = "hard", False
-    adapted = lora_mixer.from_loras(model, loras, top_k=EXPERTS if arm == "average" else TOP_K, **options)
+    if arm == "sum":  # E times the average
+        loras = [{name: (a, b, EXPERTS * scale) for name, (a, b, scale) in lora.items()} for lora in loras]
+    adapted = lora_mixer.from_loras(model, loras, top_k=EXPERTS if arm in ("average", "sum") else TOP_K, **options)
     if arm in ROUTERS:
         state = train(model, task, config(settings["router_steps"], seed), optimizer=adapted.optimizer(LR))
     else:
         for layer in adapted.layers.values():
             nn.init.zeros_(layer.router.projection.weight)
         state = State(model, task, adapted.optimizer(LR), config(1, seed), metrics=task.evaluate(model))
-    return bed.row(arm, seed, adapted, state, **(measures(adapted, task) if arm in ROUTERS else {}))
+    extra = measures(adapted, task) if arm in ROUTERS else {"trained": 0} if arm in ("average", "sum") else {}
+    return bed.row(arm, seed, adapted, state, **extra)
 
 
 @torch.no_grad()
@@ -156,13 +171,19 @@ def measures(adapted: Adapted, task: SymbolMaps) -> dict:
     (Kullback-Leibler) of the top-K load from uniform in nats, and what the likeliest expert says of the task in nats
     beyond chance; accuracy with 1, 2 and 3 experts in use; of the last block the load by task; the experts' sizes.
     """
+    in_use = {}
     deciding = list({layer.router: layer for layer in adapted.layers.values()}.values())
+    for k in range(1, TOP_K + 1):
+        for layer in deciding:
+            layer.router.set_top_k(k)
+        if k < TOP_K:
+            in_use[str(k)] = task.evaluate(adapted.model)[task.metric]
     seen: dict[int, list] = {}
     handles = [
         layer.observe(lambda layer, *seen_now, i=i: seen.setdefault(i, []).append(seen_now))
         for i, layer in enumerate(deciding)
     ]
-    task.evaluate(adapted.model)
+    in_use[str(TOP_K)] = task.evaluate(adapted.model)[task.metric]
     for handle in handles:
         handle.remove()
     entropies, divergences, information = [], [], []
@@ -174,11 +195,6 @@ def measures(adapted: Adapted, task: SymbolMaps) -> dict:
         entropies.append(float(token_entropy(probs)))
         divergences.append(math.log(EXPERTS) - float(torch.special.entr(load / load.sum()).sum()))
         information.append(float(routing_information(counts).corrected))
-    in_use = {}
-    for k in (1, 2, 3):
-        for layer in deciding:
-            layer.router.set_top_k(k)
-        in_use[str(k)] = task.evaluate(adapted.model)[task.metric]
     sizes = torch.stack(
         [torch.stack([layer.experts.delta(e).norm() for e in range(EXPERTS)]) for layer in adapted.layers.values()]
     )
@@ -205,12 +221,13 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
     else:
         verdict = NOT_RESOLVED
     printed = paired_interval(of[f"printed, {FEW}"], plain)
+    there = paired_interval(of[f"described, {ELSEWHERE}, {MORE}"], of["mixlora"])
     less = paired_interval(few, of[f"balance only, {MORE}"])
     reason = (
         f"Accuracy, routed task LoRAs with {MORE} router strings minus MixLoRA {rivals}; with {FEW} strings, the "
         f"described sign minus balance alone {data}{', shown to be equivalent' if equivalent else ''}, the printed "
-        f"sign minus balance alone {printed}, the described sign minus balance alone with {MORE} strings {less}. The "
-        "effect is the first of these."
+        f"sign minus balance alone {printed}, the described sign minus balance alone with {MORE} strings {less}. With "
+        f"the LoRAs in the feed-forward layers the first difference is {there}. The effect is the first of these."
     )
     trained = {arm: next(row.extra["trained"] for row in rows if row.arm == arm) for arm in ARMS}
     details = {

@@ -4,6 +4,9 @@ Scenes with a "face" and a "hand" that are handwritten digits, and a small denoi
 blurred, see `glyph_scenes`. A LoRA is trained on close-ups of each part; then both are frozen. Merging adds them at one
 fixed scale for each part, the best of a grid on the validation scenes. The gates are trained on whole scenes, as is the
 denoiser that is tuned in full for as many steps; judged are the test scenes, with handwritings nobody was trained on.
+
+Beside the rule every arm draws the two boxes of the test scenes anew, and a fixed classifier says how many of the
+digits are the wanted ones, and how far they are from real ones.
 """
 
 import statistics
@@ -23,6 +26,7 @@ from workbench.lib.lora_experts import mole_diffusion
 from workbench.lib.lora_experts.mole_diffusion import attach_mole, scale_sweep, train_region_expert
 from workbench.lib.measures.statistics import paired_interval, tost
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.lora_experts import glyph_drawing as drawing
 from workbench.studies.lora_experts import glyph_scenes as bed
 
 RANK, BATCH = 8, 32
@@ -44,11 +48,11 @@ RULE = (
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 PRESETS = {
     "smoke": {"base_steps": 2, "expert_steps": 2, "steps": 2, "held_out": 16, "seeds": 1}
-    | {"channels": (16, 16, 16), "scales": (0.0, 1.0)},
+    | {"channels": (16, 16, 16), "scales": (0.0, 1.0), "classifier_steps": 2, "drawing_steps": 2},
     "small": {"base_steps": 400, "expert_steps": 120, "steps": 100, "held_out": 64, "seeds": 3}
-    | {"channels": (16, 32, 48), "scales": SCALES},
+    | {"channels": (16, 32, 48), "scales": SCALES, "classifier_steps": 300, "drawing_steps": 25},
     "full": {"base_steps": 2000, "expert_steps": 600, "steps": 500, "held_out": 256, "seeds": 5}
-    | {"channels": (16, 32, 48), "scales": SCALES},
+    | {"channels": (16, 32, 48), "scales": SCALES, "classifier_steps": 1000, "drawing_steps": 25},
 }
 
 
@@ -137,7 +141,7 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
                 )
                 for part, lora in zip(bed.PARTS, loras, strict=True)
             }
-            extra["scales"] = merge(denoiser, loras, task, settings["scales"][1:])[1]
+            extra["scales"] = merge(denoiser, loras, task, settings["scales"])[1]
         else:
             local, pooled = GATES[arm]
             adapted = attach_mole(denoiser, loras, local_gate=local, global_gate=pooled)
@@ -148,6 +152,7 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     found = task.evaluate(denoiser, "test")
     extra |= {region: found[region] for region in bed.REGIONS} | {"trained": trained}
     extra["by_level"] = [found[f"face@{level}"] / 2 + found[f"hand@{level}"] / 2 for level in bed.JUDGED_LEVELS]
+    extra |= drawing.drawn(denoiser, drawing.classifier(settings), task, settings["drawing_steps"], seed)
     budget = measure_budget(denoiser, task, task.batch("train", BATCH, torch.Generator().manual_seed(0)))
     return Row(arm, seed, budget.params, budget.active_params, budget.flops * steps, steps, found[task.metric], extra)
 
@@ -159,32 +164,32 @@ def gates(adapted: Adapted, denoiser: nn.Module, task: bed.GlyphScenes) -> dict:
     Returns:
         maps: (experts, 12, 12) strength of each expert on the first scene, at a middle level; box_auc: how often a
         token inside the expert's box has a stronger gate than one of the background, by expert; absent: strength of
-        each expert where its part is missing, minus where it is there.
+        each expert in the same scenes without its part, minus in those with it.
     """
     seen: list[torch.Tensor] = []
-    layers = [layer for layer in adapted.layers.values()]
-    handles = [layer.observe(lambda layer, routing, _: seen.append(routing.dense())) for layer in layers]
+    handles = [
+        layer.observe(lambda layer, routing, _: seen.append(routing.dense())) for layer in adapted.layers.values()
+    ]
     scenes, noise = task.fixed("validation")
     level = torch.full((len(noise),), bed.JUDGED_LEVELS[1])
     denoiser.eval()
 
-    def strength(condition: torch.Tensor) -> torch.Tensor:
+    def strength(scenes: bed.Scenes) -> torch.Tensor:
         """(scenes, experts, 12, 12)."""
         seen.clear()
-        denoiser(bed.add_noise(scenes.images, noise, level), level, condition)
+        denoiser(bed.add_noise(scenes.images, noise, level), level, scenes.condition)
         maps = [w.view(len(noise), -1, 2) for w in seen]
         wide = torch.stack([w for w in maps if w.shape[1] == 144]).mean(0)
         return wide.transpose(1, 2).unflatten(2, (12, 12))
 
-    maps = strength(scenes.condition)
+    maps = strength(scenes)
     inside = nn.functional.max_pool2d(scenes.boxes().float(), 2).bool()
     outside = ~inside.any(1)
     areas, absent = [], []
     for e in range(2):
         a, b = maps[:, e][inside[:, e]], maps[:, e][outside]
         areas.append(float((a[:, None] > b[None, torch.randperm(len(b))[:2000]]).double().mean()))
-        without = scenes.condition.clone()
-        without[:, e] = bed.MISSING
+        without = task.fixed("validation", missing=bed.PARTS[e])[0]
         absent.append(float(strength(without)[:, e].mean() - maps[:, e].mean()))
     for handle in handles:
         handle.remove()
@@ -220,6 +225,13 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
         },
         "minus": {arm: interval.as_dict() for arm, interval in minus.items()},
         "background_minus_merged": background.as_dict(),
+        "drawn": {
+            arm: {
+                name: statistics.fmean(row.extra[name] for row in rows if row.arm == arm)
+                for name in ("drawn_right", "drawn_distance")
+            }
+            for arm in ARMS
+        },
         "scales": [row.extra["scales"] for row in rows if row.arm == "merged"],
         "sweep": {
             part: [
