@@ -10,6 +10,7 @@ a diff shows what changed.
 """
 
 import base64
+import io
 import json
 import sys
 import tempfile
@@ -89,10 +90,18 @@ def draw(figures: list[nbformat.NotebookNode]) -> None:
         page.add_script_tag(content=get_plotlyjs())
         for output in figures:
             figure = json.loads(json.dumps(output.data[PLOTLY]))
-            png = page.evaluate(DRAW, figure)
-            base64.b64decode(png, validate=True)
-            output.data["image/png"] = png
+            output.data["image/png"] = smaller(page.evaluate(DRAW, figure))
         chromium.close()
+
+
+def smaller(png: str) -> str:
+    """The picture with 256 colours of its own, which a plot does not miss: a third of the size."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(base64.b64decode(png, validate=True))).convert("RGB")
+    buffer = io.BytesIO()
+    image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 if __name__ == "__main__":
