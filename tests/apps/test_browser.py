@@ -229,7 +229,7 @@ def test_clicking_an_expert_shows_what_it_takes(visit):
     page.get_by_text("Expert load over training").wait_for()
     heat = page.locator(".js-plotly-plot:visible").first.locator(".nsewdrag").bounding_box()
     page.mouse.click(heat["x"] + heat["width"] / 2, heat["y"] + heat["height"] * 0.56)  # the fourth of eight rows
-    page.get_by_text("Tokens of expert 3, layer 0").wait_for()
+    page.get_by_text("Tokens of expert 3", exact=True).wait_for()
 
 
 def test_two_runs_stand_side_by_side_on_one_colour_scale(visit):
