@@ -56,7 +56,7 @@ RULE = (
 
 PRESETS = {
     "smoke": bed.SMOKE | {"shots": 8, "few_steps": 2},
-    "small": bed.SMALL | {"shots": 16, "few_steps": 20, "seeds": 4},
+    "small": bed.SMALL | {"shots": 32, "few_steps": 60, "seeds": 4},
     "full": bed.FULL | {"shots": 32, "few_steps": 200},
 }
 
