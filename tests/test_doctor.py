@@ -11,7 +11,7 @@ from workbench.doctor import FAIL, OK, WARN
 
 def test_a_machine_that_runs_these_tests_is_well(home: Path):
     checks = doctor.examine()
-    names = ["python", "packages", "torch", "kernel", "browser", "folder", "disk", "sqlite", "data", "port"]
+    names = ["python", "packages", "torch", "compiler", "kernel", "browser", "folder", "disk", "sqlite", "data", "port"]
     assert [check.name for check in checks] == names
     assert [check for check in checks if check.state == FAIL] == []
     assert home.is_dir() and list(home.iterdir()) == [], "the checks leave nothing behind"

@@ -33,7 +33,9 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order in which things build on each other."""
-    checks: list[Callable[[], Check]] = [python, packages, torch, kernel, browser, folder, disk, sqlite, data, port]
+    checks: list[Callable[[], Check]] = [
+        python, packages, torch, compiler, kernel, browser, folder, disk, sqlite, data, port,
+    ]  # fmt: skip
     found = []
     for check in checks:
         try:
@@ -70,6 +72,14 @@ def torch() -> Check:
     if torch.get_num_threads() > cores:
         return Check("torch", WARN, detail, f"export OMP_NUM_THREADS={cores}")
     return Check("torch", OK, detail)
+
+
+def compiler() -> Check:
+    from workbench.kernels import native
+
+    found = native.compiler()
+    mend = "kernels run in torch alone, some two times slower: apt-get install gcc, or set CC"
+    return Check("compiler", OK if found else WARN, found or "no C compiler found", mend)
 
 
 def kernel() -> Check:

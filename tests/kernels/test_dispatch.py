@@ -1,5 +1,6 @@
 """Which path runs: by device, by request, never in silence; and what importing an operator brings along."""
 
+import importlib
 import subprocess
 import sys
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from workbench.errors import InputError
-from workbench.kernels import RoutePlan, dispatch, gather_sum, moe_mlp
+from workbench.kernels import RoutePlan, block_gate_topk, block_sparse_attention, dispatch, gather_sum, moe_mlp, native
+
+operator = importlib.import_module("workbench.kernels.block_sparse_attention")
 
 ALL = ("reference", "cpu", "triton")
 CPU, GPU, META, OTHER = (torch.device(name) for name in ("cpu", "cuda", "meta", "mps"))
@@ -38,6 +41,39 @@ def test_a_backend_that_cannot_do_it_is_an_error(monkeypatch):
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="the package triton is not installed"):
         dispatch.choose("op", "triton", GPU, ALL)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As on a machine without a C compiler; what was built before is forgotten, and found again afterwards."""
+    monkeypatch.setenv("CC", "no-such-compiler")
+    for cache in (native.obstacle, native.library, native._flags):
+        cache.cache_clear()
+    yield
+    for cache in (native.obstacle, native.library, native._flags):
+        cache.cache_clear()
+
+
+def test_the_native_path_is_for_float32_on_a_processor():
+    available = ("reference", "cpu", "native")
+    assert dispatch.choose("op", None, CPU, available, torch.float32, operator.NATIVE) == "native"
+    assert dispatch.choose("op", None, CPU, available, torch.float64, operator.NATIVE) == "cpu"
+    assert dispatch.choose("op", None, META, available, torch.float32, operator.NATIVE) == "reference"
+    assert dispatch.choose("op", "native", CPU, available, torch.float32, operator.NATIVE) == "native"
+    with pytest.raises(InputError, match="backend is 'native' but op got tensors of"):
+        dispatch.choose("op", "native", CPU, available, torch.float64, operator.NATIVE)
+    with pytest.raises(InputError, match="backend is 'native' but op got tensors on cuda"):
+        dispatch.choose("op", "native", GPU, available, torch.float32, operator.NATIVE)
+
+
+def test_without_a_compiler_the_cpu_path_runs_and_is_recorded(no_compiler):
+    x = torch.randn(10, 2, 4)
+    with dispatch.recording() as seen:
+        chosen = block_gate_topk(x, x, 4, 2)
+        block_sparse_attention(x, x, x, chosen)
+    assert seen == [("block_gate_topk", "cpu"), ("block_sparse_attention", "cpu")]
+    with pytest.raises(InputError, match="there is no C compiler 'no-such-compiler'"):
+        block_gate_topk(x, x, 4, 2, backend="native")
 
 
 def test_the_record_says_which_path_ran():

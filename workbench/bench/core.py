@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from workbench.errors import InputError
+from workbench.kernels import native
 from workbench.paths import home
 
 OURS = "workbench"
@@ -124,6 +125,7 @@ def machine() -> dict:
     return {
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "compiler": native.compiler(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

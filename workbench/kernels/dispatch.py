@@ -1,37 +1,56 @@
 """Which path an operator takes, and the record of the one it took.
 
-An operator has up to four paths: "reference" (plain torch, the meaning), "cpu" (fast on a processor), "grouped_mm"
-(torch's own grouped product) and "triton" (a GPU; or a processor under Triton's interpreter, TRITON_INTERPRET=1).
-The device decides unless `backend=` does. A path that was asked for and cannot do the job is an error: nothing falls
-back in silence.
+An operator has up to five paths: "reference" (plain torch, the meaning), "cpu" (fast on a processor, in torch),
+"native" (faster there, in C, for float32, where there is a C compiler), "grouped_mm" (torch's own grouped product) and
+"triton" (a GPU; or a processor under Triton's interpreter, TRITON_INTERPRET=1). Device and type decide unless
+`backend=` does. A path that was asked for and cannot do the job is an error: nothing falls back in silence.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from workbench.errors import InputError, unknown
+from workbench.kernels import native
 
 _last: dict[str, str] = {}
 _recordings: list[list[tuple[str, str]]] = []
 
 
-def choose(op: str, backend: str | None, device: torch.device, available: tuple[str, ...]) -> str:
+def choose(
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    available: tuple[str, ...],
+    dtype: torch.dtype | None = None,
+    source: Path | None = None,
+) -> str:
     """The path of operator `op` for tensors on `device`: `backend` if it can run there, else what suits the device.
 
+    An operator with a native path tells the type of its tensors and the C file. No compiler is looked for unless
+    "native" is asked for: `begin` does that when the path runs.
+
     Raises:
-        InputError: `backend` is not one of `available`, or cannot run on `device`.
+        InputError: `backend` is not one of `available`, or cannot run on `device` or for `dtype`.
     """
     if backend is None:
+        if device.type == "cpu" and dtype == torch.float32 and "native" in available:
+            return "native"
         fitting = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
         return fitting if fitting in available else "reference"
     if backend not in available:
         raise unknown(f"backend of {op}", backend, available)
-    if backend == "cpu" and device.type not in ("cpu", "meta"):
-        raise InputError(f"backend is 'cpu' but {op} got tensors on {device}; they must be on the CPU")
+    if backend in ("cpu", "native") and device.type not in ("cpu", "meta"):
+        raise InputError(f"backend is {backend!r} but {op} got tensors on {device}; they must be on the CPU")
+    if backend == "native":
+        if dtype != torch.float32:
+            raise InputError(f"backend is 'native' but {op} got tensors of {dtype}; they must be torch.float32")
+        if not torch.compiler.is_compiling() and (obstacle := native.obstacle(source)) is not None:
+            raise InputError(f"backend is 'native' but {op} cannot use it: {obstacle}")
     if backend == "triton":
         if find_spec("triton") is None:
             raise InputError(f"backend is 'triton' but {op} cannot use it: the package triton is not installed")
@@ -48,11 +67,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def record(op: str, backend: str) -> None:
-    """Called by an operator when a path has begun to run."""
+def begin(op: str, backend: str, source: Path | None = None) -> str:
+    """Called by an operator whose path begins to run: the path that does, which is recorded.
+
+    It is `backend`, but "cpu" for a "native" that cannot be built here from `source`.
+    """
+    if backend == "native" and native.obstacle(source) is not None:
+        backend = "cpu"
     _last[op] = backend
     for seen in _recordings:
         seen.append((op, backend))
+    return backend
 
 
 def last_backend(op: str) -> str | None:

@@ -1,8 +1,8 @@
 """Attention in which every query attends to a few blocks of keys, and the gate that chooses them by the mean key.
 
-Paths: "reference" (dense masks, any floating type), "cpu" and "triton". The choice of blocks has no gradient. Kept for
-the backward are q, k, v, the output, L and the index, nothing else; it is deterministic and cannot be differentiated
-again.
+Paths: "reference" (dense masks, any floating type), "cpu", "native" (float32) and "triton". The choice of blocks has no
+gradient. Kept for the backward are q, k, v, the output, L and the index, nothing else; it is deterministic and cannot
+be differentiated again.
 
 The method is that of MoBA (Lu et al. 2025, arXiv:2502.13189); the layout by columns that of FlashMoBA (Xiao et al.
 2025, arXiv:2511.11571).
@@ -13,6 +13,7 @@ h // (H / G)), d head width, B tokens a block, K blocks per query.
 
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int32
@@ -23,7 +24,8 @@ from workbench.errors import InputError
 from workbench.kernels import dispatch
 from workbench.kernels.block_sparse_attention.index import BlockIndex, block_table, invert
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "native", "triton")
+NATIVE = Path(__file__).with_name("native.c")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_WIDTHS = (16, 32, 64, 128)  # 16 for small tests; the others are those the kernels are compiled for ahead of time
 TRITON_TOP_K = 16
@@ -60,7 +62,7 @@ def block_gate_topk(
         raise InputError(f"top_k is {top_k} but must be at least 1")
     if cu_seqlens is not None:
         _check_sequences(cu_seqlens, q)
-    chosen = dispatch.choose("block_gate_topk", backend, q.device, BACKENDS)
+    chosen = dispatch.choose("block_gate_topk", backend, q.device, BACKENDS, q.dtype, NATIVE)
     if chosen == "triton":
         _check_triton(q)
         if top_k > TRITON_TOP_K:
@@ -97,12 +99,12 @@ def block_sparse_attention(
         )
     if index.blocks.device != q.device:
         raise InputError(f"index is on {index.blocks.device} but must be where q is, on {q.device}")
-    chosen = dispatch.choose("block_sparse_attention", backend, q.device, BACKENDS)
+    chosen = dispatch.choose("block_sparse_attention", backend, q.device, BACKENDS, q.dtype, NATIVE)
     if chosen == "triton":
         _check_triton(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        dispatch.record("block_sparse_attention", chosen)
+        dispatch.begin("block_sparse_attention", chosen)
         return _path(chosen).attention(q, k, v, index, scale)[0]
     return _attend(q, k, v, *index.tensors(), index.block_size, scale, chosen)[0]
 
@@ -117,13 +119,15 @@ def _gate(
     q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The tensors of a `BlockIndex`."""
-    dispatch.record("block_gate_topk", backend)
+    backend = dispatch.begin("block_gate_topk", backend, NATIVE)
     starts, lengths = block_table(q.shape[0], block_size, cu_seqlens, q.device)
     if q.shape[0] == 0:
         blocks = torch.empty(*q.shape[:2], top_k, dtype=torch.int32, device=q.device)
     elif backend == "cpu":
         found = import_module(f"{__name__}.gate").index(q, k, block_size, top_k, cu_seqlens, starts)
         return *found, starts, lengths
+    elif backend == "native":
+        return *_path(backend).gate(q, k, block_size, top_k, cu_seqlens, starts, lengths), starts, lengths
     else:
         blocks = _path(backend).gate(q, k, block_size, top_k, cu_seqlens, starts, lengths).contiguous()
     return blocks, *invert(blocks, starts.numel()), starts, lengths
@@ -161,7 +165,7 @@ def _attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output, in the memory layout of q, and L (N, H)."""
-    dispatch.record("block_sparse_attention", backend)
+    backend = dispatch.begin("block_sparse_attention", backend, NATIVE)
     if q.shape[0] == 0:
         return torch.empty_like(q), _lse(q)
     index = BlockIndex(block_size, blocks, rows, col_offs, pair, starts, lengths)
@@ -191,7 +195,7 @@ def _attend_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dispatch.record("block_sparse_attention.backward", backend)
+    backend = dispatch.begin("block_sparse_attention.backward", backend, NATIVE)
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     index = BlockIndex(block_size, blocks, rows, col_offs, pair, starts, lengths)
@@ -225,7 +229,7 @@ def _lse(q: Tensor) -> Tensor:
 
 @register_flop_formula(torch.ops.workbench.block_sparse_attention, get_raw=True)
 def _forward_flops(q, k, v, blocks, rows, col_offs, pair, starts, lengths, block_size, *_, out_val=None, **__) -> int:
-    """Two products with every key of every chosen block; a query's own block counts whole, as it is computed."""
+    """Two products with every key of every chosen block; a query's own block counts whole."""
     choices = blocks.numel() if blocks.is_meta else int((blocks >= 0).sum())
     return 4 * choices * block_size * q.shape[-1]
 

@@ -72,7 +72,7 @@ def _forward(
     top_k: int | None,
     backend: str,
 ) -> Tensor:
-    dispatch.record("gather_sum", backend)
+    dispatch.begin("gather_sum", backend)
     plan = RoutePlan(order, inv, tok, offs, tok_offs, n_tokens, n_experts, top_k)
     return import_module(f"{__name__}.{backend}").gather_sum(y, plan, weight)
 

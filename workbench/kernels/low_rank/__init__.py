@@ -98,7 +98,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and what `kept` says."""
-    dispatch.record("low_rank", backend)
+    dispatch.begin("low_rank", backend)
     return _path(backend).forward(x, a, b, score, expert, tok_offs, top_k, save)
 
 
@@ -131,7 +131,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, a, b and score; an empty tensor for one that is not wanted."""
-    dispatch.record("low_rank.backward", backend)
+    dispatch.begin("low_rank.backward", backend)
     grads = _path(backend).backward(grad, x, codes, a, b, score, expert, index, tok_offs, top_k, needs)
     return tuple(g if needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True))
 
@@ -165,7 +165,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a, b, score, expert, tok_offs, top_k, backend, save):
-        dispatch.record("low_rank", backend)
+        dispatch.begin("low_rank", backend)
         out, *found = _path(backend).forward(x, a, b, score, expert, tok_offs, top_k, save)
         if save:
             ctx.top_k, ctx.backend = top_k, backend
@@ -175,7 +175,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dispatch.record("low_rank.backward", ctx.backend)
+        dispatch.begin("low_rank.backward", ctx.backend)
         needs = ctx.needs_input_grad[:4]
         grads = _path(ctx.backend).backward(grad.contiguous(), *ctx.saved_tensors, ctx.top_k, needs)
         return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *(None,) * 5

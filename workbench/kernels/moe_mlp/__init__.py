@@ -93,7 +93,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and Z where it is to be kept, else an empty tensor."""
-    dispatch.record("moe_mlp", backend)
+    dispatch.begin("moe_mlp", backend)
     plan = RoutePlan(order, inv, tok, offs, tok_offs, x.shape[0], w1.shape[0], top_k)
     out, z = _path(backend).forward(x, w1, w2, plan, score, b1, b2, activation, save)
     return out, x.new_empty(0, w1.shape[1]) if z is None else z
@@ -124,7 +124,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w2, score, b1, b2; an empty tensor for a bias that is not there."""
-    dispatch.record("moe_mlp.backward", backend)
+    dispatch.begin("moe_mlp.backward", backend)
     plan = RoutePlan(order, inv, tok, offs, tok_offs, x.shape[0], w1.shape[0], top_k)
     *grads, db1, db2 = _path(backend).backward(grad, x, z, w1, w2, plan, score, b1, b2, activation)
     return *grads, x.new_empty(0) if db1 is None else db1, x.new_empty(0) if db2 is None else db2

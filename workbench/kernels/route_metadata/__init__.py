@@ -37,7 +37,7 @@ def route_metadata(
     """
     chosen = dispatch.choose("route_metadata", backend or "reference", expert.device, BACKENDS)
     if chosen == "reference":
-        dispatch.record("route_metadata", chosen)
+        dispatch.begin("route_metadata", chosen)
         return RoutePlan.build(expert, n_experts, top_k=top_k, tok_offs=tok_offs)
     n_tokens = check(expert, n_experts, top_k, tok_offs)
     check_values(expert, n_experts, tok_offs)
@@ -50,7 +50,7 @@ def _triton(
     expert: Tensor, n_experts: int, top_k: int | None, tok_offs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """order, inv and tok (P,) and offs (E + 1,), int32."""
-    dispatch.record("route_metadata", "triton")
+    dispatch.begin("route_metadata", "triton")
     return import_module(f"{__name__}.triton").route_metadata(expert, n_experts, top_k, tok_offs)
 
 

@@ -110,7 +110,7 @@ def _path(backend: str):
 
 @torch.library.custom_op("workbench::span_attention", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sink: int, backend: str) -> Tensor:
-    dispatch.record("span_attention", backend)
+    dispatch.begin("span_attention", backend)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     return _path(backend).span_attention(q, k, v, spans, sink)
@@ -125,7 +125,7 @@ def _(q, k, v, spans, sink, backend):
 def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sink: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dispatch.record("span_attention.backward", backend)
+    dispatch.begin("span_attention.backward", backend)
     return _path(backend).span_attention_backward(grad, q, k, v, spans, sink)
 
 
@@ -148,7 +148,7 @@ _attend.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("workbench::span_decode", mutates_args=())
 def _decode(q: Tensor, k: Tensor, v: Tensor, start: Sequence[int], length: Sequence[int], backend: str) -> Tensor:
-    dispatch.record("span_decode", backend)
+    dispatch.begin("span_decode", backend)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     return _path(backend).span_decode(q, k, v, start, length)

@@ -50,7 +50,7 @@ def topk_softmax(
 
 @torch.library.custom_op("workbench::topk_softmax", mutates_args=())
 def _forward(logits: Tensor, k: int, renormalize: bool, backend: str) -> tuple[Tensor, Tensor]:
-    dispatch.record("topk_softmax", backend)
+    dispatch.begin("topk_softmax", backend)
     score, index = import_module(f"{__name__}.{backend}").topk_softmax(logits, k, renormalize)
     return score, index.to(torch.int64)
 

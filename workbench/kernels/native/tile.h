@@ -1,0 +1,150 @@
+/* What the native paths share: a product of a few rows with a wide matrix that is kept in registers, and 2^x.
+ *
+ * Written in the vector extensions of gcc and clang, which any processor runs; the sizes below are what fits the
+ * registers of the instruction set it is compiled for. A tile is ROWS rows by VECS vectors of LANES numbers. With
+ * AVX-512 a product whose operands are in the first two levels of cache takes 0.87 to 0.99 of the processor's
+ * multiply-adds.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16, VECS = 4, ROWS = 7 }; /* 32 registers of 16 */
+#elif defined(__AVX__)
+enum { LANES = 8, VECS = 2, ROWS = 6 }; /* 16 registers of 8 */
+#elif defined(__aarch64__)
+enum { LANES = 4, VECS = 4, ROWS = 7 }; /* 32 registers of 4 */
+#else
+enum { LANES = 4, VECS = 2, ROWS = 6 };
+#endif
+enum { WIDE = VECS * LANES }; /* columns of a tile */
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* c[i][j] (+)= sum over k < depth of a[i][k step] b[k ldb + j], for ROWS rows i and n_vecs vectors of columns j. */
+INLINE void product(const int n_vecs, long depth, const float *const *a, long step, const float *b, long ldb,
+                    float *const *c, int add)
+{
+    vec sum[ROWS][VECS];
+    const float *row[ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) {
+        row[i] = a[i];
+#pragma GCC unroll 4
+        for (int j = 0; j < n_vecs; j++) sum[i][j] = (vec){0};
+    }
+    for (long k = 0; k < depth; k++, b += ldb) {
+        vec x[VECS];
+#pragma GCC unroll 4
+        for (int j = 0; j < n_vecs; j++) x[j] = *(const vec *)(b + j * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            vec y = (vec){0} + row[i][k * step];
+#pragma GCC unroll 4
+            for (int j = 0; j < n_vecs; j++) sum[i][j] += x[j] * y;
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n_vecs; j++) {
+            vec *to = (vec *)(c[i] + j * LANES);
+            *to = add ? *to + sum[i][j] : sum[i][j];
+        }
+}
+
+/* The same for n columns, any number. The columns beyond whole vectors are summed one by one. */
+static __attribute__((unused)) void tile(long n, long depth, const float *const *a, long step, const float *b, long ldb, float *const *c,
+                 int add)
+{
+    float *at[ROWS];
+    memcpy(at, c, sizeof at);
+    long left = n;
+#define TAKE(n_vecs)                                                                                                   \
+    {                                                                                                                  \
+        product(n_vecs, depth, a, step, b, ldb, at, add);                                                              \
+        for (int i = 0; i < ROWS; i++) at[i] += (n_vecs) * LANES;                                                      \
+        b += (n_vecs) * LANES;                                                                                         \
+        left -= (n_vecs) * LANES;                                                                                      \
+    }
+    while (left >= WIDE) TAKE(VECS)
+#if defined(__AVX512F__) || defined(__aarch64__)
+    if (left >= 3 * LANES) TAKE(3)
+    if (left >= 2 * LANES) TAKE(2)
+#endif
+    if (left >= LANES) TAKE(1)
+#undef TAKE
+    for (; left > 0; left--, b++)
+        for (int i = 0; i < ROWS; i++) {
+            float sum = add ? *at[i] : 0;
+            for (long k = 0; k < depth; k++) sum += a[i][k * step] * b[k * ldb];
+            *at[i]++ = sum;
+        }
+}
+
+/* a where the mask is -1, b where it is 0. */
+INLINE vec where(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+
+/* The larger of two; b where one of them is NaN. */
+INLINE vec larger(vec a, vec b)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return where(a > b, a, b);
+#endif
+}
+
+/* 2^x, to the last bits of float32; 2^-126 for anything below. NaN stays NaN. A polynomial through the Chebyshev nodes
+ * of [-0.5, 0.5], 3e-9 off at most. */
+INLINE vec power_of_two(vec x)
+{
+    const vec low = (vec){0} - 126.0f, high = (vec){0} + 127.9f, magic = (vec){0} + 12582912.0f; /* 1.5 * 2^23 */
+    x = larger(low, x);
+    x = where(x > high, high, x);
+    vec rounded = x + magic; /* the integer is in the last bits of the mantissa */
+    ivec whole = (ivec)rounded << 23;
+    vec f = x - (rounded - magic); /* -0.5 to 0.5 */
+    vec p = f * 1.546144472e-04f + 1.340042818e-03f;
+    p = p * f + 9.618056678e-03f;
+    p = p * f + 5.550327227e-02f;
+    p = p * f + 2.402265092e-01f;
+    p = p * f + 6.931472067e-01f;
+    p = p * f + 1.0f;
+    return (vec)((ivec)p + whole);
+}
+
+typedef float quad __attribute__((vector_size(16)));
+
+/* The sum of the lanes. */
+INLINE float total(vec x)
+{
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    quad parts[LANES / 4], sum;
+    memcpy(parts, &x, sizeof x);
+    sum = parts[0];
+    for (int i = 1; i < LANES / 4; i++) sum += parts[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+#endif
+}
+
+/* The largest lane. */
+INLINE float largest_lane(vec x)
+{
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float found = x[0];
+    for (int i = 1; i < LANES; i++) found = found < x[i] ? x[i] : found;
+    return found;
+#endif
+}
