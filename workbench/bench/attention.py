@@ -1,9 +1,10 @@
 """Block-sparse attention against dense causal attention: 8 heads of 64, eight blocks a query, the gate included.
 
-The bound of a case is the time that torch takes for matrix products of as many operations as the blocks that are visited
-need: products (1024, d) x (d, B), with one memory for all results. A path in C can come near it or fall below it: it
-multiplies a query's own block only as far as the query sees. All lengths are timed forward, those up to 8,192 also with the
-backward; with two rounds that count, the default, a run at one and at two threads takes some three minutes, of which one goes to dense attention at 32,768.
+The bound of a case is the time that torch takes for matrix products of as many operations as the blocks that are
+visited need: products (1024, d) x (d, B), with one memory for all results. A path in C can come near it or fall below
+it: it multiplies a query's own block only as far as the query sees. All lengths are timed forward, those up to 8,192
+also with the backward; with two rounds that count, the default, a run at one and at two threads takes some three
+minutes, of which one goes to dense attention at 32,768.
 """
 
 import torch

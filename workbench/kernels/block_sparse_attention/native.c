@@ -1,8 +1,8 @@
 /* Block-sparse attention and its gate, one head at a time; see native.py.
  *
  * Letters: N tokens, d head width, M blocks of B tokens. A column is a block with the queries that chose it, `rows`
- * ascending, so that the block's own queries are the first. Scores are to base 2. A block's keys and values are packed
- * once and stay in the second level of cache while its queries pass in tiles of ROWS.
+ * ascending, so that the block's own queries are the first. Scores are to base 2. A head's queries lie together, and a
+ * block's keys and values stay in the cache while its queries pass in tiles of ROWS.
  */
 #include "tile.h"
 #include <math.h>
@@ -22,35 +22,52 @@ typedef struct {
     const int64_t *offs;
 } columns;
 
-/* Scratch memory in pieces that begin on cache lines. */
+/* Whole vectors, and whole cache lines of 16. */
+static long padded(long n) { return (n + 15) / 16 * 16; }
+
+/* Whole panels, on any processor. */
+static long paneled(long n) { return (n + 63) / 64 * 64; }
+
+/* The next n numbers of scratch memory. */
 static float *piece(float **scratch, long n)
 {
     float *at = *scratch;
-    *scratch += (n + 15) / 16 * 16;
+    *scratch += padded(n);
     return at;
 }
 
-/* Rounded up so far that every panel is whole, and every piece ends where the next may begin. */
-static long pitched(long n) { return (n + 63) / 64 * 64; }
-
-/* to (rows, pitch) = factor * x. */
+/* to (rows, pitch) = factor * x, with zeros behind each row. */
 static void pack(matrix x, long first, long rows, long width, float factor, float *to, long pitch)
 {
     for (long i = 0; i < rows; i++) {
         const float *row = x.at + (first + i) * x.row;
+        float *packed = to + i * pitch;
         if (x.step == 1)
-            for (long j = 0; j < width; j++) to[i * pitch + j] = factor * row[j];
+            for (long j = 0; j < width; j++) packed[j] = factor * row[j];
         else
-            for (long j = 0; j < width; j++) to[i * pitch + j] = factor * row[j * x.step];
+            for (long j = 0; j < width; j++) packed[j] = factor * row[j * x.step];
+        for (long j = width; j < pitch; j++) packed[j] = 0;
     }
 }
 
-/* to = factor * x transposed, in panels (width, WIDE), which a product reads from one end to the other. */
-static void pack_transposed(matrix x, long first, long rows, long width, float factor, float *to)
+/* x (+)= factor * from (rows, pitch). */
+static void unpack(const float *from, long pitch, float factor, matrix x, long first, long rows, long width, int add)
+{
+    for (long i = 0; i < rows; i++, from += pitch) {
+        float *row = x.at + (first + i) * x.row;
+        if (x.step == 1 && !add)
+            for (long j = 0; j < width; j++) row[j] = factor * from[j];
+        else
+            for (long j = 0; j < width; j++) row[j * x.step] = (add ? row[j * x.step] : 0) + factor * from[j];
+    }
+}
+
+/* to = x transposed, in panels (width, WIDE), which a product reads from one end to the other. */
+static void pack_transposed(matrix x, long first, long rows, long width, float *to)
 {
     for (long i = 0; i < rows; i++) {
         float *column = to + i / WIDE * WIDE * width + i % WIDE;
-        for (long j = 0; j < width; j++) column[j * WIDE] = factor * x.at[(first + i) * x.row + j * x.step];
+        for (long j = 0; j < width; j++) column[j * WIDE] = x.at[(first + i) * x.row + j * x.step];
     }
 }
 
@@ -60,13 +77,13 @@ static void times_panels(long n, long width, const float *const *a, long step, c
     float *to[ROWS];
     for (long j = 0; j < n; j += WIDE) {
         for (long i = 0; i < ROWS; i++) to[i] = p + i * pitch + j;
-        long left = (n - j + LANES - 1) / LANES * LANES;
+        long left = padded(n - j);
         tile(left < WIDE ? left : WIDE, width, a, step, panels + j * width, WIDE, to, 0);
     }
 }
 
-/* ROWS queries of a column: their tokens, and how many of the block's keys each sees. Beyond the column's end the last
- * query stands again, with n < ROWS. */
+/* ROWS queries of a column: their tokens, and how many of the block's keys each sees. Beyond the column's end, n, the
+ * last query stands again. */
 typedef struct {
     long n, most, token[ROWS], seen[ROWS];
 } queries;
@@ -97,20 +114,23 @@ static float powers(float *p, long seen, float minus)
     return total(sum);
 }
 
-/* 0 from `seen`, or the whole vector behind it, to n. */
+/* ds[j] = p[j] (dp[j] - delta) in the place of dp, for as many. */
+static void softmax_gradient(const float *p, float *dp, long seen, float delta)
+{
+    for (long j = 0; j < seen; j += LANES) {
+        vec x = (*(vec *)(dp + j) - delta) * *(const vec *)(p + j);
+        for (long i = seen - j; i < LANES; i++) x[i] = 0;
+        *(vec *)(dp + j) = x;
+    }
+}
+
+/* 0 from the vector behind `seen` to n. */
 static void clear(float *p, long seen, long n)
 {
     for (long j = (seen + LANES - 1) / LANES * LANES; j < n; j++) p[j] = 0;
 }
 
-/* The rows that the next tile reads are on their way while this one is computed: they lie all over the matrix. */
-static void prefetch(columns c, long at, long end, matrix x, long width)
-{
-    for (long i = at; i < at + ROWS && i < end; i++)
-        for (long j = 0; j < width; j += 16) __builtin_prefetch(x.at + c.rows[i] * x.row + j * x.step);
-}
-
-/* The largest of n numbers; those from there to whole vectors are overwritten. */
+/* The largest of n numbers; those from there to a whole vector are overwritten. */
 static float largest(float *p, long n)
 {
     for (long j = n; j % LANES; j++) p[j] = -INFINITY;
@@ -122,67 +142,68 @@ static float largest(float *p, long n)
 /* Output and L of one head. Returns 1 where there is no memory. */
 int forward(columns c, long d, float scale, matrix q, matrix k, matrix v, matrix out, matrix lse)
 {
-    long pitch = pitched(c.size), width = pitched(d);
-    float *memory = aligned_alloc(64, 4 * (d * pitch + c.size * width + ROWS * pitch + width + 2 * pitched(c.n_tokens)));
+    long pitch = paneled(c.size), width = padded(d);
+    float *memory = aligned_alloc(64, 4 * ((2 * c.n_tokens + c.size + 1) * width + (width + ROWS) * pitch +
+                                           2 * padded(c.n_tokens)));
     if (!memory) return 1;
-    float *scratch = memory, *keys = piece(&scratch, d * pitch), *values = piece(&scratch, c.size * width);
+    float *scratch = memory, *all = piece(&scratch, c.n_tokens * width), *parts = piece(&scratch, c.n_tokens * width);
+    float *keys = piece(&scratch, width * pitch), *values = piece(&scratch, c.size * width);
     float *p = piece(&scratch, ROWS * pitch), *spare = piece(&scratch, width);
     float *sum = piece(&scratch, c.n_tokens), *top = piece(&scratch, c.n_tokens);
     const float *q_rows[ROWS], *p_rows[ROWS];
-    float *out_rows[ROWS];
+    float *part_rows[ROWS];
     for (long i = 0; i < ROWS; i++) p_rows[i] = p + i * pitch;
+    pack(q, 0, c.n_tokens, d, scale * (float)M_LOG2E, all, width);
+    memset(parts, 0, 4 * c.n_tokens * width);
     for (long t = 0; t < c.n_tokens; t++) {
-        memset(out.at + t * out.row, 0, 4 * d);
         sum[t] = 0;
         top[t] = -INFINITY;
     }
     for (long block = 0; block < c.n_blocks; block++) {
         long at = c.offs[block], end = c.offs[block + 1];
         if (at == end) continue;
-        pack_transposed(k, c.starts[block], c.lengths[block], d, scale * (float)M_LOG2E, keys);
+        pack_transposed(k, c.starts[block], c.lengths[block], d, keys);
         pack(v, c.starts[block], c.lengths[block], d, 1, values, width);
         for (; at < end; at += ROWS) {
             queries mine = next_queries(c, block, at, end);
-            prefetch(c, at + ROWS, end, q, d);
-            prefetch(c, at + ROWS, end, out, d);
             for (long i = 0; i < ROWS; i++) {
-                q_rows[i] = q.at + mine.token[i] * q.row;
-                out_rows[i] = i < mine.n ? out.at + mine.token[i] * out.row : spare;
+                q_rows[i] = all + mine.token[i] * width;
+                part_rows[i] = i < mine.n ? parts + mine.token[i] * width : spare;
             }
-            times_panels(mine.most, d, q_rows, q.step, keys, p, pitch);
+            times_panels(mine.most, d, q_rows, 1, keys, p, pitch);
             for (long i = 0; i < mine.n; i++) {
                 long t = mine.token[i];
                 float *row = p + i * pitch, higher = largest(row, mine.seen[i]);
                 if (higher > top[t]) {
                     float factor = exp2f(top[t] - higher);
-                    for (long j = 0; j < d; j++) out_rows[i][j] *= factor;
+                    for (long j = 0; j < width; j++) part_rows[i][j] *= factor;
                     sum[t] *= factor;
                     top[t] = higher;
                 }
                 sum[t] += powers(row, mine.seen[i], top[t]);
                 clear(row, mine.seen[i], mine.most);
             }
-            tile(d, mine.most, p_rows, 1, values, width, out_rows, 1);
+            tile(width, mine.most, p_rows, 1, values, width, part_rows, 1);
         }
     }
     for (long t = 0; t < c.n_tokens; t++) {
-        for (long j = 0; j < d; j++) out.at[t * out.row + j] /= sum[t];
+        unpack(parts + t * width, width, 1 / sum[t], out, t, 1, d, 0);
         lse.at[t * lse.row] = (log2f(sum[t]) + top[t]) * (float)M_LN2;
     }
     free(memory);
     return 0;
 }
 
-/* (size, width) gradients of a block, added up over its queries: sum (+)= p' x for the queries of a strip. */
-static void add_products(long size, long n, const float *p, long pitch, const float *x, long width, float *sum,
+/* sum (keys, width) += p' x, over the n queries of a strip. */
+static void add_products(long keys, long n, const float *p, long pitch, const float *x, long width, float *sum,
                          float *spare)
 {
     const float *column[ROWS];
     float *to[ROWS];
-    for (long j = 0; j < size; j += ROWS) {
+    for (long j = 0; j < keys; j += ROWS) {
         for (long i = 0; i < ROWS; i++) {
-            column[i] = p + (j + i < size ? j + i : j);
-            to[i] = j + i < size ? sum + (j + i) * width : spare;
+            column[i] = p + (j + i < keys ? j + i : j);
+            to[i] = j + i < keys ? sum + (j + i) * width : spare;
         }
         tile(width, n, column, pitch, x, width, to, 1);
     }
@@ -194,48 +215,45 @@ static void add_products(long size, long n, const float *p, long pitch, const fl
 int backward(columns c, long d, float scale, matrix q, matrix k, matrix v, matrix out, matrix lse, matrix grad,
              matrix dq, matrix dk, matrix dv)
 {
-    long pitch = pitched(c.size), width = pitched(d);
-    float *memory = aligned_alloc(64, 4 * (2 * d * pitch + 3 * c.size * width + 2 * STRIP * (pitch + width) + width +
-                                           pitched(c.n_tokens)));
+    long pitch = paneled(c.size), width = padded(d);
+    float *memory = aligned_alloc(64, 4 * ((3 * c.n_tokens + 3 * c.size + 2 * STRIP + 1) * width +
+                                           2 * (width + STRIP) * pitch + padded(c.n_tokens)));
     if (!memory) return 1;
-    float *scratch = memory, *keys_t = piece(&scratch, d * pitch), *values_t = piece(&scratch, d * pitch);
+    float *scratch = memory, *all = piece(&scratch, c.n_tokens * width), *grads = piece(&scratch, c.n_tokens * width);
+    float *d_queries = piece(&scratch, c.n_tokens * width), *delta = piece(&scratch, c.n_tokens);
+    float *keys_t = piece(&scratch, width * pitch), *values_t = piece(&scratch, width * pitch);
     float *keys = piece(&scratch, c.size * width), *d_keys = piece(&scratch, c.size * width);
     float *d_values = piece(&scratch, c.size * width), *p = piece(&scratch, STRIP * pitch);
     float *ds = piece(&scratch, STRIP * pitch), *q_strip = piece(&scratch, STRIP * width);
     float *grad_strip = piece(&scratch, STRIP * width), *spare = piece(&scratch, width);
-    float *delta = piece(&scratch, c.n_tokens);
+    const float *q_rows[ROWS], *grad_rows[ROWS], *ds_rows[ROWS];
+    float *dq_rows[ROWS];
+    pack(q, 0, c.n_tokens, d, scale * (float)M_LOG2E, all, width);
+    pack(grad, 0, c.n_tokens, d, 1, grads, width);
+    memset(d_queries, 0, 4 * c.n_tokens * width);
     for (long t = 0; t < c.n_tokens; t++) {
-        memset(dq.at + t * dq.row, 0, 4 * d);
         delta[t] = 0;
-        for (long j = 0; j < d; j++) delta[t] += out.at[t * out.row + j * out.step] * grad.at[t * grad.row + j * grad.step];
+        for (long j = 0; j < d; j++) delta[t] += out.at[t * out.row + j * out.step] * grads[t * width + j];
     }
-    memset(q_strip, 0, 4 * STRIP * width);
-    memset(grad_strip, 0, 4 * STRIP * width);
     for (long block = 0; block < c.n_blocks; block++) {
         long at = c.offs[block], end = c.offs[block + 1], start = c.starts[block], length = c.lengths[block];
         if (at == end) continue;
-        pack_transposed(k, start, length, d, scale * (float)M_LOG2E, keys_t);
-        pack_transposed(v, start, length, d, 1, values_t);
-        pack(k, start, length, d, scale, keys, width);
-        memset(d_keys, 0, 4 * c.size * width);
-        memset(d_values, 0, 4 * c.size * width);
+        pack_transposed(k, start, length, d, keys_t);
+        pack_transposed(v, start, length, d, values_t);
+        pack(k, start, length, d, 1, keys, width);
+        memset(d_keys, 0, 4 * length * width);
+        memset(d_values, 0, 4 * length * width);
         for (; at < end; at += STRIP) {
             long rows = 0, most = 0;
             for (; rows < STRIP && at + rows < end; rows += ROWS) {
                 queries mine = next_queries(c, block, at + rows, end);
-                prefetch(c, at + rows + ROWS, end, q, d);
-                prefetch(c, at + rows + ROWS, end, grad, d);
-                prefetch(c, at + rows + ROWS, end, dq, d);
-                const float *q_rows[ROWS], *grad_rows[ROWS], *ds_rows[ROWS];
-                float *dq_rows[ROWS];
+                most = mine.most > most ? mine.most : most;
                 for (long i = 0; i < ROWS; i++) {
-                    long r = rows + i;
-                    pack(q, mine.token[i], 1, d, 1, q_strip + r * width, width);
-                    pack(grad, mine.token[i], 1, d, 1, grad_strip + r * width, width);
-                    q_rows[i] = q_strip + r * width;
-                    grad_rows[i] = grad_strip + r * width;
+                    long t = mine.token[i], r = rows + i;
+                    q_rows[i] = memcpy(q_strip + r * width, all + t * width, 4 * width);
+                    grad_rows[i] = memcpy(grad_strip + r * width, grads + t * width, 4 * width);
                     ds_rows[i] = ds + r * pitch;
-                    dq_rows[i] = i < mine.n ? dq.at + mine.token[i] * dq.row : spare;
+                    dq_rows[i] = i < mine.n ? d_queries + t * width : spare;
                 }
                 times_panels(mine.most, d, q_rows, 1, keys_t, p + rows * pitch, pitch);
                 times_panels(mine.most, d, grad_rows, 1, values_t, ds + rows * pitch, pitch);
@@ -243,26 +261,19 @@ int backward(columns c, long d, float scale, matrix q, matrix k, matrix v, matri
                     long t = mine.token[i], seen = i < mine.n ? mine.seen[i] : 0;
                     float *p_row = p + (rows + i) * pitch, *ds_row = ds + (rows + i) * pitch;
                     powers(p_row, seen, lse.at[t * lse.row] * (float)M_LOG2E);
-                    for (long j = 0; j < seen; j += LANES) {
-                        vec x = (*(vec *)(ds_row + j) - delta[t]) * *(vec *)(p_row + j);
-                        for (long l = seen - j; l < LANES; l++) x[l] = 0;
-                        *(vec *)(ds_row + j) = x;
-                    }
+                    softmax_gradient(p_row, ds_row, seen, delta[t]);
                     clear(p_row, seen, length);
                     clear(ds_row, seen, length);
                 }
-                tile(d, mine.most, ds_rows, 1, keys, width, dq_rows, 1);
-                most = mine.most > most ? mine.most : most;
+                tile(width, mine.most, ds_rows, 1, keys, width, dq_rows, 1);
             }
             add_products(most, rows, p, pitch, grad_strip, width, d_values, spare);
             add_products(most, rows, ds, pitch, q_strip, width, d_keys, spare);
         }
-        for (long i = 0; i < length; i++)
-            for (long j = 0; j < d; j++) {
-                dk.at[(start + i) * dk.row + j * dk.step] += scale * d_keys[i * width + j];
-                dv.at[(start + i) * dv.row + j * dv.step] += d_values[i * width + j];
-            }
+        unpack(d_keys, width, 1 / (float)M_LOG2E, dk, start, length, d, 1); /* it is in the scale of the queries */
+        unpack(d_values, width, 1, dv, start, length, d, 1);
     }
+    unpack(d_queries, width, scale, dq, 0, c.n_tokens, d, 0);
     free(memory);
     return 0;
 }
@@ -322,10 +333,10 @@ int gate(long n_tokens, long d, long n_blocks, long top_k, matrix q, matrix k, c
          const int32_t *lengths, const int32_t *own, const int32_t *first, int32_t base, int32_t *blocks,
          int32_t *pair, long blocks_row, int32_t *rows, int64_t *counts)
 {
-    long pitch = pitched(n_blocks);
-    float *memory = aligned_alloc(64, 4 * (d * pitch + ROWS * (pitch + 64) + pitched(d) + pitched(top_k) + 4 * pitched(n_blocks + 1)));
+    long pitch = paneled(n_blocks) + 16; /* so that the last vector of a row's last scores is its own */
+    float *memory = aligned_alloc(64, 4 * ((d + ROWS) * pitch + padded(d) + padded(top_k) + 3 * padded(n_blocks + 1)));
     if (!memory) return 1;
-    float *scratch = memory, *means = piece(&scratch, d * pitch), *score = piece(&scratch, ROWS * (pitch + 64));
+    float *scratch = memory, *means = piece(&scratch, d * pitch), *score = piece(&scratch, ROWS * pitch);
     float *mean = piece(&scratch, d), *best = piece(&scratch, top_k);
     int64_t *next = (int64_t *)piece(&scratch, 2 * n_blocks);
     int32_t *place = (int32_t *)piece(&scratch, n_blocks + 1);
@@ -340,12 +351,13 @@ int gate(long n_tokens, long d, long n_blocks, long top_k, matrix q, matrix k, c
         const float *q_rows[ROWS];
         long n = n_tokens - at < ROWS ? n_tokens - at : ROWS, low = first[at] / WIDE * WIDE;
         for (long i = 0; i < ROWS; i++) q_rows[i] = q.at + (at + (i < n ? i : 0)) * q.row;
-        times_panels(own[at + n - 1] - low, d, q_rows, q.step, means + low * d, score, pitch + 64);
+        times_panels(own[at + n - 1] - low, d, q_rows, q.step, means + low * d, score, pitch);
         for (long i = 0; i < n; i++) {
             long t = at + i, from = first[t], earlier = own[t] - from, count = earlier < top_k ? earlier : top_k - 1;
             int32_t *mine = blocks + t * blocks_row;
-            if (earlier > count) choose(score + i * (pitch + 64) + from - low, earlier, count, best, place);
-            for (long j = 0; j < count; j++) counts[mine[j] = from + (earlier > count ? place[j] : j)]++;
+            int all = earlier == count || count == 0;
+            if (!all) choose(score + i * pitch + from - low, earlier, count, best, place);
+            for (long j = 0; j < count; j++) counts[mine[j] = from + (all ? j : place[j])]++;
             counts[mine[count] = own[t]]++;
             for (long j = count + 1; j < top_k; j++) mine[j] = -1;
         }

@@ -11,6 +11,7 @@ Tensor letters: N tokens, H query heads, G key-value heads, d head width, M bloc
 import ctypes
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_long, c_void_p
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -51,49 +52,31 @@ class Columns(ctypes.Structure):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
-    """Output (N, H, d) and L (N, H), as the reference. `out` has the layout of q."""
-    out, lse = result(q), q.new_empty(q.shape[:2])
-    rows, group = rows_apart(out), q.shape[1] // k.shape[1]
+    """Output (N, H, d) and L (N, H), as the reference."""
+    out, lse, group = result(q), q.new_empty(q.shape[:2]), q.shape[1] // k.shape[1]
 
     def head(h: int) -> None:
-        inputs = Matrix.of(q, h), Matrix.of(k, h // group), Matrix.of(v, h // group)
-        call(
-            "forward",
-            Columns.of(index, h),
-            c_long(q.shape[2]),
-            c_float(scale),
-            *inputs,
-            Matrix.of(rows, h),
-            Matrix.of(lse, h),
-        )
+        g = h // group
+        heads = (q, h), (k, g), (v, g), (out, h), (lse, h)
+        call("forward", Columns.of(index, h), c_long(q.shape[2]), c_float(scale), *starmap(Matrix.of, heads))
 
     each(q.shape[1], head)
-    return out if rows is out else out.copy_(rows), lse
+    return out, lse
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, index: BlockIndex, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    dq, dk, dv = result(q), result(k).zero_(), result(v).zero_()
-    rows, group = rows_apart(dq), q.shape[1] // k.shape[1]
+    dq, dk, dv, group = result(q), result(k).zero_(), result(v).zero_(), q.shape[1] // k.shape[1]
 
     def key_value_head(g: int) -> None:
         for h in range(g * group, (g + 1) * group):
-            inputs = Matrix.of(q, h), Matrix.of(k, g), Matrix.of(v, g), Matrix.of(out, h), Matrix.of(lse, h)
-            results = Matrix.of(rows, h), Matrix.of(dk, g), Matrix.of(dv, g)
-            call(
-                "backward",
-                Columns.of(index, h),
-                c_long(q.shape[2]),
-                c_float(scale),
-                *inputs,
-                Matrix.of(grad, h),
-                *results,
-            )
+            heads = (q, h), (k, g), (v, g), (out, h), (lse, h), (grad, h), (dq, h), (dk, g), (dv, g)
+            call("backward", Columns.of(index, h), c_long(q.shape[2]), c_float(scale), *starmap(Matrix.of, heads))
 
     each(k.shape[1], key_value_head)
-    return dq if rows is dq else dq.copy_(rows), dk, dv
+    return dq, dk, dv
 
 
 def gate(
@@ -124,11 +107,6 @@ def gate(
 
 def result(x: Tensor) -> Tensor:
     return on_large_pages(torch.empty_like(x))
-
-
-def rows_apart(x: Tensor) -> Tensor:
-    """x (N, H, d) where the numbers of its rows are neighbours, as native.c writes them, else memory where they are."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else torch.empty(x.shape)
 
 
 def each(heads: int, work: Callable[[int], None]) -> None:
