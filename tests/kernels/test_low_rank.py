@@ -1,7 +1,14 @@
 """The bank of low-rank updates as an operator: every path of a CPU against a loop over experts in float64."""
 
+import importlib
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from workbench.errors import InputError
@@ -9,7 +16,10 @@ from workbench.kernels import RoutePlan, dispatch, memory
 from workbench.kernels.low_rank import cheaper_dense, cpu, kept, low_rank
 from workbench.kernels.low_rank.order import pack, quick, unpack
 
-PATHS = ("reference", "dense", "cpu")
+operator = importlib.import_module("workbench.kernels.low_rank")
+native = importlib.import_module("workbench.kernels.low_rank.native")
+PATHS = ("reference", "dense", "cpu")  # of any type
+ALL = (*PATHS, "native")
 EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -62,17 +72,23 @@ def with_gradients(out: torch.Tensor, args: list[torch.Tensor]) -> list[torch.Te
     return [out.detach(), *torch.autograd.grad(out, args, grad)]
 
 
+def widest(backend: str) -> torch.dtype:
+    return torch.float32 if backend == "native" else torch.float64
+
+
 def call(args, expert, tokens, backend=None) -> torch.Tensor:
     return low_rank(*args[:3], expert, args[3], **tokens, backend=backend)
 
 
-@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("n_tokens", [20, 400])  # lists that are filled up, and lists that are not
 def test_output_and_gradients_equal_the_loop_in_float64(backend, routing, n_tokens):
     n_experts = 5
     expert, tokens = pairs_of(routing, n_tokens, n_experts)
     for dtype, tolerance in [(torch.float64, 1e-11), (torch.float32, 1e-5)]:
+        if backend == "native" and dtype != torch.float32:
+            continue
         args = inputs_of(expert, n_tokens, n_experts, dtype)
         ours, again = (with_gradients(call(args, expert, tokens, backend), args) for _ in range(2))
         assert dispatch.last_backend("low_rank") == dispatch.last_backend("low_rank.backward") == backend
@@ -109,11 +125,11 @@ def test_half_precision_is_near_the_exact_result(backend, dtype):
             assert (mine.double() - expected).abs().max() < 4 * EPS[dtype] * expected.abs().max()
 
 
-@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("backend", ALL)
 def test_registration_and_compilation(backend):
     for routing in ("even", "ragged"):
         expert, tokens = pairs_of(routing, 10, 4)
-        args = inputs_of(expert, 10, 4)
+        args = inputs_of(expert, 10, 4, widest(backend))
         rest = (expert, tokens.get("tok_offs"), tokens.get("top_k"), backend)
         torch.library.opcheck(torch.ops.workbench.low_rank.default, (*args, *rest, True))
         torch.library.opcheck(torch.ops.workbench.low_rank.default, (*(t.detach() for t in args), *rest, False))
@@ -126,10 +142,10 @@ def test_registration_and_compilation(backend):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("backend", ALL)
 def test_the_dispatcher_and_the_direct_way_give_the_same_bits(backend):
     expert, tokens = pairs_of("fixed", 20, 4)
-    args = inputs_of(expert, 20, 4)
+    args = inputs_of(expert, 20, 4, widest(backend))
     direct = with_gradients(call(args, expert, tokens, backend), args)
     found = torch.ops.workbench.low_rank(*args, expert, None, 2, backend, True)
     assert found[1].shape == kept(20, 40, 4, 3, backend, True)[0]
@@ -137,10 +153,10 @@ def test_the_dispatcher_and_the_direct_way_give_the_same_bits(backend):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("backend", ALL)
 def test_views_and_integers_of_either_size(backend):
     expert, tokens = pairs_of("ragged", 20, 4)
-    args = inputs_of(expert, 20, 4)
+    args = inputs_of(expert, 20, 4, widest(backend))
     expected = with_gradients(call(args, expert, tokens, backend), args)
     views = [t.detach().mT.contiguous().mT.requires_grad_() for t in args[:3]]
     views.append(torch.stack([args[3].detach()] * 2, 1)[:, 0].requires_grad_())
@@ -150,21 +166,21 @@ def test_views_and_integers_of_either_size(backend):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("backend", ALL)
 def test_no_pairs_and_no_tokens(backend):
     none = torch.empty(0, dtype=torch.int64)
     for n_tokens, tokens in ((3, {"tok_offs": torch.zeros(4, dtype=torch.int64)}), (0, {"top_k": 2})):
-        args = inputs_of(none, n_tokens, 2)
+        args = inputs_of(none, n_tokens, 2, widest(backend))
         found = with_gradients(call(args, none, tokens, backend), args)
         assert found[0].shape == (n_tokens, 12) and not any(t.any() for t in found)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "native"])
 @pytest.mark.parametrize("n_tokens", [21, 401])
 def test_nan_stays_where_it_was(backend, n_tokens):
     """NaN in a token reaches its own output and its own experts' gradients, also where lists are filled up."""
     expert, tokens = pairs_of("even", n_tokens, 5)
-    clean = inputs_of(expert, n_tokens, 5)
+    clean = inputs_of(expert, n_tokens, 5, widest(backend))
     poisoned = [t.detach().clone().requires_grad_() for t in clean]
     poisoned[0].data[n_tokens - 1] = float("nan")
     hit = int(expert[n_tokens - 1])
@@ -197,23 +213,33 @@ def test_the_quick_order_is_that_of_a_plan(routing):
             assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
 
-def test_the_path_is_chosen_by_cost_and_device():
+@pytest.mark.usefixtures("compiler")
+def test_the_path_is_chosen_by_cost_type_and_device(monkeypatch):
     def dense(n_tokens: int, n_experts: int, rank: int, top_k: int = 1, width: int = 512) -> bool:
         a, b = torch.empty(n_experts, rank, width, device="meta"), torch.empty(n_experts, width, rank, device="meta")
         return cheaper_dense(n_tokens, n_tokens * top_k, a, b)
 
     assert dense(2048, 1, 64) and dense(2048, 8, 2) and dense(2048, 8, 8, top_k=4) and dense(8, 8, 8)
     assert not dense(2048, 64, 8) and not dense(2048, 8, 64, top_k=2)
-    for n_experts, expected in ((2, "dense"), (400, "cpu")):
+
+    def chosen(dtype, n_experts: int) -> tuple[str, ...]:
         expert, tokens = pairs_of("fixed", 50, n_experts, 1)
-        args = inputs_of(expert, 50, n_experts, torch.float32, (256, 256), rank=8)
-        call(args, expert, tokens)
-        assert dispatch.last_backend("low_rank") == expected
-        call(args, expert, tokens, "grouped")
-        assert dispatch.last_backend("low_rank") == "cpu"
+        args = inputs_of(expert, 50, n_experts, dtype, (256, 256), rank=8)
+        with dispatch.recording() as seen:
+            call(args, expert, tokens)
+            call(args, expert, tokens, "grouped").sum().backward()
+        return tuple(path for _, path in seen)
+
+    for n_experts in (2, 400):
+        assert chosen(torch.float32, n_experts) == ("native",) * 3
+        assert chosen(torch.float64, n_experts) == ("dense" if n_experts == 2 else "cpu", "cpu", "cpu")
+    for module in (operator, dispatch.native):  # as where there is no compiler
+        monkeypatch.setattr(module, "obstacle", lambda source: "none here")
+    for n_experts in (2, 400):
+        assert chosen(torch.float32, n_experts) == ("dense" if n_experts == 2 else "cpu", "cpu", "cpu")
 
 
-@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("backend", ALL)
 def test_what_is_kept_for_the_backward(backend):
     """The arguments, and either codes of all experts or four integers a pair."""
     expert, tokens = pairs_of("fixed", 64, 4)
@@ -248,9 +274,10 @@ def test_operations_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
     expert, tokens = pairs_of("fixed", 9, 4)
-    args = inputs_of(expert, 9, 4)
+    args = inputs_of(expert, 9, 4, torch.float32)
     once = 2 * 3 * (8 + 12)  # of one row and expert
-    for backend, expected in (("dense", 3 * 36 * once), ("cpu", 3 * 18 * once + 18 * 2 * 3 * 8)):
+    routed = 3 * 18 * once + 18 * 2 * 3 * 8
+    for backend, expected in (("dense", 3 * 36 * once), ("cpu", routed), ("native", routed)):
         with FlopCounterMode(display=False) as counter:
             call(args, expert, tokens, backend).sum().backward()
         assert counter.get_total_flops() == expected
@@ -262,6 +289,8 @@ def test_wrong_input_is_named():
     beyond, below = expert.clone(), expert.clone()
     beyond[3], below[3] = 4, -1
     offs = torch.arange(0, 19, 2)
+    falling = offs.clone()
+    falling[4] = 30
     for case, message in [
         (lambda: low_rank(x[0], a, b, expert, score, top_k=2), r"x is torch.float32 of shape \(8,\) but must be"),
         (lambda: low_rank(x.long(), a, b, expert, score, top_k=2), "x is torch.int64"),
@@ -278,13 +307,100 @@ def test_wrong_input_is_named():
         (lambda: low_rank(x, a, b, expert, score, top_k=3), "top_k is 3 but 9 tokens have 18 pairs"),
         (lambda: low_rank(x, a, b, expert, score, tok_offs=offs[1:]), r"tok_offs is torch.int64 of shape \(9,\)"),
         (lambda: low_rank(x, a, b, expert, score, tok_offs=offs + 1, backend="cpu"), "tok_offs must rise from 0"),
+        (lambda: low_rank(x, a, b, expert, score, tok_offs=offs + 1, backend="grouped"), "tok_offs must rise from 0"),
+        (lambda: low_rank(x, a, b, expert, score, tok_offs=offs.flip(0), backend="grouped"), "tok_offs must rise"),
+        (lambda: low_rank(x, a, b, expert, score, tok_offs=falling, backend="grouped"), "tok_offs must rise"),
+        (lambda: call([t.double() for t in (x, a, b, score)], expert, {"top_k": 2}, "native"), "be torch.float32"),
         (lambda: low_rank(x, a, b, expert, score, top_k=2, backend="fast"), "backend of low_rank 'fast' is unknown"),
         (lambda: low_rank(x, a, b, expert, score, top_k=2, backend="triton"), "backend is 'triton' but low_rank"),
     ]:
         with pytest.raises(InputError, match=message):
             case()
-    for backend in PATHS:
+    for backend in (*PATHS, None):
         for wrong, message in ((beyond, "from 0 to 4 but all must be from 0 to"), (below, "from -1 to 3 but all must")):
             for which in ({"top_k": 2}, {"tok_offs": offs}):
                 with pytest.raises(InputError, match=message):
                     low_rank(x, a, b, wrong, score, **which, backend=backend)
+
+
+# the native path
+
+SHAPES = [  # tokens, experts, top_k, widths, rank: tiles that are filled and that are not
+    (1, 1, 1, (1, 1), 1),
+    (100, 4, 1, (17, 33), 8),
+    (77, 3, 2, (100, 131), 17),
+    (300, 6, 3, (64, 64), 9),
+    (40, 50, 2, (512, 500), 4),
+    (33, 2, 1, (16, 16), 70),
+    (500, 3, 3, (48, 96), 12),
+]
+
+
+@pytest.mark.parametrize("n_tokens, n_experts, top_k, widths, rank", SHAPES)
+def test_native_tiles_of_any_size_in_any_number_of_threads(n_tokens, n_experts, top_k, widths, rank, monkeypatch):
+    expert, tokens = pairs_of("fixed", n_tokens, n_experts, top_k)
+    args = inputs_of(expert, n_tokens, n_experts, torch.float32, widths, rank)
+    exact = [t.detach().double().requires_grad_() for t in args]
+    theirs = with_gradients(loop(*exact, expert, tokens), exact)
+    monkeypatch.setattr(native, "SHARED", 0)
+    found = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(native.threads, "available", lambda count=count: count)
+        found.append(with_gradients(call(args, expert, tokens, "native"), args))
+    for ours, two, three, expected in zip(*found, theirs, strict=True):
+        assert torch.equal(ours, two) and torch.equal(ours, three)
+        assert (ours.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_native_gradients_do_not_depend_on_which_are_wanted():
+    expert, tokens = pairs_of("fixed", 50, 4)
+    args = inputs_of(expert, 50, 4, torch.float32)
+    every = with_gradients(call(args, expert, tokens, "native"), args)[1:]
+    for one, expected in zip(args, every, strict=True):
+        some = [t if t is one else t.detach() for t in args]
+        assert torch.equal(with_gradients(call(some, expert, tokens, "native"), [one])[1], expected)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc fills fresh memory on request")
+def test_memory_of_the_native_path_is_never_seen():
+    """The same sums where the C library fills fresh memory with numbers near the largest there are, as without."""
+    code = """
+import torch
+from workbench.kernels.low_rank import low_rank
+torch.manual_seed(0)
+for n_tokens, width, rank in ((9, 5, 3), (150, 70, 8), (40, 33, 17)):
+    shapes = (n_tokens, width), (4, rank, width), (4, width + 1, rank), (n_tokens,)
+    args = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    expert = torch.randint(3, (n_tokens,))
+    out = low_rank(*args[:3], expert, args[3], top_k=1, backend="native")
+    print([t.double().sum().item() for t in (out, *torch.autograd.grad(out.sin().sum(), args))])
+"""
+    clean, filled = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True, capture_output=True, text=True, timeout=120, env={**os.environ, **more},
+        ).stdout
+        for more in ({}, {"MALLOC_PERTURB_": "128"})
+    )  # fmt: skip
+    assert clean == filled and "nan" not in clean
+
+
+def test_native_without_memory_says_so(monkeypatch):
+    expert, tokens = pairs_of("fixed", 5, 3)
+    args = inputs_of(expert, 5, 3, torch.float32)
+    full = SimpleNamespace(order=native._library().order, forward=lambda job: 1)
+    monkeypatch.setattr(native, "_library", lambda: full)
+    with pytest.raises(MemoryError, match="low_rank found no memory for the scratch of forward"):
+        call(args, expert, tokens, "native")
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_transforms_of_functions_are_refused(backend):
+    """Also where nothing wants a gradient."""
+    expert, tokens = pairs_of("fixed", 5, 3)
+    x, *rest = [t.detach() for t in inputs_of(expert, 5, 3, widest(backend))]
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        call([forward_ad.make_dual(x, x), *rest], expert, tokens, backend)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.vmap(lambda one: call([one, *rest], expert, tokens, backend))(x.expand(2, *x.shape))

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.errors import InputError
 from workbench.kernels import RoutePlan, dispatch, memory, moe_mlp, threads
-from workbench.kernels.moe_mlp import cpu
+from workbench.kernels.moe_mlp import cpu, native
 
-PATHS = ("reference", "cpu", "grouped_mm")
+PATHS = ("reference", "cpu", "native", "grouped_mm")
+SINGLE = ("native", "grouped_mm")  # take no float64
 UP = {"swiglu": 2, "relu": 1}
 
 
@@ -77,7 +78,7 @@ def operator_args(args: list[torch.Tensor], plan: RoutePlan, *rest: object) -> t
 def test_output_and_gradients_equal_the_loop_in_float64(backend, routing, activation, biased):
     plan = plan_of(routing, 19, 5, 3)
     for dtype, tolerance in [(torch.float64, 1e-10), (torch.float32, 1e-5)]:
-        if dtype == torch.float64 and backend == "grouped_mm":
+        if dtype == torch.float64 and backend in SINGLE:
             continue  # refused, see below
         args = inputs_of(plan, 8, 12, activation, biased, dtype)
         ours = with_gradients(call(args, plan, activation=activation, backend=backend), args)
@@ -101,7 +102,7 @@ def test_gradcheck(backend, activation):
         assert torch.autograd.gradcheck(lambda *a, p=plan: call(a, p, activation=activation, backend=backend), args)
 
 
-@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("backend", ("reference", "cpu", "grouped_mm"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 def test_half_precision_is_near_the_exact_result(backend, dtype, activation):
@@ -119,7 +120,7 @@ def test_half_precision_is_near_the_exact_result(backend, dtype, activation):
 
 @pytest.mark.parametrize("backend", PATHS)
 def test_registration_and_compilation(backend):
-    dtype = torch.float32 if backend == "grouped_mm" else torch.float64
+    dtype = torch.float32 if backend in SINGLE else torch.float64
     for routing, biased in [("fixed", False), ("ragged", True)]:
         plan = plan_of(routing, 12, 4, 2)
         args = inputs_of(plan, 8, 4, biased=biased, dtype=dtype)
@@ -239,6 +240,65 @@ def test_threads_that_take_whole_experts_change_no_bit(monkeypatch):
     busy = int((plan.offs.diff() > 0).sum())
     assert used == [busy - 1] * 4  # forward and backward of two activations, without expert 3
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+@pytest.mark.parametrize("widths", [(1, 1), (37, 70), (64, 16), (530, 9), (5, 531)])
+def test_native_takes_any_width_and_number_of_rows(widths, activation):
+    """Beyond whole vectors, tiles, panels and depths; experts of 1 to 600 rows; threads change no bit."""
+    sizes = [600, 0, 1, 7, 8, 65]
+    expert = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    order = torch.randperm(len(expert), generator=torch.Generator().manual_seed(1))
+    plan = RoutePlan.build(expert[order], len(sizes), top_k=1)
+    args = [t.detach().requires_grad_() for t in inputs_of(plan, *widths, activation, dtype=torch.float32)]
+    for t, width in zip(args[1:3], widths, strict=True):
+        t.data *= width**-0.5
+    ours = with_gradients(call(args, plan, activation=activation, backend="native"), args)
+    exact = [t.detach().double().requires_grad_() for t in args]
+    theirs = with_gradients(loop(*exact, plan=plan, activation=activation), exact)
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert (mine.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_native_threads_change_no_bit(monkeypatch, activation):
+    """With experts that are divided, experts that are taken whole, and one without rows."""
+    if threads._controls() is None:
+        pytest.skip("this build of torch cannot confine a thread to one core")
+    monkeypatch.setattr(native, "SHARED", 0)
+    monkeypatch.setattr(native, "LEAST", 16)
+    scores = torch.rand(300, 40, generator=torch.Generator().manual_seed(0))
+    scores[:, 3] = -1.0  # sorts first: every token chooses expert 3
+    scores[:, 5] = 2.0
+    plan = RoutePlan.build(scores.argsort(1)[:, :3].reshape(-1), 40, top_k=3)
+    args = inputs_of(plan, 21, 18, activation, dtype=torch.float32)
+    results = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(threads, "available", lambda count=count: count)
+        results.append(with_gradients(call(args, plan, activation=activation, backend="native"), args))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_native_is_the_path_of_float32_and_refuses_others():
+    plan = plan_of("fixed", 9, 4, 2)
+    for dtype, path in [(torch.float32, "native"), (torch.float64, "cpu"), (torch.bfloat16, "cpu")]:
+        args = inputs_of(plan, 8, 4, dtype=dtype)
+        call(args, plan).sum().backward()
+        assert dispatch.last_backend("moe_mlp") == dispatch.last_backend("moe_mlp.backward") == path
+        if path == "cpu":
+            with pytest.raises(InputError, match="backend is 'native' but moe_mlp got tensors of"):
+                call(args, plan, backend="native")
+
+
+def test_without_a_compiler_the_cpu_path_runs_and_is_recorded(monkeypatch):
+    monkeypatch.setattr(dispatch.native, "obstacle", lambda source: "there is no C compiler")
+    plan = plan_of("fixed", 9, 4, 2)
+    args = inputs_of(plan, 8, 4, dtype=torch.float32)
+    call(args, plan).sum().backward()
+    assert dispatch.last_backend("moe_mlp") == dispatch.last_backend("moe_mlp.backward") == "cpu"
+    with pytest.raises(InputError, match="backend is 'native' but moe_mlp cannot use it: there is no C compiler"):
+        call(args, plan, backend="native")
 
 
 def test_an_error_in_a_thread_reaches_the_caller():

@@ -86,7 +86,7 @@ def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def on_large_pages(tensor: Tensor) -> Tensor:
     """The tensor, a CPU tensor that nothing has been written to."""
-    madvise = _madvise()
+    madvise = _madvise() if tensor.nbytes >= HUGE_PAGE else None
     if madvise is not None:
         first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         end = (tensor.data_ptr() + tensor.numel() * tensor.itemsize) // HUGE_PAGE * HUGE_PAGE

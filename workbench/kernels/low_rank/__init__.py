@@ -1,7 +1,7 @@
 """A bank of low-rank updates as one operator: each token through its experts' B_e A_e, weighted and summed.
 
 `reference` has the formulas. Paths: "reference", "dense" (all experts at once in two large products, on any device),
-"cpu" and "triton" (each pair alone, in expert order). What a path provides, as functions of its module:
+"cpu", "native" and "triton" (each pair alone, in expert order). What a path provides, as functions of its module:
 
     forward(x, a, b, score, expert, tok_offs, top_k, save: bool) -> (out, codes, index)
     backward(grad, x, codes, a, b, score, expert, index, tok_offs, top_k, needs) -> (dx, da, db, dscore)
@@ -16,6 +16,7 @@ Tensor letters: N tokens, I input width, O output width, E experts, r rank, P ro
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -24,8 +25,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from workbench.errors import InputError
 from workbench.kernels import dispatch
+from workbench.kernels.native import obstacle
 
-BACKENDS = ("reference", "dense", "cpu", "triton")
+BACKENDS = ("reference", "dense", "cpu", "native", "triton")
+NATIVE = Path(__file__).with_name("native.c")
 GROUPED = "grouped"  # for backend: each pair alone, whichever path does that on this device
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The dense path costs one multiply-add a token, expert, rank and element of a row of x and y. In these, on CPUs:
@@ -55,8 +58,9 @@ def low_rank(
         score: (P,) weight of each pair, float32 or the type of x.
         top_k: pairs of every token, where their number is fixed.
         tok_offs: (N + 1,) first pair of each token, where it is not. Exactly one of the two is given.
-        backend: one of `BACKENDS`, or "grouped" for the one that takes each pair alone on this device; None chooses by
-            cost, see `cheaper_dense`, and device. `dispatch.last_backend("low_rank")` says which one ran.
+        backend: one of `BACKENDS`, or "grouped" for the one that takes each pair alone on this device and for this
+            type. None chooses "native" where it can run, which is the faster one whatever the sizes, and otherwise by
+            device and cost, see `cheaper_dense`. `dispatch.last_backend("low_rank")` says which one ran.
 
     Under `torch.autocast`, x, a and b are cast to its type, and score is not.
 
@@ -71,7 +75,9 @@ def low_rank(
     save = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad or score.requires_grad)
     x, a, b, score, expert = x.contiguous(), a.contiguous(), b.contiguous(), score.contiguous(), expert.contiguous()
     if _plain(x, a, b, score):
-        return _Direct.apply(x, a, b, score, expert, tok_offs, top_k, chosen, save)
+        if not save and not _transformed():
+            return _run(x, a, b, score, expert, tok_offs, top_k, chosen, save)[0]
+        return _Direct.apply(x, a, b, score, expert, tok_offs, top_k, chosen)
     return _forward(x, a, b, score, expert, tok_offs, top_k, chosen, save)[0]
 
 
@@ -98,7 +104,11 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and what `kept` says."""
-    dispatch.begin("low_rank", backend)
+    return _run(x, a, b, score, expert, tok_offs, top_k, backend, save)
+
+
+def _run(x, a, b, score, expert, tok_offs, top_k, backend, save) -> tuple[Tensor, Tensor, Tensor]:
+    backend = dispatch.begin("low_rank", backend, NATIVE)
     return _path(backend).forward(x, a, b, score, expert, tok_offs, top_k, save)
 
 
@@ -131,7 +141,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, a, b and score; an empty tensor for one that is not wanted."""
-    dispatch.begin("low_rank.backward", backend)
+    backend = dispatch.begin("low_rank.backward", backend, NATIVE)
     grads = _path(backend).backward(grad, x, codes, a, b, score, expert, index, tok_offs, top_k, needs)
     return tuple(g if needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True))
 
@@ -164,21 +174,19 @@ class _Direct(torch.autograd.Function):
     """The operator without torch's dispatcher, which takes longer than a path does for a few rows on a CPU."""
 
     @staticmethod
-    def forward(ctx, x, a, b, score, expert, tok_offs, top_k, backend, save):
-        dispatch.begin("low_rank", backend)
-        out, *found = _path(backend).forward(x, a, b, score, expert, tok_offs, top_k, save)
-        if save:
-            ctx.top_k, ctx.backend = top_k, backend
-            ctx.save_for_backward(x, found[0], a, b, score, expert, found[1], tok_offs)
+    def forward(ctx, x, a, b, score, expert, tok_offs, top_k, backend):
+        out, codes, index = _run(x, a, b, score, expert, tok_offs, top_k, backend, True)
+        ctx.top_k, ctx.backend = top_k, backend
+        ctx.save_for_backward(x, codes, a, b, score, expert, index, tok_offs)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dispatch.begin("low_rank.backward", ctx.backend)
+        backend = dispatch.begin("low_rank.backward", ctx.backend, NATIVE)
         needs = ctx.needs_input_grad[:4]
-        grads = _path(ctx.backend).backward(grad.contiguous(), *ctx.saved_tensors, ctx.top_k, needs)
-        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *(None,) * 5
+        grads = _path(backend).backward(grad.contiguous(), *ctx.saved_tensors, ctx.top_k, needs)
+        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *(None,) * 4
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -189,6 +197,11 @@ def _plain(*tensors: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )
+
+
+def _transformed() -> bool:
+    """Whether torch.func or a forward-mode derivative is at work: `_Direct` has neither, and says so."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 @register_flop_formula(torch.ops.workbench.low_rank)
@@ -211,11 +224,18 @@ def _path(backend: str):
     return import_module(f"{__name__}.{backend}")
 
 
+def _native(x: Tensor) -> bool:
+    """Whether the native path takes x, as far as can be told: a function that is being compiled asks no C compiler."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return torch.compiler.is_compiling() or obstacle(NATIVE) is None
+
+
 def _choose(x: Tensor, a: Tensor, b: Tensor, expert: Tensor, backend: str | None) -> str:
-    if backend is None and cheaper_dense(x.shape[0], expert.shape[0], a, b):
+    if backend is None and not _native(x) and cheaper_dense(x.shape[0], expert.shape[0], a, b):
         return "dense"
     backend = None if backend == GROUPED else backend
-    chosen = dispatch.choose("low_rank", backend, x.device, BACKENDS)
+    chosen = dispatch.choose("low_rank", backend, x.device, BACKENDS, x.dtype, NATIVE)
     if chosen != "triton":
         return chosen
     from workbench.kernels.low_rank.triton import refusal

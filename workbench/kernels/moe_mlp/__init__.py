@@ -1,6 +1,7 @@
 """The expert layer as one operator: each token through its experts, weighted and summed. `reference` has the formulas.
 
-Paths: "reference", "cpu", "grouped_mm" and "triton". What a path provides, as functions of its module:
+Paths: "reference", "cpu", "native" (float32), "grouped_mm" and "triton". What a path provides, as functions of its
+module:
 
     forward(x, w1, w2, plan, score, b1, b2, activation, save: bool) -> (out, z or None)
     backward(grad, x, z, w1, w2, plan, score, b1, b2, activation) -> (dx, dw1, dw2, dscore, db1, db2)
@@ -11,6 +12,7 @@ are x, z, the weights and biases, score and the plan, nothing else.
 """
 
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -21,7 +23,8 @@ from workbench.errors import InputError, unknown
 from workbench.kernels import dispatch
 from workbench.kernels.plan import RoutePlan
 
-BACKENDS = ("reference", "cpu", "grouped_mm", "triton")
+BACKENDS = ("reference", "cpu", "native", "grouped_mm", "triton")
+NATIVE = Path(__file__).with_name("native.c")
 ACTIVATIONS = {"swiglu": 2, "relu": 1}  # rows of w1 for each hidden unit
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,7 +62,7 @@ def moe_mlp(
         half = torch.get_autocast_dtype(x.device.type)
         x, w1, w2, b1, b2 = (None if t is None else t.to(half) for t in (x, w1, w2, b1, b2))
     _check(x, w1, w2, plan, score, b1, b2, activation)
-    chosen = dispatch.choose("moe_mlp", backend, x.device, BACKENDS)
+    chosen = dispatch.choose("moe_mlp", backend, x.device, BACKENDS, x.dtype, NATIVE)
     if chosen == "grouped_mm":
         _check_grouped_mm(x, w1, w2)
     if x.stride(1) != 1:
@@ -93,7 +96,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and Z where it is to be kept, else an empty tensor."""
-    dispatch.begin("moe_mlp", backend)
+    backend = dispatch.begin("moe_mlp", backend, NATIVE)
     plan = RoutePlan(order, inv, tok, offs, tok_offs, x.shape[0], w1.shape[0], top_k)
     out, z = _path(backend).forward(x, w1, w2, plan, score, b1, b2, activation, save)
     return out, x.new_empty(0, w1.shape[1]) if z is None else z
@@ -124,7 +127,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w2, score, b1, b2; an empty tensor for a bias that is not there."""
-    dispatch.begin("moe_mlp.backward", backend)
+    backend = dispatch.begin("moe_mlp.backward", backend, NATIVE)
     plan = RoutePlan(order, inv, tok, offs, tok_offs, x.shape[0], w1.shape[0], top_k)
     *grads, db1, db2 = _path(backend).backward(grad, x, z, w1, w2, plan, score, b1, b2, activation)
     return *grads, x.new_empty(0) if db1 is None else db1, x.new_empty(0) if db2 is None else db2

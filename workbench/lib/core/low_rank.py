@@ -100,12 +100,12 @@ class LowRankExperts(nn.Module):
         Args:
             path: "dense" computes all experts and multiplies by the gates, at 2 N E r (I + O) operations in two large
                 products; "grouped" computes each pair alone, at 2 P r (I + O), and gathers its rows. Both agree.
-                Default: by an estimate of what they cost, see `kernels.low_rank.cheaper_dense`.
+                Default: whichever costs less, see `kernels.low_rank`.
         """
         if path is not None and path not in PATHS:
             raise unknown("path", path, PATHS)
         routing = routing.served()
-        score = routing.weight * self.scale[routing.expert]
+        score = routing.weight * self.scale.index_select(0, routing.expert)
         of_token = {"tok_offs": routing.offsets} if routing.top_k is None else {"top_k": routing.top_k}
         score = score if score.dtype == torch.float32 else score.to(x.dtype)
         return low_rank(x, self.a, self.b, routing.expert, score, **of_token, backend=path)
