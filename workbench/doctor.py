@@ -78,7 +78,7 @@ def compiler() -> Check:
     from workbench.kernels import native
 
     found = native.compiler()
-    mend = "kernels run in torch alone, some two times slower: apt-get install gcc, or set CC"
+    mend = "without one the kernels take up to twice the time: apt-get install gcc, or set CC"
     return Check("compiler", OK if found else WARN, found or "no C compiler found", mend)
 
 

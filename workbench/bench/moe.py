@@ -1,8 +1,9 @@
 """The expert layer on a CPU: `moe_mlp` beside the experts of transformers and the dense products of the same size.
 
-The bound is what the products would take if there were no experts: (T K, D) x (D, 3 H) once for a forward, three times
-for a forward and backward. Each contestant starts from router indices and weights, so sorting is timed with the rest.
-The implementation "batched_mm" of transformers copies a matrix for every pair, 17 GB in the first case; it is left out.
+The bound is what torch's products would take if there were no experts: (T K, D) x (D, 3 H) once for a forward, three
+times for a forward and backward. A path in C makes its own and can fall below it. Each contestant starts from router
+indices and weights, so sorting is timed with the rest. The implementation "batched_mm" of transformers copies a matrix
+for every pair, 17 GB in the first case; it is left out.
 
 T tokens, D model width, H expert hidden width, E experts, K per token, P = T K pairs.
 """

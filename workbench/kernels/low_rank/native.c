@@ -56,9 +56,6 @@ static void each(step *s, int (*part)(const step *, long, long), long size, long
     else take(s);
 }
 
-/* Room for n numbers in cache lines, an odd number of them: rows that far apart get in each other's way in no cache. */
-static long pitched(long n) { return ((n + 15) / 16 | 1) * 16; }
-
 static float *scratch(long n) { return aligned_alloc(64, 4 * pitched(n)); }
 
 /* order, inv and tok (P) and offs (E + 1), one after the other: the pairs sorted by expert, see RoutePlan. `first`
@@ -101,19 +98,12 @@ static long row_of(const int32_t *tok, long at, long end, long token)
     return at;
 }
 
-typedef float four __attribute__((vector_size(16), aligned(4)));
-
-/* to (columns, pitch) = x (rows, stride) transposed: blocks of 4 x 4 in registers, and what is left one by one. */
+/* to (columns, pitch) = x (rows, stride) transposed. */
 static void transpose(long rows, long columns, const float *x, long stride, float *to, long pitch)
 {
     long i, j;
     for (j = 0; j + 4 <= columns; j += 4) {
-        for (i = 0; i + 4 <= rows; i += 4) {
-            four in[4];
-            for (long l = 0; l < 4; l++) in[l] = *(const four *)(x + (i + l) * stride + j);
-            for (long l = 0; l < 4; l++)
-                *(four *)(to + (j + l) * pitch + i) = (four){in[0][l], in[1][l], in[2][l], in[3][l]};
-        }
+        for (i = 0; i + 4 <= rows; i += 4) transpose4(x + i * stride + j, stride, to + j * pitch + i, pitch);
         for (; i < rows; i++)
             for (long l = 0; l < 4; l++) to[(j + l) * pitch + i] = x[i * stride + j + l];
     }
@@ -143,14 +133,6 @@ INLINE vec pairs(vec a, vec b)
 
 /* A vector into a register. It is volatile because gcc would read it from memory again for each of its products. */
 INLINE vec once(const float *at) { return *(const volatile vec *)at; }
-
-/* The first n < LANES numbers of a vector, 0 behind them. */
-INLINE vec beginning(const float *at, long n)
-{
-    vec x = {0};
-    memcpy(&x, at, 4 * n);
-    return x;
-}
 
 /* c[i][j] = <x[i], w[j]>, n numbers long; the same sum for every i and j. */
 static void tile_of_codes(long n, const float *const *x, const float *const *w, float (*c)[W_ROWS])

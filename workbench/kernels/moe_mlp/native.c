@@ -32,28 +32,8 @@ typedef struct {
 
 static long least(long a, long b) { return a < b ? a : b; }
 
-/* How far apart the rows of a buffer are: an odd number of cache lines, so that a column does not fall into few sets of
- * the cache. */
-long pitch(long width) { return ((width + 15) / 16 | 1) * 16; }
-
-typedef float quad4 __attribute__((vector_size(16), aligned(4)));
-#if defined(__clang__) || __GNUC__ >= 12
-#define MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, (__typeof__((quad){0} > 0)){i, j, k, l})
-#endif
-
-/* Four rows of four numbers, `row` apart, to columns WIDE apart. */
-INLINE void transpose4(const float *from, long row, float *to)
-{
-    quad a = *(const quad4 *)from, b = *(const quad4 *)(from + row);
-    quad c = *(const quad4 *)(from + 2 * row), d = *(const quad4 *)(from + 3 * row);
-    quad ab = MIX(a, b, 0, 4, 1, 5), cd = MIX(c, d, 0, 4, 1, 5), ef = MIX(a, b, 2, 6, 3, 7), gh = MIX(c, d, 2, 6, 3, 7);
-    *(quad *)to = MIX(ab, cd, 0, 1, 4, 5);
-    *(quad *)(to + WIDE) = MIX(ab, cd, 2, 3, 6, 7);
-    *(quad *)(to + 2 * WIDE) = MIX(ef, gh, 0, 1, 4, 5);
-    *(quad *)(to + 3 * WIDE) = MIX(ef, gh, 2, 3, 6, 7);
-}
+/* For native.py. */
+long pitch(long n) { return pitched(n); }
 
 /* panel (depth, WIDE) = n columns of b from row k and column j on; zeros behind them. */
 static void pack(right b, long k, long depth, long j, long n, float *panel)
@@ -72,7 +52,7 @@ static void pack(right b, long k, long depth, long j, long n, float *panel)
     for (long first = 0; first < columns; first += 16) /* what a cache line of the panel holds */
         for (long i = 0; i < rows; i += 4)
             for (long c = first; c < least(first + 16, columns); c += 4)
-                transpose4(from + c * b.row + i, b.row, panel + i * WIDE + c);
+                transpose4(from + c * b.row + i, b.row, panel + i * WIDE + c, WIDE);
     for (long i = 0; i < depth; i++)
         for (long c = i < rows ? columns : 0; c < WIDE; c++) panel[i * WIDE + c] = c < n ? from[c * b.row + i] : 0;
 }
@@ -112,21 +92,6 @@ static int begin(const float *bias, long m, long n, float *c, long row)
     return bias != NULL;
 }
 
-/* The first n numbers, or a vector of them. */
-INLINE vec load(const float *from, long n)
-{
-    vec x = {0};
-    if (n >= LANES) return *(const vec *)from;
-    memcpy(&x, from, 4 * n);
-    return x;
-}
-
-INLINE void store(float *to, vec x, long n)
-{
-    if (n >= LANES) *(vec *)to = x;
-    else memcpy(to, &x, 4 * n);
-}
-
 INLINE vec sigmoid(vec x) { return 1 / (1 + power_of_two(x * -(float)M_LOG2E)); }
 
 /* A = silu(gate) * linear, or relu(gate) where there is no linear. */
@@ -161,10 +126,10 @@ static float derive(long n, const float *gate, const float *linear, const float 
 }
 
 /* Rows first to end of y, and of z where it is kept, all of expert e. x has rows x_row apart. Scratch: a panel,
- * (n, pitch(I)) and (n, 2 WIDE). */
+ * (n, pitched(I)) and (n, 2 WIDE). */
 void forward(layer m, long e, long first, long end, const float *x, long x_row, float *z, float *y, float *scratch)
 {
-    long n = end - first, apart = pitch(m.hidden), row = z ? m.up : 2 * WIDE;
+    long n = end - first, apart = pitched(m.hidden), row = z ? m.up : 2 * WIDE;
     float *panel = scratch, *act = panel + DEPTH * WIDE, *some = act + n * apart;
     const float *w1 = m.w1 + e * m.up * m.dim, *b1 = m.b1 ? m.b1 + e * m.up : NULL;
     left rows = {x, x_row, 1, m.tok + first};
@@ -187,15 +152,15 @@ void forward(layer m, long e, long first, long end, const float *x, long x_row, 
     multiply(n, m.dim, m.hidden, (left){act, apart, 1, NULL}, w2, y, m.dim, add, panel);
 }
 
-/* What the gradients of an expert's weights are made of: dZ (n, pitch(2I or I)), score * A (n, pitch(I)) and the
- * gathered rows of the gradient (n, pitch(H)), one after the other. */
+/* What the gradients of an expert's weights are made of: dZ (n, pitched(2I or I)), score * A (n, pitched(I)) and the
+ * gathered rows of the gradient (n, pitched(H)), one after the other. */
 typedef struct {
     float *dz, *act, *grad;
 } kept;
 
 static kept parts(layer m, long n, float *at)
 {
-    return (kept){at, at + n * pitch(m.up), at + n * (pitch(m.up) + pitch(m.hidden))};
+    return (kept){at, at + n * pitched(m.up), at + n * (pitched(m.up) + pitched(m.hidden))};
 }
 
 /* Rows first to end of dX and of what is kept, and their dscore. `all` is kept of the n rows of expert e from `start`.
@@ -203,7 +168,7 @@ static kept parts(layer m, long n, float *at)
 void backward(layer m, long e, long start, long n, long first, long end, const float *grad, const float *z, float *dx,
               float *dscore, float *all, float *scratch)
 {
-    long up_apart = pitch(m.up), apart = pitch(m.hidden), grad_apart = pitch(m.dim);
+    long up_apart = pitched(m.up), apart = pitched(m.hidden), grad_apart = pitched(m.dim);
     float *panel = scratch, *u = panel + DEPTH * WIDE;
     kept to = parts(m, n, all);
     to.dz += (first - start) * up_apart;
@@ -237,7 +202,7 @@ void weights(layer m, long e, long start, long n, long p, long q, const float *x
              float *dw2, float *db1, float *db2, float *scratch)
 {
     kept from = parts(m, n, all);
-    long up_apart = pitch(m.up), apart = pitch(m.hidden), grad_apart = pitch(m.dim);
+    long up_apart = pitched(m.up), apart = pitched(m.hidden), grad_apart = pitched(m.dim);
     long at = m.dim * p / q, end = m.dim * (p + 1) / q, up_at = m.up * p / q, up_end = m.up * (p + 1) / q;
     multiply(end - at, m.hidden, n, (left){from.grad + at, 1, grad_apart, NULL}, (right){from.act, apart, NULL, 0},
              dw2 + (e * m.dim + at) * m.hidden, m.hidden, 0, scratch);

@@ -60,34 +60,67 @@ INLINE void product(const int n_vecs, long depth, const float *const *a, long st
         }
 }
 
-/* The same for n columns, any number. The columns beyond whole vectors are summed one by one. */
-static __attribute__((unused)) void tile(long n, long depth, const float *const *a, long step, const float *b, long ldb, float *const *c,
-                 int add)
+/* The same for n columns, whole vectors. */
+static __attribute__((unused)) void tile(long n, long depth, const float *const *a, long step, const float *b, long ldb,
+                                         float *const *c, int add)
 {
     float *at[ROWS];
     memcpy(at, c, sizeof at);
-    long left = n;
 #define TAKE(n_vecs)                                                                                                   \
     {                                                                                                                  \
         product(n_vecs, depth, a, step, b, ldb, at, add);                                                              \
         for (int i = 0; i < ROWS; i++) at[i] += (n_vecs) * LANES;                                                      \
         b += (n_vecs) * LANES;                                                                                         \
-        left -= (n_vecs) * LANES;                                                                                      \
+        n -= (n_vecs) * LANES;                                                                                         \
     }
-    while (left >= WIDE) TAKE(VECS)
+    while (n >= WIDE) TAKE(VECS)
 #if defined(__AVX512F__) || defined(__aarch64__)
-    if (left >= 3 * LANES) TAKE(3)
-    if (left >= 2 * LANES) TAKE(2)
+    if (n >= 3 * LANES) TAKE(3)
+    if (n >= 2 * LANES) TAKE(2)
 #endif
-    if (left >= LANES) TAKE(1)
+    if (n >= LANES) TAKE(1)
 #undef TAKE
-    for (; left > 0; left--, b++)
-        for (int i = 0; i < ROWS; i++) {
-            float sum = add ? *at[i] : 0;
-            for (long k = 0; k < depth; k++) sum += a[i][k * step] * b[k * ldb];
-            *at[i]++ = sum;
-        }
 }
+
+/* The first n < LANES numbers of a vector, 0 behind them. */
+INLINE vec beginning(const float *from, long n)
+{
+    vec x = {0};
+    memcpy(&x, from, 4 * n);
+    return x;
+}
+
+/* A vector, or the n numbers that are left. */
+INLINE vec load(const float *from, long n) { return n >= LANES ? *(const vec *)from : beginning(from, n); }
+
+INLINE void store(float *to, vec x, long n)
+{
+    if (n >= LANES) *(vec *)to = x;
+    else memcpy(to, &x, 4 * n);
+}
+
+typedef float quad __attribute__((vector_size(16), aligned(4)));
+#if defined(__clang__) || __GNUC__ >= 12
+#define MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, (__typeof__((quad){0} > 0)){i, j, k, l})
+#endif
+
+/* Four rows of four numbers, `row` apart, to four columns, whose rows are `to_row` apart. */
+INLINE void transpose4(const float *from, long row, float *to, long to_row)
+{
+    quad a = *(const quad *)from, b = *(const quad *)(from + row);
+    quad c = *(const quad *)(from + 2 * row), d = *(const quad *)(from + 3 * row);
+    quad ab = MIX(a, b, 0, 4, 1, 5), cd = MIX(c, d, 0, 4, 1, 5), ef = MIX(a, b, 2, 6, 3, 7), gh = MIX(c, d, 2, 6, 3, 7);
+    *(quad *)to = MIX(ab, cd, 0, 1, 4, 5);
+    *(quad *)(to + to_row) = MIX(ab, cd, 2, 3, 6, 7);
+    *(quad *)(to + 2 * to_row) = MIX(ef, gh, 0, 1, 4, 5);
+    *(quad *)(to + 3 * to_row) = MIX(ef, gh, 2, 3, 6, 7);
+}
+
+/* How far apart the rows of a buffer are: an odd number of cache lines, so that a column does not fall into few sets of
+ * the cache. */
+INLINE long pitched(long n) { return ((n + 15) / 16 | 1) * 16; }
 
 /* a where the mask is -1, b where it is 0. */
 INLINE vec where(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
@@ -120,8 +153,6 @@ INLINE vec power_of_two(vec x)
     p = p * f + 1.0f;
     return (vec)((ivec)p + whole);
 }
-
-typedef float quad __attribute__((vector_size(16)));
 
 /* The sum of the lanes. */
 INLINE float total(vec x)
