@@ -90,6 +90,17 @@ def test_a_file_is_compiled_once_and_again_when_it_changes(source, home, monkeyp
     assert len(calls) == 2
 
 
+def test_a_torn_library_is_built_again(source, home):
+    native.library.cache_clear()
+    native.library(source)
+    (kept,) = (home / "native").iterdir()
+    kept.unlink()  # what is loaded stays as it is
+    kept.write_bytes(b"torn")
+    native.library.cache_clear()
+    assert native.library(source).rows() > 0
+    assert kept.stat().st_size > 1000
+
+
 def test_a_file_the_compiler_refuses_is_an_obstacle_that_is_told(source, home):
     source.write_text("no C at all")
     assert "the C compiler failed" in native.obstacle(source)

@@ -53,7 +53,8 @@ def library(source: Path) -> ctypes.CDLL:
     parts = [HEADER.read_bytes(), source.read_bytes(), repr((compiler, flags, _processor())).encode()]
     kept = home() / "native" / f"{source.parent.name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     if kept.exists():
-        return ctypes.CDLL(str(kept))
+        with suppress(OSError):  # it is torn, or in a folder from which nothing may be run
+            return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / kept.name
         _compile(compiler, flags, source, built)
@@ -62,7 +63,10 @@ def library(source: Path) -> ctypes.CDLL:
             copy = kept.with_suffix(f".{os.getpid()}")
             shutil.copyfile(built, copy)
             copy.replace(kept)  # at once: another process may be doing the same
-        return ctypes.CDLL(str(built))
+        try:
+            return ctypes.CDLL(str(built))
+        except OSError as error:
+            raise NoCompiler(f"what the C compiler built cannot be loaded: {error}") from error
 
 
 def compiler() -> str | None:
