@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,35 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from workbench.errors import InputError
-from workbench.lib.core.train import Hook, State, train
+from workbench.lib.core import train
 from workbench.live.hooks import Recorder
 from workbench.live.recipe import Recipe
 from workbench.live.store import Run, RunWriter
 from workbench.live.trainer import threads
 from workbench.live.watch import Cadence, Watch
-
-
-class _Begin(Hook):
-    """First hook: waits for its turn, then starts the clock."""
-
-    def __init__(self, turn: threading.Semaphore):
-        self.turn, self.began = turn, 0.0
-
-    def before_step(self, state: State) -> None:
-        self.turn.acquire()
-        self.began = time.perf_counter()
-
-
-class _End(Hook):
-    """Last hook: stops the clock and gives the turn away, in the order 0 1, 1 0, 0 1, ... for training `me` of two."""
-
-    def __init__(self, begin: _Begin, me: int, turns: Sequence[threading.Semaphore]):
-        self.begin, self.me, self.turns, self.seconds = begin, me, turns, []
-
-    def after_step(self, state: State) -> None:
-        self.seconds.append(time.perf_counter() - self.begin.began)
-        first = self.me == state.step % 2
-        self.turns[1 - self.me if first else self.me].release()
 
 
 def measure(steps: int, recipe: Recipe | None = None) -> dict[str, float]:
@@ -56,28 +32,21 @@ def measure(steps: int, recipe: Recipe | None = None) -> dict[str, float]:
     if steps < 3:
         raise InputError(f"steps is {steps} but must be at least 3")
     recipe = Recipe.from_dict((recipe or Recipe()).to_dict() | {"steps": steps, "eval_every": 0})
-    turns = [threading.Semaphore(1), threading.Semaphore(0)]
-    ends, trainings = [], []
-    with tempfile.TemporaryDirectory() as folder:
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with tempfile.TemporaryDirectory() as folder, threads(recipe.threads):
         with RunWriter.create(Path(folder) / "run", {"kind": "train"}) as writer:
-            for i in range(2):
-                model, task, config = recipe.build()
-                begin = _Begin(turns[i])
-                ends.append(_End(begin, i, turns))
-                hooks: list[Hook] = [begin, ends[i]]
-                if i == 0:
-                    probes = Watch(model, task, Cadence(), recipe.seed)
-                    probes.attach(writer, own=False, next_step=0)
-                    hooks.insert(1, Recorder(probes))
-                trainings.append(threading.Thread(target=train, args=(model, task, config, hooks)))
-            with threads(recipe.threads):
-                for training in trainings:
-                    training.start()
-                for training in trainings:
-                    training.join()
+            model, task, config = recipe.build()
+            probes = Watch(model, task, Cadence(), recipe.seed)
+            probes.attach(writer, own=False, next_step=0)
+            pair = (train.steps(model, task, config, [Recorder(probes)]), train.steps(*recipe.build()))
+            for step in range(steps):
+                for i in (0, 1) if step % 2 == 0 else (1, 0):
+                    began = time.perf_counter()
+                    next(pair[i])
+                    seconds[i].append(time.perf_counter() - began)
         with Run(Path(folder) / "run") as run:
             store = run.scalars("cost/store_seconds")[1][1:-1]
-    watched, plain = (np.array(end.seconds)[1:-1] for end in ends)
+    watched, plain = (np.array(each)[1:-1] for each in seconds)
     return {
         "pairs": len(plain),
         "step_seconds": float(np.median(plain)),

@@ -1,10 +1,12 @@
 """The training loop: schedule, optimizer groups, hooks, determinism, resuming in memory."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from workbench.errors import InputError
 from workbench.lib.core.checkpoint import weights_digest
@@ -14,7 +16,7 @@ from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import LanguageModelling
-from workbench.lib.core.train import Hook, State, TrainConfig, make_optimizer, step_seed, train
+from workbench.lib.core.train import Hook, State, TrainConfig, make_optimizer, step_seed, steps, train
 from workbench.lib.data.types import TextDomains
 
 
@@ -196,3 +198,69 @@ def test_a_model_without_experts_trains_too(task):
     torch.manual_seed(0)
     state = train(DecoderLM(256, 16, 1, 2, lambda layer: Dense(), 16), task, TrainConfig(steps=2, batch_size=2))
     assert state.aux == 0.0 and math.isfinite(state.loss)
+
+
+def noisy(seed: int) -> DecoderLM:
+    """A model with dropout: each of its steps draws random numbers beside those of its batch."""
+    noisy = model(seed, bias_rate=0.01)
+    noisy.norm.register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.3, module.training))
+    return noisy
+
+
+CONFIGS = [TrainConfig(steps=n, batch_size=4, seed=n, eval_every=2, eval_batches=1) for n in (6, 4)]
+
+
+def test_workers_in_lock_step_train_as_each_does_alone(task):
+    losses: list[list[float]] = [[], []]
+
+    class Note(Hook):
+        def __init__(self, i: int):
+            self.losses = losses[i]
+
+        def after_step(self, state: State) -> None:
+            self.losses.append(state.loss)
+
+    alone = [train(noisy(i), task, config, [Note(i)]) for i, config in enumerate(CONFIGS)]
+    together = [steps(noisy(i), task, config) for i, config in enumerate(CONFIGS)]
+    states: list[list[State]] = [[], []]
+    seen: list[list[float]] = [[], []]
+    for turn in range(6):
+        for i in (0, 1) if turn % 2 else (1, 0):
+            for state in islice(together[i], 1):
+                states[i].append(state)
+                seen[i].append(state.loss)
+                assert state.step == turn + 1 and state.model.training
+    assert seen == losses and [len(each) for each in seen] == [6, 4]
+    for each, single, ended in zip(states, alone, together, strict=True):
+        assert len({id(state) for state in each}) == 1 and list(ended) == []
+        assert each[-1].history == single.history
+        assert weights_digest(each[-1].model) == weights_digest(single.model)
+
+
+def test_a_training_closed_between_two_steps_can_go_on(task):
+    whole = train(noisy(0), task, CONFIGS[0])
+    part = steps(noisy(0), task, CONFIGS[0])
+    state = list(islice(part, 3))[-1]
+    part.close()
+    assert state.step == 3 and all(module.training for module in state.model.modules())
+    assert list(part) == []
+    rest = train(state.model, task, CONFIGS[0], optimizer=state.optimizer, start=state.step)
+    assert weights_digest(rest.model) == weights_digest(whole.model)
+
+
+def test_whoever_makes_the_steps_may_stop_them(task):
+    made = steps(model(), task, TrainConfig(steps=5, batch_size=2))
+    next(made).stop = True
+    with pytest.raises(StopIteration) as end:
+        next(made)
+    assert end.value.value.step == 1 and end.value.value.history == []
+
+
+def test_a_training_that_is_stopped_at_once_changes_nothing(task):
+    class Refuse(Hook):
+        def before_step(self, state: State) -> None:
+            state.stop = True
+
+    untouched = weights_digest(model())
+    state = train(model(), task, TrainConfig(steps=5, batch_size=2), [Refuse()])
+    assert state.step == 0 and weights_digest(state.model) == untouched

@@ -1,4 +1,4 @@
-"""The training loop: one plain function that can be read in a minute.
+"""The training loop: one plain generator that can be read in a minute.
 
 Every step draws all its randomness (the batch, dropout, router noise) from (seed, step) alone. The same seed therefore
 gives the same numbers, and a run resumed at step s continues as if it had never stopped, with no generator to save.
@@ -6,7 +6,7 @@ gives the same numbers, and a run resumed at step s continues as if it had never
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,7 +65,7 @@ class State:
     """What the loop knows; hooks read it and may change `lr_scale` and `stop`.
 
     Attributes:
-        step: the step being made, 0-based; after the loop, the number of steps made.
+        step: the step being made, 0-based; between two steps and after the last, the number of steps made.
         loss, aux, grad_norm, lr, seconds: of the step just made (task loss in nats; seconds without the hooks).
         metrics: of the last evaluation.
         history: every evaluation as (steps made, metrics).
@@ -123,7 +123,7 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def train(
+def steps(
     model: nn.Module,
     task: Task,
     config: TrainConfig,
@@ -131,15 +131,18 @@ def train(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     start: int = 0,
-) -> State:
-    """Train `model` on `task` and return the final `State`.
+) -> Generator[State, None, State]:
+    """Train `model` on `task`, one optimizer step at each `next`: several trainings can go on side by side.
+
+    Yields the same `State` after every step, when its hooks have run and `state.step` is the number of steps made, and
+    returns it in the end. Closed between two steps, it leaves the model in training mode and a `state` to go on from.
 
     Args:
         hooks: see `Hook`; recording, control and checkpoints are hooks.
         optimizer, start: to continue: an optimizer in the state it had after `start` steps. A group of its parameters
             may have an "lr_scale", a factor on the learning rate.
 
-    Seeds torch's global generator at each step (see the module's docstring).
+    Seeds torch's global generator at each step (see the module's docstring), so trainings do not disturb each other.
     """
     hooks = tuple(hooks)
     optimizer = optimizer or make_optimizer(model, config)
@@ -147,7 +150,6 @@ def train(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
     for step in range(start, config.steps):
-        state.step = step
         for hook in hooks:
             hook.before_step(state)
         if state.stop:
@@ -166,12 +168,7 @@ def train(
         for hook in hooks:
             hook.before_update(state)
         state.lr = config.lr_at(step) * state.lr_scale
-        for group in optimizer.param_groups:
-            group["lr"] = state.lr * group.get("lr_scale", 1.0)
-        optimizer.step()
-        for module in model.modules():
-            if hasattr(module, "after_step"):  # e.g. the bias of loss-free balancing
-                module.after_step()
+        update(model, optimizer, state.lr)
         state.seconds = time.perf_counter() - began
         last = step + 1 == config.steps
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
@@ -181,9 +178,39 @@ def train(
                 hook.after_evaluation(state)
         for hook in hooks:
             hook.after_step(state)
+        state.step = step + 1
+        yield state
         if state.stop:
-            state.step = step + 1
             break
-    else:
-        state.step = config.steps
     return state
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Change the weights by the gradients that are there, and tell the modules that count steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    optimizer.step()
+    for module in model.modules():
+        if hasattr(module, "after_step"):  # e.g. the bias of loss-free balancing
+            module.after_step()
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    hooks: Iterable[Hook] = (),
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    start: int = 0,
+) -> State:
+    """Train `model` on `task` to the end, or until a hook stops it, and return the final `State`.
+
+    Arguments as in `steps`, which makes one step at a time.
+    """
+    made = steps(model, task, config, hooks, optimizer=optimizer, start=start)
+    while True:
+        try:
+            next(made)
+        except StopIteration as end:
+            return end.value

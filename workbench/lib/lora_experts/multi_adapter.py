@@ -32,7 +32,7 @@ from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.adapt.feed_forward import find_feed_forward
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Batch, Task, device_of
-from workbench.lib.core.train import TrainConfig, step_seed
+from workbench.lib.core.train import TrainConfig, step_seed, update
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,7 @@ class MultiAdapterTrainer:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if not nn.utils.clip_grad_norm_(parameters, config.clip).isfinite():
             return False
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr_at(step) * group.get("lr_scale", 1.0)
-        optimizer.step()
-        for module in self.adapted[name].model.modules():
-            if hasattr(module, "after_step"):
-                module.after_step()
+        update(self.adapted[name].model, optimizer, config.lr_at(step))
         return True
 
 
