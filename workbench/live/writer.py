@@ -24,6 +24,7 @@ from workbench.errors import InputError, unknown
 from workbench.live import blobs, schema
 from workbench.live.control import Command
 from workbench.live.lock import Lock
+from workbench.live.reader import Run
 
 STATES = ("running", "paused", "finished", "stopped", "failed")
 CHECKPOINTS = "checkpoints"
@@ -70,10 +71,8 @@ class RunWriter:
     @classmethod
     def open(cls, folder: str | Path) -> "RunWriter":
         """Go on writing a run that ended or died; InputError while another process writes it."""
-        from workbench.live.reader import Run  # the checks of a reader: is it a run, of this format, undamaged
-
         folder = Path(folder).expanduser().absolute()
-        with Run(folder) as run:
+        with Run(folder) as run:  # the checks of a reader: is it a run, of this format, undamaged
             if not os.access(folder, os.W_OK):
                 raise InputError(f"run folder {folder} is read-only: a run is resumed where it can be written")
             lock = Lock(folder)

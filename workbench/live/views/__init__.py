@@ -13,7 +13,7 @@ from workbench.live.views.conflict import ConflictView
 from workbench.live.views.imbalance import ImbalanceView
 from workbench.live.views.loss import LossView
 from workbench.live.views.overview import Overview
-from workbench.live.views.page import Workbench
+from workbench.live.views.page import VIEWS, Workbench
 from workbench.live.views.spectra import SpectraView
 
 __all__ = [
@@ -26,9 +26,6 @@ __all__ = [
     "SpectraView",
     "Workbench",
 ]
-
-VIEWS = (Overview, ImbalanceView, CoactivationView, SpectraView, ConflictView, LossView)
-"""The tabs of the page, in order."""
 
 if getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)() is not None:
     # a notebook: its output cells need the scripts, and from here, not from the network; a server session loads its own

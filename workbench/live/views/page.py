@@ -10,12 +10,21 @@ from workbench.errors import InputError
 from workbench.live.store import DATABASE, Run, find, runs
 from workbench.live.views import style
 from workbench.live.views.bar import SelectionBar, served, text, widget
+from workbench.live.views.coactivation import CoactivationView
+from workbench.live.views.conflict import ConflictView
+from workbench.live.views.imbalance import ImbalanceView
+from workbench.live.views.loss import LossView
+from workbench.live.views.overview import Overview
 from workbench.live.views.plot import Pulse
 from workbench.live.views.selection import Selection
+from workbench.live.views.spectra import SpectraView
 from workbench.live.views.status import status_line
 from workbench.live.views.trainer import TrainerControls
 from workbench.live.views.view import POLL_MS, View
 from workbench.paths import home
+
+VIEWS = (Overview, ImbalanceView, CoactivationView, SpectraView, ConflictView, LossView)
+"""The tabs of the page, in order."""
 
 LIST_MS = 4000  # how often the list of runs is read again
 NONE = "none"
@@ -44,8 +53,6 @@ class Workbench(pn.viewable.Viewer):
         root: Path | str | None = None,
     ):
         super().__init__()
-        from workbench.live.views import VIEWS  # the package lists them, and holds this module
-
         self.root, self.selection = Path(root or home() / "runs").expanduser(), Selection(theme=theme)
         self._error = ""
         self._listed: tuple = ()  # the runs there and those on show, when the lists were last filled
