@@ -13,12 +13,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from tests.live.synthetic import synthetic_meta, write_synthetic_run
 from workbench import catalogue, doctor
 from workbench.cli import build_parser, main
 from workbench.cli.progress import progress_bar
 from workbench.live.recipe import Recipe
 from workbench.live.store import RunStopped, RunWriter
-from workbench.live.synthetic import synthetic_meta, write_synthetic_run
 
 COMMANDS = ("methods", "method", "study", "bench", "live", "run", "runs", "resume", "export", "data", "doctor")
 

@@ -3,9 +3,9 @@
 import sys
 import time
 
+from tests.live.synthetic import synthetic_meta, synthetic_steps
 from workbench.live.control import Controller
 from workbench.live.store import RunWriter
-from workbench.live.synthetic import synthetic_meta, synthetic_steps
 
 SHAPE = {
     "n_steps": 100_000,

@@ -13,8 +13,8 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.live.synthetic import write_synthetic_run
 from workbench.live.store import Run
-from workbench.live.synthetic import write_synthetic_run
 
 pytestmark = pytest.mark.browser
 

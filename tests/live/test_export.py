@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.live.synthetic import write_synthetic_run
 from workbench.errors import InputError
+from workbench.live.records import RECORDS
 from workbench.live.store import Run, RunWriter
-from workbench.live.synthetic import write_synthetic_run
 
 
 def test_export_holds_everything(tmp_path):
@@ -17,6 +18,9 @@ def test_export_holds_everything(tmp_path):
     out = run.export(tmp_path / "out")
     meta = json.loads((out / "meta.json").read_text())
     assert meta["meta"] == run.meta and meta["state"] == "finished" and meta["last_step"] == 119
+    described = {row["pattern"]: row for row in meta["records"]}
+    assert list(described) == [record.pattern for record in RECORDS if record.pattern != "train/{value}"]
+    assert described["dropped/{layer}"]["shape"] == [2] and described["train/loss"]["dtype"] is None
     scalars = pq.read_table(out / "scalars.parquet").to_pandas()
     exported = {(prefix, name) for prefix, name in zip(scalars["name"], scalars["step"], strict=True)}
     assert len(exported) == len(scalars) == sum(len(run.steps(n)) for n in run.names() if run.dtype(n) is None)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.live.synthetic import CADENCE, synthetic_meta, synthetic_steps, write_synthetic_run
 from workbench.live.store import Run, RunWriter
-from workbench.live.synthetic import CADENCE, synthetic_meta, synthetic_steps, write_synthetic_run
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from workbench.errors import InputError
 from workbench.lib.core import train
 from workbench.live.hooks import Recorder
 from workbench.live.recipe import Recipe
+from workbench.live.records import STORE_SECONDS
 from workbench.live.store import Run, RunWriter
 from workbench.live.trainer import threads
 from workbench.live.watch import Cadence, Watch
@@ -45,7 +46,7 @@ def measure(steps: int, recipe: Recipe | None = None) -> dict[str, float]:
                     next(pair[i])
                     seconds[i].append(time.perf_counter() - began)
         with Run(Path(folder) / "run") as run:
-            store = run.scalars("cost/store_seconds")[1][1:-1]
+            store = run.scalars(STORE_SECONDS.name())[1][1:-1]
     watched, plain = (np.array(each)[1:-1] for each in seconds)
     return {
         "pairs": len(plain),

@@ -1,6 +1,6 @@
 """A run as parquet and JSON, for pandas, polars, duckdb, R, ...
 
-    meta.json                        meta, status and last step
+    meta.json                        meta, status, last step, and what the series are (`records`)
     scalars.parquet                  name, step, value
     events.parquet                   step, kind, text, time
     tensors/<prefix>.<dtype>.parquet name, step, shape, values (flat, C order)
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workbench.errors import InputError
+from workbench.live.records import RECORDS, find
 
 if TYPE_CHECKING:
     from workbench.live.reader import Run
@@ -36,7 +37,9 @@ def export(run: "Run", folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state, message = run.status
+        recorded = {find(name) for name in run.names()}
         summary = {"meta": run.meta, "state": state, "message": message, "last_step": last}
+        summary["records"] = [record.as_dict() for record in RECORDS if record in recorded]
         (folder / "meta.json").write_text(json.dumps(summary, indent=1) + "\n")
         _write(folder / "scalars.parquet", _SCALARS, _scalars(run, last))
         events = [event._asdict() for event in run.events() if event.step <= last]

@@ -24,6 +24,7 @@ from urllib.request import urlopen
 
 from workbench.errors import InputError
 from workbench.live.recipe import Recipe
+from workbench.live.records import LOSS
 from workbench.live.store import Run, new_folder
 
 HOST = "127.0.0.1"
@@ -206,7 +207,7 @@ def _follow(trainer: subprocess.Popen, folder: Path, total: int, console: Callab
             if now - said_at < REPORT_SECONDS or step == said_step:
                 continue
             rate = (step - said_step) / (now - said_at)
-            loss = run.scalars("train/loss", start=step)[1][0]
+            loss = run.scalars(LOSS.name(), start=step)[1][0]
             left = (total - step - 1) / rate / 60
             console(f"step {step + 1} of {total}, loss {loss:.3f}, {rate:.1f} steps/s, {left:.0f} min left")
             said_at, said_step = now, step

@@ -28,6 +28,7 @@ from workbench.live.probes.conflict import ConflictProbe
 from workbench.live.probes.routing import RoutingProbe
 from workbench.live.probes.spectra import SpectrumProbe
 from workbench.live.provenance import revision, versions
+from workbench.live.records import PROBE_SECONDS, STORE_SECONDS, TOKENS, TRAIN, VALIDATION
 from workbench.live.store import RunWriter, new_folder
 from workbench.paths import home
 
@@ -173,7 +174,7 @@ class Watch:
         Args:
             loss: task loss of the step, in nats.
             seconds: duration of the step; left out, the time since the last call. What probes spent is taken off.
-            values: further numbers, recorded as "train/<name>": lr, grad_norm, aux or anything else.
+            values: further numbers, recorded as `records.TRAIN`: lr, grad_norm, aux or anything else.
         """
         if self.writer is None:
             raise InputError("this watch is closed: no further step can be recorded")
@@ -195,9 +196,9 @@ class Watch:
         self.next_step = step + 1
         self._prepare()
         now = time.perf_counter()
-        scalars |= {f"train/{name}": float(value) for name, value in values.items()}
-        scalars["cost/probe_seconds"] = now - began + in_forward + in_evaluation
-        scalars["cost/store_seconds"] = self._store_seconds
+        scalars |= {TRAIN.name(name): float(value) for name, value in values.items()}
+        scalars[PROBE_SECONDS.name()] = now - began + in_forward + in_evaluation
+        scalars[STORE_SECONDS.name()] = self._store_seconds
         self._record(step, scalars, tensors)
         self.writer.commit(step)
         # what the writing of this step cost is only known now, so it is recorded with the next one
@@ -205,24 +206,24 @@ class Watch:
         self._store_seconds = self._began - now
 
     def evaluation(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record an evaluation as "valid/<metric>", with the routing of the forward passes in evaluation mode.
+        """Record an evaluation as `records.VALIDATION`, with the routing of the forward passes in evaluation mode.
 
         It belongs to the last step recorded, or to `step` if that is yet to be recorded.
         """
         at = max(self.next_step - 1, 0) if step is None else step
-        scalars = {f"valid/{name}": float(value) for name, value in metrics.items()}
+        scalars = {VALIDATION.name(name): float(value) for name, value in metrics.items()}
         self._record(at, scalars, self.routing.take_evaluation())
         if step is None:
             self.writer.commit(at)
 
     def state(self) -> dict[str, Tensor]:
         """What was counted for records still to come: with it a checkpoint continues the run exactly."""
-        return {f"tokens/{name}": counts.clone() for name, counts in self.routing.tokens.items()}
+        return {TOKENS.name(name): counts.clone() for name, counts in self.routing.tokens.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
         for name, counts in self.routing.tokens.items():
-            counts.copy_(state[f"tokens/{name}"])
+            counts.copy_(state[TOKENS.name(name)])
 
     def close(self, error: BaseException | None = None) -> None:
         """Take all probes off the model, and end the run if it was made here."""

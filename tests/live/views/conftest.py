@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.live.synthetic import synthetic_meta, synthetic_steps, write_synthetic_run
 from workbench.live.store import Run, RunWriter
-from workbench.live.synthetic import synthetic_meta, synthetic_steps, write_synthetic_run
 
 SHAPE = {"n_layers": 3, "n_experts": 8, "top_k": 2, "seed": 1, "domains": ("python", "docs", "names")}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.live.synthetic import write_synthetic_run
 from workbench.live.control import Controller
-from workbench.live.synthetic import write_synthetic_run
 from workbench.live.views import VIEWS, ConflictView, Workbench
 from workbench.live.views.bar import SelectionBar
 from workbench.live.views.readings import Readings

@@ -11,7 +11,7 @@ from workbench.live.views.readings import Nothing, Readings, attempt, present, s
 def write(writer: RunWriter, steps: range) -> None:
     for step in steps:
         writer.scalars(step, {"loss": step / 2})
-        writer.tensors(step, {"load": np.full(3, step, dtype=np.uint32)})
+        writer.tensors(step, {"load/a": np.full(3, step, dtype=np.uint32)})
         writer.commit(step)
 
 
@@ -24,11 +24,11 @@ def writer(tmp_path) -> RunWriter:
 def test_a_series_is_followed_as_it_grows(writer):
     write(writer, range(3))
     readings = Readings(Run(writer.folder))
-    assert list(readings.tensors("load", "routing")[0]) == [0, 1, 2]
+    assert list(readings.tensors("load/a")[0]) == [0, 1, 2]
     write(writer, range(3, 6))
-    assert list(readings.tensors("load", "routing")[0]) == [0, 1, 2]  # not before it looks again
+    assert list(readings.tensors("load/a")[0]) == [0, 1, 2]  # not before it looks again
     assert readings.poll()
-    steps, values = readings.tensors("load", "routing")
+    steps, values = readings.tensors("load/a")
     assert list(steps) == [0, 1, 2, 3, 4, 5]
     assert (values == steps[:, None]).all()
     assert not readings.poll()
@@ -45,7 +45,7 @@ def test_a_long_series_is_thinned_and_does_not_shimmer(writer, monkeypatch, at_o
             continue
         write(writer, range(start, start + 10))
         readings.poll()
-        steps, values = readings.tensors("load", "routing")
+        steps, values = readings.tensors("load/a")
         assert len(steps) <= 2 * 20
         assert steps[0] == 0 and steps[-1] == start + 9
         assert (values == steps[:, None]).all()
@@ -56,47 +56,47 @@ def test_a_long_series_is_thinned_and_does_not_shimmer(writer, monkeypatch, at_o
 def test_going_back_to_a_checkpoint_forgets_what_was_taken_back(writer):
     write(writer, range(10))
     readings = Readings(Run(writer.folder))
-    readings.tensors("load", "routing")
+    readings.tensors("load/a")
     writer.truncate(4)
     assert readings.poll()
-    assert list(readings.tensors("load", "routing")[0]) == [0, 1, 2, 3, 4]
+    assert list(readings.tensors("load/a")[0]) == [0, 1, 2, 3, 4]
 
 
 def test_nothing_says_what_to_wait_for(writer):
     readings = Readings(Run(writer.folder))
     with pytest.raises(Nothing, match="due with the first step, then every 5 steps"):
-        readings.tensors("load", "routing")
+        readings.tensors("load/a")
     write(writer, range(1))
     readings.poll()
     with pytest.raises(Nothing, match="due within 5 steps"):
-        readings.tensors("importance", "routing")
+        readings.tensors("importance/a")
     with pytest.raises(Nothing, match="does not record it"):
-        readings.tensors("conflict/trunk", "conflict")
+        readings.tensors("conflict/trunk")
     with pytest.raises(Nothing, match=r"nothing is recorded yet$"):
-        readings.tensors("spectrum", "structure")
+        readings.tensors("spectrum/weight/a")
     with pytest.raises(Nothing, match="scrub forward"):
-        readings.at("load", -1, "routing")
+        readings.at("load/a", -1)
     writer.close()
     readings.poll()
     with pytest.raises(Nothing, match="holds no record"):
-        readings.tensors("importance", "routing")
+        readings.tensors("importance/a")
 
 
 def test_the_newest_record_at_a_step(writer):
     for step in (0, 5, 10):
         write(writer, range(step, step + 1))
     readings = Readings(Run(writer.folder))
-    assert readings.at("load", 7, "routing")[0] == 5
-    assert readings.at("load", None, "routing")[0] == 10
-    assert readings.newest("load", "routing") == 10
+    assert readings.at("load/a", 7)[0] == 5
+    assert readings.at("load/a", None)[0] == 10
+    assert readings.newest("load/a") == 10
 
 
 def test_a_window_sums_the_newest_records(writer):
     for step in (0, 5, 10, 15):
         write(writer, range(step, step + 1))
     readings = Readings(Run(writer.folder))
-    assert [int(readings.window("load", 12, "routing", n)[1][0]) for n in (1, 2, 3, 9)] == [10, 15, 15, 15]
-    assert readings.window("load", None, "routing", 2)[0] == 15
+    assert [int(readings.window("load/a", 12, n)[1][0]) for n in (1, 2, 3, 9)] == [10, 15, 15, 15]
+    assert readings.window("load/a", None, 2)[0] == 15
 
 
 def test_a_run_that_becomes_unreadable_is_named_damaged(writer):
@@ -108,7 +108,7 @@ def test_a_run_that_becomes_unreadable_is_named_damaged(writer):
     assert readings.poll()
     assert readings.status.state == "damaged" and readings.status.message
     with pytest.raises(Nothing):
-        readings.names("lo")
+        readings.has("load/a")
     assert not readings.poll()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from workbench.lib.core.observe import quiet
 from workbench.lib.core.task import Task
 from workbench.lib.measures.meters import ConflictMeter, Member
+from workbench.live.records import CONFLICT
 
 
 class ConflictProbe:
@@ -29,7 +30,7 @@ class ConflictProbe:
         self.meter = ConflictMeter(groups)
 
     def take(self, seed: int) -> dict[str, np.ndarray]:
-        """[G1, G2, X] float64 (3, n, n) by "conflict/<group>", on batches that `seed` draws."""
+        """[G1, G2, X] float64 (3, n, n) by their `records.CONFLICT`, on batches that `seed` draws."""
         generator = torch.Generator().manual_seed(seed)
 
         def loss(domain: int):
@@ -38,7 +39,7 @@ class ConflictProbe:
         losses = {name: loss(i) for i, name in enumerate(self.task.domains)}
         with undisturbed(self.model), torch.enable_grad():
             gramians = self.meter.gramians(losses)
-        return {f"conflict/{group}": values.numpy() for group, values in gramians.items()}
+        return {CONFLICT.name(group): values.numpy() for group, values in gramians.items()}
 
     def _batch(self, generator: torch.Generator, domain: int):
         return self.task.batch("train", self.rows, generator, domain=domain)

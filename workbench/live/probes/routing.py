@@ -10,6 +10,21 @@ from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.meters import RoutingMeter
 from workbench.lib.measures.routing import counts_by_class, effective_support_size
 from workbench.live.probes.find import Block, Inputs, in_backward
+from workbench.live.records import (
+    COACTIVATION,
+    CONFIDENCE,
+    DROPPED,
+    ENTROPY,
+    IMPORTANCE,
+    LOAD,
+    LOAD_BY_DOMAIN,
+    PROBABILITY_SUPPORT,
+    SUPPORT,
+    TOKENS,
+    TRANSITION,
+    Record,
+    on_validation,
+)
 
 LARGEST_TABLE = 2**17
 """Cells (experts x vocabulary) of the largest table of token counts that is kept."""
@@ -24,7 +39,7 @@ class _Tally:
         self.n_domains = n_domains
         self.meter = RoutingMeter([block.name for block in found], [block.n_experts for block in found], None)
         self.by_domain = {block.name: torch.zeros(n_domains, block.n_experts, dtype=torch.int64) for block in found}
-        self.support: dict[str, tuple[float, int]] = {}  # sum over tokens and their number
+        self.support: dict[str, tuple[float, int]] = {}  # by series: sum over tokens and their number
         self.tokens = 0
 
     def add(self, block: Block, routing: Routing, domain: Tensor | None) -> None:
@@ -36,34 +51,35 @@ class _Tally:
             kept = None if routing.kept is None else _mask(routing, routing.kept)
             self.meter.update(block.name, routing.mask(), routing.probs, kept)
         served = routing.weights if routing.top_k is not None and routing.kept is None else routing.dense()
-        self._add_support(f"support/{block.name}", served)
+        self._add_support(SUPPORT.name(block.name), served)
         if routing.probs is not None:
-            self._add_support(f"probability_support/{block.name}", routing.probs)
+            self._add_support(PROBABILITY_SUPPORT.name(block.name), routing.probs)
         if domain is not None and self.n_domains:
             label = domain.to(routing.expert.device)[routing.token]
             self.by_domain[block.name] += counts_by_class(
                 routing.expert, label, self.n_domains, routing.n_experts
             ).cpu()
 
-    def _add_support(self, what: str, weights: Tensor) -> None:
+    def _add_support(self, series: str, weights: Tensor) -> None:
         sizes = effective_support_size(weights.detach())
         sizes = sizes[sizes.isfinite()]  # a token without any expert has none
-        total, tokens = self.support.get(what, (0.0, 0))
-        self.support[what] = (total + float(sizes.sum()), tokens + len(sizes))
+        total, tokens = self.support.get(series, (0.0, 0))
+        self.support[series] = (total + float(sizes.sum()), tokens + len(sizes))
 
     def support_sizes(self, name: str) -> dict[str, float]:
         """Mean effective support size of the weights and of the probabilities, as far as they were seen."""
-        found = {what: self.support.get(f"{what}/{name}", (0.0, 0)) for what in ("support", "probability_support")}
-        return {what: total / tokens for what, (total, tokens) in found.items() if tokens}
+        series = (SUPPORT.name(name), PROBABILITY_SUPPORT.name(name))
+        found = {one: self.support.get(one, (0.0, 0)) for one in series}
+        return {one: total / tokens for one, (total, tokens) in found.items() if tokens}
 
-    def loads(self, name: str) -> dict[str, np.ndarray]:
-        """load, importance and load_by_domain of one layer, as far as they were seen."""
+    def loads(self, name: str) -> dict[Record, np.ndarray]:
+        """The `records.LOADS` of one layer, as far as they were seen."""
         counts = self.meter.counts(name)
-        found = {"load": _uint32(counts.pairs.diagonal())}
+        found = {LOAD: _uint32(counts.pairs.diagonal())}
         if counts.probabilities:
-            found["importance"] = self.meter.importance(name).numpy().astype(np.float32)
+            found[IMPORTANCE] = self.meter.importance(name).numpy().astype(np.float32)
         if self.by_domain[name].any():
-            found["load_by_domain"] = _uint32(self.by_domain[name])
+            found[LOAD_BY_DOMAIN] = _uint32(self.by_domain[name])
         return found
 
 
@@ -117,34 +133,35 @@ class RoutingProbe:
             name, counts = block.name, tally.meter.counts(block.name)
             if not counts.tokens:
                 continue
-            tensors |= {f"{what}/{name}": value for what, value in tally.loads(name).items()}
+            tensors |= {record.name(name): value for record, value in tally.loads(name).items()}
             if counts.limited[0]:
                 rates = [float(rate) for rate in tally.meter.drop_rates(name)]
-                tensors[f"dropped/{name}"] = np.array(rates, dtype=np.float32)
-            scalars |= {f"router/{name}/{what}": size for what, size in tally.support_sizes(name).items()}
+                tensors[DROPPED.name(name)] = np.array(rates, dtype=np.float32)
+            scalars |= tally.support_sizes(name)
             if counts.probabilities:
-                scalars[f"router/{name}/confidence"] = float(tally.meter.confidence(name))
-                scalars[f"router/{name}/entropy"] = float(tally.meter.token_entropy(name))
+                scalars[CONFIDENCE.name(name)] = float(tally.meter.confidence(name))
+                scalars[ENTROPY.name(name)] = float(tally.meter.token_entropy(name))
             if structure and int(counts.pairs.sum()) > int(counts.pairs.diagonal().sum()):
-                tensors[f"coactivation/{name}"] = _uint32(counts.pairs)
+                tensors[COACTIVATION.name(name)] = _uint32(counts.pairs)
             if structure and i + 1 < len(self.found) and counts.transition.any():
-                tensors[f"transition/{name}"] = _uint32(counts.transition)
+                tensors[TRANSITION.name(name)] = _uint32(counts.transition)
         return scalars, tensors
 
     def take_tokens(self) -> dict[str, np.ndarray]:
         """The (E, V) counts by token id since the last call."""
-        counted = {f"tokens/{name}": _uint32(counts) for name, counts in self.tokens.items() if counts.any()}
+        counted = {TOKENS.name(name): _uint32(counts) for name, counts in self.tokens.items() if counts.any()}
         for counts in self.tokens.values():
             counts.zero_()
         return counted
 
     def take_evaluation(self) -> dict[str, np.ndarray]:
-        """load, importance and load_by_domain over the evaluation forwards since the last training step."""
+        """The `records.LOADS` over the evaluation forwards since the last training step."""
         tally, self._valid = self._valid, None
         if tally is None:
             return {}
         names = [block.name for block in self.found if tally.meter.counts(block.name).tokens]
-        return {f"valid/{what}/{name}": value for name in names for what, value in tally.loads(name).items()}
+        loads = {name: tally.loads(name) for name in names}
+        return {on_validation(record).name(name): value for name in names for record, value in loads[name].items()}
 
     def mute(self, muted: bool) -> None:
         """Look away, while another probe runs the model."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from workbench.lib.measures.spectra import low_rank_singular_values, singular_values
 from workbench.live.probes.find import LowRank, Matrix
+from workbench.live.records import SPECTRUM
 
 
 class SpectrumProbe:
@@ -33,7 +34,7 @@ class SpectrumProbe:
 
     @torch.no_grad()
     def take(self, seed: int) -> dict[str, np.ndarray]:
-        """Descending singular values float32 (n,) by "spectrum/<of>/<matrix>" with <of> weight, update or gradient.
+        """Descending singular values float32 (n,) of weight, update and gradient, by their `records.SPECTRUM`.
 
         An update that is not remembered and a gradient that is not there are left out. Of a matrix too large for its
         whole spectrum the largest values, from a random start that `seed` gives.
@@ -41,19 +42,19 @@ class SpectrumProbe:
         wanted: dict[str, Tensor] = {}
         for matrix in self.dense:
             weight = matrix.pick(matrix.parameter.detach())
-            wanted[f"spectrum/weight/{matrix.name}"] = weight
+            wanted[SPECTRUM.name("weight", matrix.name)] = weight
             if matrix.name in self._before:
-                wanted[f"spectrum/update/{matrix.name}"] = weight - self._before[matrix.name][0]
+                wanted[SPECTRUM.name("update", matrix.name)] = weight - self._before[matrix.name][0]
             if matrix.parameter.grad is not None:
-                wanted[f"spectrum/gradient/{matrix.name}"] = matrix.pick(matrix.parameter.grad)
+                wanted[SPECTRUM.name("gradient", matrix.name)] = matrix.pick(matrix.parameter.grad)
         found = _spectra(wanted, torch.Generator().manual_seed(seed))
         for matrix in self.low_rank:
             a, b = matrix.a.flatten(1), matrix.b.flatten(1)
-            found[f"spectrum/weight/{matrix.name}"] = _float32(low_rank_singular_values(b, a, matrix.scale).values)
+            found[SPECTRUM.name("weight", matrix.name)] = _float32(low_rank_singular_values(b, a, matrix.scale).values)
             if matrix.name in self._before:
                 old_a, old_b = (part.flatten(1) for part in self._before[matrix.name])
                 change = low_rank_singular_values(torch.cat([b, old_b], 1), torch.cat([a, -old_a]), matrix.scale)
-                found[f"spectrum/update/{matrix.name}"] = _float32(change.values)
+                found[SPECTRUM.name("update", matrix.name)] = _float32(change.values)
         self._before = {}
         return found
 

@@ -11,6 +11,7 @@ from workbench.figures import coactivation as figures
 from workbench.figures.theme import short_names
 from workbench.lib.measures.coactivation import CoactivationMatrix, cluster_order, coactivation, top_pairs
 from workbench.lib.measures.transition import transition_lift
+from workbench.live.records import COACTIVATION, TRANSITION
 from workbench.live.views.bar import layer_select, widget
 from workbench.live.views.card import Card
 from workbench.live.views.readings import Nothing, Readings, present, stamped
@@ -77,7 +78,7 @@ class CoactivationView(View):
         here = stamped(found, lambda data: data.step)
         self.put("matrix", lambda: matrix_contents(self, found, kind), here, kind, window, self._ordered)
         self.put("pairs", lambda: self.each(found, self._pairs), here, kind, window)
-        there = self.stamps(lambda run: run.at(f"transition/{run.layer(chosen).name}", step, "structure")[0])
+        there = self.stamps(lambda run: run.at(TRANSITION.name(run.layer(chosen).name), step)[0])
         self.put("transition", self._transitions, there, window)
 
     def _transitions(self) -> list:
@@ -87,7 +88,7 @@ class CoactivationView(View):
             if self.selected_layer(run) == len(run.layers) - 1:
                 raise Nothing("this is the last layer: choose an earlier one to see where its tokens go next")
             name = run.layer(chosen).name
-            _, counts = run.window(f"transition/{name}", self.selection.step, "structure", self.window.value)
+            _, counts = run.window(TRANSITION.name(name), self.selection.step, self.window.value)
             return transition_lift(torch.as_tensor(counts.astype(np.float64))).numpy()
 
         found = self.read(read)
@@ -130,7 +131,7 @@ def together(
     layer = run.layer(number)
     if layer.top_k == 1:
         raise Nothing("undefined for K=1: one expert per token cannot occur together with another")
-    at, recorded = run.window(f"coactivation/{layer.name}", step, "structure", records)
+    at, recorded = run.window(COACTIVATION.name(layer.name), step, records)
     counts = torch.as_tensor(recorded.astype(np.float64))
     matrix = coactivation(counts, kind)
     if matrix.undefined_reason:

@@ -8,6 +8,7 @@ import torch
 
 from workbench.figures import conflict as figures
 from workbench.lib.measures.conflict import ConflictStats, conflict_stats
+from workbench.live.records import CONFLICT
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
 from workbench.live.views.readings import Nothing, Readings, present, stamped
@@ -144,8 +145,8 @@ def conflicts(run: Readings) -> Conflicts:
         raise Nothing("conflict needs at least two domains; this run has " + ("one" if run.domains else "none"))
     if not sizes:
         raise Nothing("this run names no parameter groups")
-    recorded = [group for group in sizes if run.names(f"conflict/{group}")] or list(sizes)
-    series = {group: run.tensors(f"conflict/{group}", "conflict") for group in recorded}
+    recorded = [group for group in sizes if run.has(CONFLICT.name(group))] or list(sizes)
+    series = {group: run.tensors(CONFLICT.name(group)) for group in recorded}
     rows = min(len(steps) for steps, _ in series.values())
     steps = next(iter(series.values()))[0][-rows:]
     return Conflicts(steps, {group: values[-rows:] for group, (_, values) in series.items()}, dict(sizes))

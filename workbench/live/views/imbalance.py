@@ -7,6 +7,7 @@ import panel as pn
 
 from workbench.figures import balance as lines
 from workbench.figures import routing as figures
+from workbench.live.records import DROPPED, IMPORTANCE, LOAD, LOAD_BY_DOMAIN, PROBABILITY_SUPPORT, TOKENS, Record
 from workbench.live.views.bar import layer_select, text, widget
 from workbench.live.views.card import Card
 from workbench.live.views.load import balance, domain_information, loads_over_time, shares_of, support
@@ -82,22 +83,22 @@ class ImbalanceView(View):
         self._offer_experts(shown)
         chosen, step, ceiling = self.selection.layer, self.selection.step, all_layers_ceiling(self)
 
-        def newest(kind: str) -> tuple:
-            return self.stamps(lambda run: run.newest(f"{kind}/{run.layer(chosen).name}", "routing"))
+        def newest(record: Record) -> tuple:
+            return self.stamps(lambda run: run.newest(record.name(run.layer(chosen).name)))
 
-        def at_step(kind: str, cadence: str = "routing") -> tuple:
-            return self.stamps(lambda run: run.at(f"{kind}/{run.layer(chosen).name}", step, cadence)[0])
+        def at_step(record: Record) -> tuple:
+            return self.stamps(lambda run: run.at(record.name(run.layer(chosen).name), step)[0])
 
         expert = self.stamps(self._expert_of)
-        self.put("load", lambda: load_contents(self, self.expert), newest("load"), self.expert)
-        self.put("balance", lambda: balance_contents(self), newest("load"))
-        self.put("layers", lambda: self._layers(ceiling), at_step("load"), ceiling)
-        self.put("share", self._share, at_step("load"), expert)
-        self.put("support", self._support, newest("load"))
-        self.put("tokens", lambda: self._takes("Tokens", self._tokens), at_step("tokens", "conflict"), expert)
-        self.put("domains", lambda: self._takes("Domains", self._domains), at_step("load_by_domain"), expert)
-        self.put("information", self._information, newest("load_by_domain"))
-        self.put("dropped", self._dropped, newest("dropped"))
+        self.put("load", lambda: load_contents(self, self.expert), newest(LOAD), self.expert)
+        self.put("balance", lambda: balance_contents(self), newest(LOAD))
+        self.put("layers", lambda: self._layers(ceiling), at_step(LOAD), ceiling)
+        self.put("share", self._share, at_step(LOAD), expert)
+        self.put("support", self._support, newest(LOAD))
+        self.put("tokens", lambda: self._takes("Tokens", self._tokens), at_step(TOKENS), expert)
+        self.put("domains", lambda: self._takes("Domains", self._domains), at_step(LOAD_BY_DOMAIN), expert)
+        self.put("information", self._information, newest(LOAD_BY_DOMAIN))
+        self.put("dropped", self._dropped, newest(DROPPED))
 
     # -- the expert that is looked into
 
@@ -116,11 +117,11 @@ class ImbalanceView(View):
         layer = run.layer(self.selection.layer)
         if self.expert is not None:
             return min(self.expert, layer.n_experts - 1)
-        return int(run.at(f"load/{layer.name}", self.selection.step, "routing")[1].argmax())
+        return int(run.at(LOAD.name(layer.name), self.selection.step)[1].argmax())
 
     def _tokens(self, run: Readings) -> tuple[list[str], np.ndarray, np.ndarray]:
         layer = run.layer(self.selection.layer)
-        _, counts = run.at(f"tokens/{layer.name}", self.selection.step, "conflict")
+        _, counts = run.at(TOKENS.name(layer.name), self.selection.step)
         mine, all_ = shares_of(counts, self._expert_of(run))
         top = np.argsort(-mine, kind="stable")[:TOP_TOKENS]
         top = top[mine[top] > 0]
@@ -129,7 +130,7 @@ class ImbalanceView(View):
 
     def _domains(self, run: Readings) -> tuple[list[str], np.ndarray, np.ndarray]:
         layer = run.layer(self.selection.layer)
-        _, counts = run.at(f"load_by_domain/{layer.name}", self.selection.step, "routing")
+        _, counts = run.at(LOAD_BY_DOMAIN.name(layer.name), self.selection.step)
         return run.domains, *shares_of(counts.T, self._expert_of(run))
 
     def _takes(self, what: str, read: Callable[[Readings], tuple]) -> list:
@@ -144,7 +145,7 @@ class ImbalanceView(View):
     def _layers(self, ceiling: float) -> list:
         step = self.selection.step
         return self.each(
-            self.read(lambda run: [run.at(f"load/{layer.name}", step, "routing")[1] for layer in run.moe_layers()]),
+            self.read(lambda run: [run.at(LOAD.name(layer.name), step)[1] for layer in run.moe_layers()]),
             lambda run, data: figures.load_by_layer(
                 data,
                 [layer.name for layer in run.layers],
@@ -159,9 +160,9 @@ class ImbalanceView(View):
 
         def read(run: Readings) -> tuple[np.ndarray, np.ndarray | None]:
             name = run.layer(chosen).name
-            load = run.at(f"load/{name}", step, "routing")[1]
+            load = run.at(LOAD.name(name), step)[1]
             try:
-                return load, run.at(f"importance/{name}", step, "routing")[1]
+                return load, run.at(IMPORTANCE.name(name), step)[1]
             except Nothing:  # a router without a full distribution
                 return load, None
 
@@ -183,7 +184,7 @@ class ImbalanceView(View):
     def _support(self) -> list:
         def read(run: Readings) -> tuple:
             layer = run.layer(self.selection.layer)
-            of_probabilities = run.scalars(f"router/{layer.name}/probability_support")
+            of_probabilities = run.scalars(PROBABILITY_SUPPORT.name(layer.name))
             return *support(run), of_probabilities if len(of_probabilities[0]) else None, layer.top_k
 
         found = self.read(read)
@@ -219,10 +220,10 @@ class ImbalanceView(View):
 
     def _dropped(self) -> list:
         def read(run: Readings) -> tuple[np.ndarray, np.ndarray]:
-            name = run.layer(self.selection.layer).name
-            if run.last_step >= 0 and not run.names(f"dropped/{name}"):
+            name = DROPPED.name(run.layer(self.selection.layer).name)
+            if run.last_step >= 0 and not run.has(name):
                 raise Nothing("this run has no capacity limit: nothing is dropped")
-            return run.tensors(f"dropped/{name}", "routing")
+            return run.tensors(name)
 
         found = self.read(read)
         top = max([0.0, *(100 * float(np.nanmax(rates, initial=0.0)) for _, rates in present(found))])

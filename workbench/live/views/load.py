@@ -9,6 +9,7 @@ import torch
 from workbench.figures.balance import BALANCE
 from workbench.lib.measures.information import Information
 from workbench.lib.measures.routing import load_stats, null_load_stats, routing_information
+from workbench.live.records import LOAD, LOAD_BY_DOMAIN, SUPPORT
 from workbench.live.views.readings import Layer, Nothing, Readings
 
 BAND = (0.05, 0.95)  # quantiles of the null band
@@ -25,12 +26,12 @@ class Balance(NamedTuple):
 
 def loads_over_time(run: Readings, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """(steps (S,), pairs (S, E)) of one layer."""
-    return run.tensors(f"load/{run.layer(layer).name}", "routing")
+    return run.tensors(LOAD.name(run.layer(layer).name))
 
 
 def balance(run: Readings, layer: int) -> Balance:
     """Load statistics of every layer of a run over time; the null band is that of the given layer's newest batch."""
-    series = [run.tensors(f"load/{known.name}", "routing") for known in run.moe_layers()]
+    series = [run.tensors(LOAD.name(known.name)) for known in run.moe_layers()]
     rows = min(len(steps) for steps, _ in series)
     stats = [load_stats(torch.as_tensor(loads[-rows:].astype(np.float64)), 1) for _, loads in series]
     values = {name: np.stack([getattr(layer_stats, name).numpy() for layer_stats in stats]) for name in BALANCE}
@@ -55,14 +56,14 @@ def _null_quantiles(tokens: int, n_experts: int, top_k: int) -> dict[str, tuple[
 
 def support(run: Readings) -> tuple[np.ndarray, np.ndarray]:
     """(steps (S,), mean effective support size (L, S)) of the weights in every layer."""
-    series = [run.scalars(f"router/{layer.name}/support", "routing") for layer in run.moe_layers()]
+    series = [run.scalars(SUPPORT.name(layer.name), needed=True) for layer in run.moe_layers()]
     rows = min(len(steps) for steps, _ in series)
     return series[0][0][-rows:], np.stack([sizes[-rows:] for _, sizes in series])
 
 
 def domain_information(run: Readings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(steps (S,), information (L, S), its shuffled baseline (L, S)) of expert about domain, as shares of H(domain)."""
-    series = [run.tensors(f"load_by_domain/{layer.name}", "routing") for layer in run.moe_layers()]
+    series = [run.tensors(LOAD_BY_DOMAIN.name(layer.name)) for layer in run.moe_layers()]
     rows = min(len(steps) for steps, _ in series)
     found = [
         _information(counts[-rows:], layer.top_k or 1) for (_, counts), layer in zip(series, run.layers, strict=True)

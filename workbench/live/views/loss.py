@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from workbench.figures import loss as figures
+from workbench.live.records import AUX, GRAD_NORM, LEARNING_RATE, LOSS, VALIDATION
 from workbench.live.views.card import Card
 from workbench.live.views.readings import Nothing, Readings, present
 from workbench.live.views.view import View
@@ -24,13 +25,12 @@ HOW = {
     "more than the task does.",
 }
 SCALARS = {
-    "lr": ("train/lr", "Learning rate", "step size of the optimiser", "learning rate"),
-    "grad_norm": ("train/grad_norm", "Gradient norm", "all parameters, before clipping", "norm"),
-    "aux": ("train/aux", "Balance loss", "weighted sum over layers · 0 = none", "nats/token"),
+    "lr": (LEARNING_RATE, "Learning rate", "step size of the optimiser", "learning rate"),
+    "grad_norm": (GRAD_NORM, "Gradient norm", "all parameters, before clipping", "norm"),
+    "aux": (AUX, "Balance loss", "weighted sum over layers · 0 = none", "nats/token"),
 }
 UNITS = {"bits_per_byte": "bits/byte", "accuracy": "share correct"}
 UNIFORM = {"bits/byte": 8.0}  # the loss of a uniform guess
-LOADS = ("load", "importance", "load_by_domain")  # what is recorded on validation data beside the metric
 
 
 class Losses(NamedTuple):
@@ -100,10 +100,10 @@ class LossView(View):
         )
 
     def _scalar(self, name: str) -> list:
-        series, title, subtitle, unit = SCALARS[name]
+        record, title, subtitle, unit = SCALARS[name]
 
         def read(run: Readings) -> tuple[np.ndarray, np.ndarray]:
-            steps, values = run.scalars(series)
+            steps, values = run.scalars(record.name())
             if not len(steps):
                 raise Nothing(f"{title.lower()} is not recorded" if run.last_step >= 0 else "no step yet")
             return steps, values
@@ -149,7 +149,7 @@ def loss_contents(view: View) -> list:
 
 def losses(run: Readings) -> Losses:
     """Training and overall validation loss of a run, in bits per byte where its tokens are bytes."""
-    steps, train = run.scalars("train/loss")
+    steps, train = run.scalars(LOSS.name())
     if not len(steps):
         raise Nothing("no training step yet" if run.status.live or run.last_step < 0 else "this run records no loss")
     unit, per_nat = _unit(run)
@@ -161,7 +161,7 @@ def losses(run: Readings) -> Losses:
 
 def validation(run: Readings) -> Validation:
     """The validation metric of a run, overall ("all") and by domain; losses in the unit of the training loss."""
-    names = [name for name in run.names("valid/") if name.split("/")[0] not in LOADS]
+    names = [name for (name,) in run.series(VALIDATION)]
     if not names:
         return Validation({}, "")
     metric = names[0].split("/")[0]
@@ -170,7 +170,7 @@ def validation(run: Readings) -> Validation:
     for name in names:
         kind, _, domain = name.partition("/")
         if kind == metric:
-            steps, values = run.scalars(f"valid/{name}")
+            steps, values = run.scalars(VALIDATION.name(name))
             curves[domain or "all"] = (steps, values * per_nat)
     return Validation(curves, unit)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from workbench.live.records import LOAD
 from workbench.live.views import coactivation, conflict, imbalance, loss, spectra
 from workbench.live.views.bar import layer_select
 from workbench.live.views.card import Card
@@ -31,7 +32,7 @@ class Overview(View):
 
     def draw(self, shown: list[Readings]) -> None:
         layer, step = self.selection.layer, self.selection.step
-        loads = self.stamps(lambda run: run.newest(f"load/{run.layer(layer).name}", "routing"))
+        loads = self.stamps(lambda run: run.newest(LOAD.name(run.layer(layer).name)))
         self.put("loss", lambda: loss.loss_contents(self), self.stamps(lambda run: run.last_step))
         self.put("load", lambda: imbalance.load_contents(self), loads)
         self.put("balance", lambda: imbalance.balance_contents(self, ("max_vio",)), loads)

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from workbench.errors import InputError
+from workbench.live.records import Record, find
 from workbench.live.store import Event, Run, Status
 
 T = TypeVar("T")
@@ -116,11 +117,13 @@ class Readings:
         layers = self.moe_layers()
         return layers[min(index, len(layers) - 1)]
 
-    def names(self, prefix: str) -> list[str]:
-        """What follows ``prefix`` in the recorded names that start with it, in the order they first came."""
-        if self._names is None:
-            self._names = self._ask(self.run.names)
-        return [name.removeprefix(prefix) for name in self._names if name.startswith(prefix)]
+    def has(self, name: str) -> bool:
+        """Whether there is a series of this name so far."""
+        return name in self._all_names()
+
+    def series(self, record: Record) -> list[tuple[str, ...]]:
+        """What the recorded series of one kind are of, in the order they first came."""
+        return [record.of(name) for name in self._all_names() if find(name) == record]
 
     def events(self, kind: str) -> list[Event]:
         """What happened to the run, of one kind ("control": the commands that reached the trainer)."""
@@ -128,55 +131,62 @@ class Readings:
 
     # -- series
 
-    def scalars(self, name: str, cadence: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def scalars(self, name: str, needed: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(steps (S,), values (S,)) of a scalar series over the whole run, thinned.
 
-        Where it is not recorded: empty, or with the entry of meta.cadence that says when it is, ``Nothing``.
+        Where it is not recorded: empty, or ``Nothing`` if it is needed.
         """
         steps, values = self._follow(name, self.run.scalars, 3 * POINTS)
-        if cadence is not None and not len(steps):
-            raise self._not_yet(cadence)
+        if needed and not len(steps):
+            raise self._not_yet(name)
         return steps, values
 
     def recent(self, name: str, steps: int) -> np.ndarray:
         """The values of a scalar series over the last ``steps`` steps."""
         return self._ask(lambda: self.run.scalars(name, start=max(0, self.last_step - steps)))[1]
 
-    def tensors(self, name: str, cadence: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps (S,), arrays (S, ...)) of a series over the whole run, thinned; ``Nothing`` where not recorded.
-
-        ``cadence`` is the entry of meta.cadence that says when it is recorded, for the message.
-        """
+    def tensors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps (S,), arrays (S, ...)) of a series over the whole run, thinned; ``Nothing`` where not recorded."""
         steps, values = self._follow(name, self.run.tensors, POINTS)
         if not len(steps):
-            raise self._not_yet(cadence)
+            raise self._not_yet(name)
         return steps, values
 
-    def newest(self, name: str, cadence: str) -> int:
+    def newest(self, name: str) -> int:
         """The last step a tensor series was recorded at; ``Nothing`` where it was not."""
-        return int(self.tensors(name, cadence)[0][-1])
+        return int(self.tensors(name)[0][-1])
 
-    def at(self, name: str, step: int | None, cadence: str) -> tuple[int, np.ndarray]:
+    def at(self, name: str, step: int | None) -> tuple[int, np.ndarray]:
         """The newest array at or before ``step`` (None: of all) and its step; ``Nothing`` where there is none."""
         found = self._ask(lambda: self.run.tensor(name, step))
         if found is None:
-            raise self._not_yet(cadence, name)
+            if self.has(name):
+                raise Nothing("nothing was recorded up to this step: scrub forward")
+            raise self._not_yet(name)
         return found
 
-    def window(self, name: str, step: int | None, cadence: str, records: int) -> tuple[int, np.ndarray]:
+    def window(self, name: str, step: int | None, records: int) -> tuple[int, np.ndarray]:
         """The last step and the sum of the newest ``records`` counts at or before ``step``; ``Nothing`` without any."""
-        last, newest = self.at(name, step, cadence)
-        every = (self.meta.get("cadence") or {}).get(cadence)
+        last, newest = self.at(name, step)
+        every = self._every(name)
         if records < 2 or not every:
             return last, newest
         start = max(0, last - (records - 1) * every)
         _, counts = self._ask(lambda: self.run.tensors(name, start=start, stop=last))
         return last, counts.sum(axis=0, dtype=np.int64)
 
-    def _not_yet(self, cadence: str, name: str | None = None) -> Nothing:
-        if name is not None and self.names(name):
-            return Nothing("nothing was recorded up to this step: scrub forward")
-        every = (self.meta.get("cadence") or {}).get(cadence)
+    def _every(self, name: str) -> int | None:
+        """Steps between two records of a series, 0 for none; None where the run does not say."""
+        return (self.meta.get("cadence") or {}).get(find(name).cadence)
+
+    def _all_names(self) -> list[str]:
+        if self._names is None:
+            self._names = self._ask(self.run.names)
+        return self._names
+
+    def _not_yet(self, name: str) -> Nothing:
+        """Why there is nothing of a series, and when there will be."""
+        every = self._every(name)
         if every == 0 or not self.status.live:
             return Nothing("this run does not record it" if every == 0 else "this run holds no record of it")
         if every is None:

@@ -12,6 +12,7 @@ from workbench.figures import spectra as figures
 from workbench.lib.measures.power_law import RELIABLE_FROM, fit_power_law
 from workbench.lib.measures.random_matrix import marchenko_pastur_spectrum, null_measures, outliers
 from workbench.lib.measures.spectra import SpectrumResult, measures
+from workbench.live.records import SPECTRUM
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
 from workbench.live.views.readings import Nothing, Readings, present, stamped
@@ -193,10 +194,10 @@ def history(run: Readings, matrix: str | None) -> History:
         raise Nothing("this run records no spectra" if matrix is None else f"this run has no matrix {matrix}")
     series = {}
     for kind in figures.OBJECTS:
-        if run.names(f"spectrum/{kind}/{matrix}"):
-            series[kind] = run.tensors(f"spectrum/{kind}/{matrix}", "structure")
+        if run.has(SPECTRUM.name(kind, matrix)):
+            series[kind] = run.tensors(SPECTRUM.name(kind, matrix))
     if not series:
-        run.tensors(f"spectrum/weight/{matrix}", "structure")  # raises the Nothing that says when one is due
+        run.tensors(SPECTRUM.name("weight", matrix))  # raises the Nothing that says when one is due
     return History(matrix, series, tuple(shapes[matrix]))
 
 

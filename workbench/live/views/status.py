@@ -4,6 +4,7 @@ from html import escape
 
 import numpy as np
 
+from workbench.live.records import PROBE_SECONDS, STEP_SECONDS, STORE_SECONDS
 from workbench.live.views.readings import Nothing, Readings
 
 WINDOW = 100  # steps
@@ -24,7 +25,7 @@ def status_line(readings: Readings, named: bool = False) -> str:
     else:
         parts.append("<span>no step yet</span>")
     try:
-        seconds = readings.recent("train/step_seconds", WINDOW)
+        seconds = readings.recent(STEP_SECONDS.name(), WINDOW)
         if len(seconds) and np.median(seconds) > 0:
             parts.append(f"<span><b>{1 / np.median(seconds):.3g}</b> steps/s</span>")
         share = probe_share(readings)
@@ -40,6 +41,6 @@ def status_line(readings: Readings, named: bool = False) -> str:
 
 def probe_share(readings: Readings) -> float:
     """(probe + store seconds) / step seconds over the last steps; NaN where they are not recorded."""
-    steps = readings.recent("train/step_seconds", WINDOW).sum()
-    cost = sum(readings.recent(f"cost/{part}_seconds", WINDOW).sum() for part in ("probe", "store"))
+    steps = readings.recent(STEP_SECONDS.name(), WINDOW).sum()
+    cost = sum(readings.recent(record.name(), WINDOW).sum() for record in (PROBE_SECONDS, STORE_SECONDS))
     return float(cost / steps) if steps > 0 else float("nan")
