@@ -12,6 +12,8 @@ import pytest
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
+pytest.register_assert_rewrite("tests.kinds")  # its checks say what they found, like a test
+
 # Shapes and dtypes written in the signatures of the library are checked here, and only here. The hook takes its checker
 # by a name to import, so the one in which an int will do for a float gets one.
 checker = types.ModuleType("workbench_checker")

@@ -64,6 +64,7 @@ def test_every_part_of_a_ready_row_resolves(row: Method):
     for name, value in objects.items():
         assert not name.startswith("_") and value.__doc__, name
     assert row.example is None or callable(getattr(module, row.example))
+    assert row.kind in catalogue.KINDS
 
     study = importlib.import_module(row.study).STUDY
     assert study.slug == row.slug
@@ -79,6 +80,7 @@ def test_a_ready_row_prints_how_to_build_it(row: Method):
     text = repr(row)
     assert row.claim.split()[0] in text and row.notebook in text and f"workbench study {row.slug}" in text
     assert f"from {row.module} import" in text
+    assert f"{row.family}, {row.kind}, {row.year}" in text
     assert row.example is None or f"def {row.example}()" in text
 
 
@@ -86,6 +88,7 @@ def test_a_planned_row_prints_where_it_will_be_and_promises_nothing():
     row = catalogue.read_planned()[0]
     assert "does not stand yet" in repr(row) and row.object_path() in repr(row)
     assert (row.object, row.study, row.notebook, row.resolve()) == (None, None, None, {})
+    assert row.kind is None and f"{row.family}, {row.year}" in repr(row)
     with pytest.raises(InputError, match=f"{row.slug} is planned"):
         row.build_example()
 
@@ -117,7 +120,8 @@ def test_the_table_shows_itself():
 
 def test_a_row_is_plain_values():
     row = catalogue.method("remix")
-    assert json.loads(json.dumps(row.as_dict()))["slug"] == "remix"
+    plain = json.loads(json.dumps(row.as_dict()))
+    assert (plain["slug"], plain["kind"]) == ("remix", "layer")
 
 
 def example(**changed) -> Method:

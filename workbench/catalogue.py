@@ -25,14 +25,32 @@ What makes a row whole (each line is held by a test):
 - The file is ``workbench/lib/<family>/<slug with _ for ->.py`` and ``METHOD`` is assigned at module level with literal
   keyword arguments. Listing the catalogue reads them from the source, so it never imports torch.
 - ``objects`` are public names of that file, the one to start with first.
-- ``example()`` takes no argument and returns a small ``nn.Module`` (under 100,000 parameters, float32, CPU) that maps
-  tokens (N, 32) to (N, 32). Its only randomness is torch's global generator, and none in evaluation mode.
-  tests/test_common.py runs every example forward and backward (each trained parameter gets a gradient), through a save
-  and a load, and twice from one seed; ``method(slug)`` prints its source as the way to build the system. A system that
-  is not a module (a merging rule, a schedule) says ``example=None``.
+- ``example()`` takes no argument and returns a small instance of the system, by its ``kind`` (see below); its only
+  randomness is torch's global generator. tests/test_common.py holds every example to the contract of its kind;
+  ``method(slug)`` prints its source as the way to build the system. A system of no kind below says ``example=None``.
 - ``workbench/studies/<family>/<slug with _>.py`` defines ``STUDY``.
 - ``notebooks/NN_<family>.ipynb`` has a markdown heading with the slug in backticks: "## A memory over depth: `rmoe`".
 - Its row is gone from ``catalogue_planned.csv``, the plain table of the systems that do not stand yet.
+
+What ``example()`` returns, and what is tested of it (tests/kinds.py), for each ``kind``; "layer" is the default:
+
+- ``layer``: an ``nn.Module`` (under 100,000 parameters, float32, CPU) that maps tokens (N, 32) to (N, 32). Every
+  trained parameter gets a gradient. Saved and loaded, it computes the same. One seed gives the same bits, and nothing
+  is random in evaluation mode.
+- ``images``: the same for a module that maps images (B, 3, 16, 16) to one row an image, (B, ...). In evaluation mode, a
+  batch is its images one by one.
+- ``merge``: ``merge(base, experts)`` makes one state dict of a state dict and a list of them. It keeps names, shapes,
+  dtypes, and the integers of the base. It changes no input and gives the same bits again. Of copies of the base it
+  makes the base, and of experts that differ something else.
+- ``optimiser``: ``make(params)`` makes a ``torch.optim.Optimizer`` with a learning rate at which 100 steps at least
+  halve the loss of a linear regression. It takes matrices and vectors, leaves alone what has no gradient, and reads
+  "lr" from its groups at each step: 0 changes nothing. From its state dict it goes on bit for bit.
+- ``simulator``: ``simulate(seed)`` makes a dict or a dataclass of plain values, as JSON has them. The seed is all its
+  randomness. Numbers are finite, and what is called "...seconds" is there and not negative.
+- ``data mixture``: ``mix(score, domains, seed)`` makes weights (domains,), none negative and of sum 1, for which
+  ``score(weights)``, a float, is small as far as it can find out by asking. It asks for such weights only. The seed is
+  all its randomness. It beats the even mixture where the score is a bowl about another one, and takes a score that is
+  the same everywhere.
 """
 
 import ast
@@ -71,6 +89,7 @@ FAMILIES = {
     "kernels": "operators close to the hardware",
 }
 STATUSES = ("ready", "planned")
+KINDS = ("layer", "images", "merge", "optimiser", "simulator", "data mixture")
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +105,7 @@ class Method:
     objects: tuple[str, ...] = ()  # public names in the system's own file, the one to start with first
     example: str | None = "example"  # the function in that file that builds a small instance
     status: str = "ready"
+    kind: str | None = "layer"  # one of KINDS: the contract of `example`; None while the system is planned
 
     @property
     def ready(self) -> bool:
@@ -131,7 +151,7 @@ class Method:
 
     def as_dict(self) -> dict[str, Any]:
         """The row as plain values, for JSON."""
-        names = ("slug", "title", "family", "year", "paper", "claim", "status", "object", "study", "notebook")
+        names = ("slug", "title", "family", "year", "paper", "claim", "status", "kind", "object", "study", "notebook")
         return {name: getattr(self, name) for name in names} | {"objects": list(self.objects)}
 
     def example_source(self) -> str | None:
@@ -145,7 +165,8 @@ class Method:
         return None
 
     def __repr__(self) -> str:
-        lines = [f"{self.title}  [{self.slug}]", f"{self.family}, {self.year}, {self.paper}, {self.status}", ""]
+        facts = (self.family, self.kind, str(self.year), self.paper, self.status)
+        lines = [f"{self.title}  [{self.slug}]", ", ".join(filter(None, facts)), ""]
         lines += textwrap.wrap(f"Claim: {self.claim}", 100)
         if not self.ready:
             return "\n".join([*lines, "", f"It does not stand yet; it will be {self.object_path()}."])
@@ -218,7 +239,7 @@ def read_planned(path: Path = PLANNED) -> list[Method]:
     """The rows of the plain table of systems that do not stand yet."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, strict=True))
-    return [Method(**{**row, "year": int(row["year"])}, status="planned", example=None) for row in rows]
+    return [Method(**{**row, "year": int(row["year"])}, status="planned", kind=None, example=None) for row in rows]
 
 
 def read_registered(lib: Path = PACKAGE / "lib") -> list[Method]:
