@@ -15,7 +15,6 @@ from plotly.colors import sample_colorscale
 from workbench.errors import unknown
 
 FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
-MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'Liberation Mono', 'DejaVu Sans Mono', monospace"
 
 
 @dataclass(frozen=True)

@@ -49,19 +49,3 @@ def moe_costs(n_tokens: int, dim: int, hidden: int, n_experts: int, top_k: int, 
         Cost("up dgrad", 4 * pairs * dim * hidden, size * (wide + 2 * weights + rows)),
         Cost("up wgrad", 4 * pairs * dim * hidden, size * (wide + rows + 2 * weights)),
     ]
-
-
-def block_attention_costs(
-    n_tokens: int, heads: int, head_dim: int, block_size: int, top_k: int, size: int = 2
-) -> list[Cost]:
-    """The kernels of attention to K blocks of B keys: every pair of a query and a block is computed whole."""
-    pairs, blocks = n_tokens * heads * top_k, -(-n_tokens // block_size)
-    queries, keys = pairs * head_dim, 2 * n_tokens * heads * head_dim
-    product = 2 * pairs * block_size * head_dim
-    gate = 2 * n_tokens * heads * blocks * head_dim / 2  # earlier blocks alone
-    return [
-        Cost("gate", gate, size * n_tokens * heads * head_dim + 4 * (blocks * heads * head_dim + pairs)),
-        Cost("pair forward", 2 * product, size * (queries + keys + queries) + 4 * pairs),
-        Cost("merge", 2 * queries, size * (queries + n_tokens * heads * head_dim) + 4 * pairs),
-        Cost("pair backward", 5 * product, size * (2 * queries + 2 * keys + queries) + 8 * pairs),
-    ]

@@ -4,7 +4,7 @@ import pytest
 
 from tests.live.synthetic import write_synthetic_run
 from workbench.live.control import Controller
-from workbench.live.views import VIEWS, ConflictView, Workbench
+from workbench.live.views import VIEWS, ConflictView, Overview, Workbench
 from workbench.live.views.bar import SelectionBar
 from workbench.live.views.readings import Readings
 from workbench.live.views.selection import Selection
@@ -59,6 +59,19 @@ def test_each_tab_is_made_when_it_is_first_shown_and_then_kept(runs_folder):
         assert [view.title for view in page.views.values() if view.visible] == [title]
         assert [body.visible for body in page._stage].count(True) == 1
     assert len(page.views) == len(VIEWS)
+
+
+def test_a_page_waits_for_the_browser_to_draw_the_view_on_show(growing, monkeypatch):
+    growing.grow(1)
+    page = Workbench(growing.run, root=growing.run.folder.parent)
+    drawn = False
+    monkeypatch.setattr(Overview, "settled", property(lambda view: drawn))
+    growing.grow(10)
+    page.poll()
+    assert page.selection.run.last_step == 0
+    page.tabs.value = "Loss"  # what is hidden is not waited for
+    page.poll()
+    assert page.selection.run.last_step == 10
 
 
 def test_a_page_of_one_view_has_no_tabs(runs_folder):

@@ -43,11 +43,6 @@ class Information:
         """I / H(row), 0 .. 1; NaN where the row never varies."""
         return self.value / self._row_entropy_or_nan()
 
-    @property
-    def normalised_corrected(self) -> Float64[Tensor, "*batch"]:
-        """(I - null) / H(row), at most 1; NaN where the row never varies."""
-        return self.corrected / self._row_entropy_or_nan()
-
     def _row_entropy_or_nan(self) -> Float64[Tensor, "*batch"]:
         # a single used row has entropy 0 up to rounding, so the test is on rounding, not on exact zero
         return self.row_entropy.where(self.row_entropy > 1e-12, torch.nan)

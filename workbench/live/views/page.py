@@ -59,6 +59,7 @@ class Workbench(pn.viewable.Viewer):
         kinds = list(views or VIEWS)
         self._kinds = {kind.title: kind for kind in kinds}
         self.views: dict[str, View] = {}  # made when first shown
+        self.selection.settled = self._settled
         self.tabs = widget(pn.widgets.RadioButtonGroup, 100 * len(kinds), options=list(self._kinds))
         self.run = widget(pn.widgets.Select, 240, label="Run", options={})
         self.compare = widget(pn.widgets.Select, 240, label="Compare", options={NONE: ""})
@@ -174,6 +175,7 @@ class Workbench(pn.viewable.Viewer):
     # -- following
 
     def _settled(self) -> bool:
+        """Whether the browser has drawn the view on show: a slow one is sent no more than it can draw."""
         view = self.views.get(self.tabs.value)
         return view is None or view.settled
 
