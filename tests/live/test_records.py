@@ -58,6 +58,7 @@ def test_every_description_is_of_something_that_is_recorded(run: Run):
 def test_a_name_is_read_back():
     assert LOAD.name("blocks.0.ffn") == "load/blocks.0.ffn" and LOSS.name() == "train/loss"
     assert LOAD.of("load/blocks.0.ffn") == ("blocks.0.ffn",) and LOSS.of("train/loss") == ()
+    assert LOAD.name("") == "load/model"  # a layer that is the whole model
     assert SPECTRUM.of(SPECTRUM.name("weight", "head")) == ("weight", "head")
     for of in ((), ("a", "b")):
         with pytest.raises(ValueError, match="zip"):

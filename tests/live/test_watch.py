@@ -17,6 +17,8 @@ from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.data.types import TextDomains
 from workbench.live.store import Run, RunWriter
+from workbench.live.views.load import balance
+from workbench.live.views.readings import Readings
 from workbench.live.watch import Cadence, watch
 
 CADENCE = {"routing": 2, "structure": 4, "conflict": 6}
@@ -254,3 +256,14 @@ def test_an_adapter_of_peft_is_watched(tmp_path: Path):
         step, values = run.tensor(f"spectrum/weight/{name}")
         assert step == 1
         np.testing.assert_allclose(values, torch.linalg.svdvals(product)[:2], rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_is_the_whole_model_is_watched_and_shown(tmp_path: Path):
+    torch.manual_seed(0)
+    layer = MoELayer(LinearRouter(8, 4, 2), GLUExperts(4, 8, 4))
+    with watch(layer, tmp_path / "run") as watching:
+        layer(torch.randn(10, 8)).sum().backward()
+        watching.step(loss=1.0)
+    with Run(tmp_path / "run") as run:
+        assert run.tensor("load/model")[1].sum() == 20
+        assert balance(Readings(run), 0).values["max_vio"].shape == (1, 1)

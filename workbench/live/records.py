@@ -35,9 +35,10 @@ class Record:
     shape: tuple[str | int, ...] = ()
 
     def name(self, *of: str) -> str:
-        """The name of one series: the pattern with its braces filled in, in order."""
+        """The name of one series: the pattern with its braces filled in, in order; "" is the whole model."""
         between = re.split(_BRACES, self.pattern)
-        return "".join(part for pair in zip(between, (*of, ""), strict=True) for part in pair)
+        filled = (*(part or "model" for part in of), "")
+        return "".join(part for pair in zip(between, filled, strict=True) for part in pair)
 
     def of(self, name: str) -> tuple[str, ...] | None:
         """The inverse of `name`: what a series is of, or None where it is no such series."""

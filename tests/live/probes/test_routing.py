@@ -97,7 +97,7 @@ def test_a_forward_repeated_for_the_backward_pass_is_counted_once(layer):
     counts.arm(True)
     x = torch.randn(10, D, requires_grad=True)
     recompute(moe, x, use_reentrant=False).sum().backward()
-    assert counts.take(structure=False)[1]["load/"].sum() == 10 * K
+    assert counts.take(structure=False)[1]["load/model"].sum() == 10 * K
 
 
 def test_drops_are_shares_of_assignments_and_of_tokens(layer):
@@ -110,9 +110,9 @@ def test_drops_are_shares_of_assignments_and_of_tokens(layer):
     _, tensors = counts.take(structure=True)
     expected = 1 - float(seen[0].kept.double().mean())
     assert expected > 0
-    np.testing.assert_allclose(tensors["dropped/"], [expected, expected], rtol=1e-6)
-    assert tensors["load/"].sum() == 64  # before capacity
-    assert "coactivation/" not in tensors  # one expert a token
+    np.testing.assert_allclose(tensors["dropped/model"], [expected, expected], rtol=1e-6)
+    assert tensors["load/model"].sum() == 64  # before capacity
+    assert "coactivation/model" not in tensors  # one expert a token
 
 
 def test_variable_numbers_of_experts_and_routers_without_probabilities():
@@ -124,14 +124,14 @@ def test_variable_numbers_of_experts_and_routers_without_probabilities():
     choice(torch.randn(20, D))
     tensors = counts.take(structure=True)[1]
     mask = seen[0].mask().numpy()
-    np.testing.assert_array_equal(tensors["coactivation/"], mask.T.astype(int) @ mask)
+    np.testing.assert_array_equal(tensors["coactivation/model"], mask.T.astype(int) @ mask)
 
     hashed = MoELayer(HashRouter(256, E, K), GLUExperts(E, D, 8))
     counts = probe(hashed)
     counts.arm(True)
     hashed(torch.randn(20, D), Context(token_ids=torch.arange(20)))
     scalars, tensors = counts.take(structure=True)
-    assert scalars == {"router//support": K} and sorted(tensors) == ["coactivation/", "load/"]
+    assert scalars == {"router/model/support": K} and sorted(tensors) == ["coactivation/model", "load/model"]
 
 
 def test_padding_is_not_counted(foreign):
