@@ -8,17 +8,13 @@ import importlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 
-from workbench.catalogue import method
+from workbench.catalogue import Method, method
 from workbench.errors import InputError, unknown
-
-REPRODUCED = "reproduced"
-NOT_REPRODUCED = "not reproduced"
-NOT_RESOLVED = "not resolved at this scale"
-NOT_TESTABLE = "not testable here"
-VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_RESOLVED, NOT_TESTABLE)
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import Judgement
 
 Settings = Mapping[str, object]
 Progress = Callable[[int, int, str], None]
@@ -26,79 +22,39 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One arm at one seed.
-
-    Attributes:
-        params, active_params: of the model, see `workbench.lib.core.budget`.
-        flops: floating-point operations of the whole training run.
-        steps: optimizer steps.
-        metric: the study's metric on held-out data.
-        extra: further measures by name (numbers, strings or lists of them), for the rule and the figures.
-        seconds: wall time of this run; the only entry that differs between two runs of the same seed.
-    """
-
-    arm: str
-    seed: int
-    params: int
-    active_params: int
-    flops: int
-    steps: int
-    metric: float
-    extra: dict = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the rule says of the rows.
-
-    Attributes:
-        verdict: one of `VERDICTS`.
-        effect: the effect the claim is about, in the unit named in `reason`.
-        ci: confidence interval of the effect (low, high); infinite where the seeds are too few to give one.
-        reason: one or two sentences: what was compared, what decided.
-        details: further results by name (numbers, strings, lists, dicts of them).
-    """
-
-    verdict: str
-    effect: float
-    ci: tuple[float, float]
-    reason: str
-    details: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.verdict not in VERDICTS:
-            raise unknown("verdict", self.verdict, VERDICTS)
-
-
-@dataclass(frozen=True)
 class Study:
     """A claim, and how it is tested.
 
     Attributes:
-        slug, title: of the system.
-        claim: what the paper says, in one sentence.
+        system: the row of the catalogue whose claim is tested.
         metric, unit, higher_is_better: what a row's `metric` is.
         rule: in words, what `judge` does; printed with every result.
         presets: name -> settings: "smoke" (seconds), "small" (a minute or two on two cores), "full" (a GPU or a night).
             The key "seeds" holds the number of seeds.
-        arms: settings -> names of the arms, the paper's method and its baselines.
+        arms: names of the arms, the paper's method and its baselines; or settings -> names, where presets differ.
         run: (arm, seed, settings) -> Row; a module-level function, because it runs in another process.
         judge: (rows, settings) -> Judgement.
+        tested: the part of the claim that is tested, where that is narrower or sharper than the paper's; else None.
     """
 
-    slug: str
-    title: str
-    claim: str
+    system: Method
     metric: str
     unit: str
     higher_is_better: bool
     rule: str
     presets: Mapping[str, Settings]
-    arms: Callable[[Settings], list[str]]
+    arms: Collection[str] | Callable[[Settings], Collection[str]]
     run: Callable[[str, int, Settings], Row]
-    judge: Callable[[list[Row], Settings], Judgement]
+    judge: Callable[[Rows, Settings], Judgement]
+    tested: str | None = None
+
+    @property
+    def slug(self) -> str:
+        return self.system.slug
+
+    def arms_of(self, settings: Settings) -> list[str]:
+        """The arms that run at these settings."""
+        return list(self.arms(settings) if callable(self.arms) else self.arms)
 
     def execute(self, preset: str, seed: int = 0, jobs: int | None = None, progress: Progress | None = None):
         """Run every arm at every seed and judge; see `run_study`."""
@@ -116,7 +72,7 @@ class Study:
             raise InputError(f"jobs is {jobs} but must be at least 1")
         began = time.perf_counter()
         # Seed by seed, so that an interrupted look at the progress compares like with like.
-        plan = [(arm, s) for s in seeds for arm in self.arms(settings)]
+        plan = [(arm, s) for s in seeds for arm in self.arms_of(settings)]
         rows = _run_all(self.run, plan, settings, min(jobs, len(plan)), progress)
         judgement = self.judge(rows, settings)
         return StudyResult(self, preset, seeds, dict(settings), rows, judgement, time.perf_counter() - began)
@@ -130,7 +86,7 @@ class StudyResult:
     preset: str
     seeds: list[int]
     settings: dict
-    rows: list[Row]
+    rows: Rows
     judgement: Judgement
     seconds: float
 
@@ -138,24 +94,14 @@ class StudyResult:
     def verdict(self) -> str:
         return self.judgement.verdict
 
-    @property
-    def arms(self) -> list[str]:
-        return list(dict.fromkeys(row.arm for row in self.rows))
-
-    def of(self, arm: str) -> list[Row]:
-        """The rows of one arm, in the order of the seeds."""
-        return [row for row in self.rows if row.arm == arm]
-
-    def metrics(self, arm: str) -> list[float]:
-        return [row.metric for row in self.of(arm)]
-
     def to_dict(self) -> dict:
         """Everything as plain values; only the keys named "seconds" differ between two runs of one seed."""
         study, judgement = self.study, self.judgement
         return {
             "slug": study.slug,
-            "title": study.title,
-            "claim": study.claim,
+            "title": study.system.title,
+            "claim": study.system.claim,
+            "tested": study.tested,
             "preset": self.preset,
             "seeds": self.seeds,
             "settings": self.settings,
@@ -175,8 +121,8 @@ class StudyResult:
     def table(self) -> list[dict[str, str]]:
         """One line per arm: the mean and spread of the metric over the seeds, and the budget."""
         lines = []
-        for arm in self.arms:
-            rows, values = self.of(arm), self.metrics(arm)
+        for arm in self.rows.arms:
+            rows, values = self.rows.arm(arm), self.rows.of(arm)
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             lines.append(
                 {
@@ -196,7 +142,10 @@ class StudyResult:
         widths = {key: max(len(key), *(len(line[key]) for line in lines)) for key in lines[0]}
         text = ["  ".join(key.ljust(widths[key]) for key in widths)]
         text += ["  ".join(line[key].ljust(widths[key]) for key in widths) for line in lines]
-        return "\n".join([f"{self.study.slug}: {self.study.claim}", "", *text, "", self._verdict_line()])
+        head = [f"{self.study.slug}: {self.study.system.claim}"]
+        if self.study.tested:
+            head.append(f"Tested here: {self.study.tested}")
+        return "\n".join([*head, "", *text, "", self._verdict_line()])
 
     __repr__ = __str__
 
@@ -205,7 +154,8 @@ class StudyResult:
         head = "| " + " | ".join(lines[0]) + " |\n|" + " --- |" * len(lines[0])
         body = "\n".join("| " + " | ".join(line.values()) + " |" for line in lines)
         because = self._verdict_line().split(": ", 1)[1]
-        return f"{head}\n{body}\n\n**{self.verdict}**: {because}\n\n*Rule:* {self.study.rule}"
+        tested = f"*Tested here:* {self.study.tested}\n\n" if self.study.tested else ""
+        return f"{tested}{head}\n{body}\n\n**{self.verdict}**: {because}\n\n*Rule:* {self.study.rule}"
 
     def _verdict_line(self) -> str:
         low, high = self.judgement.ci
@@ -250,7 +200,7 @@ def _run_one(run, arm: str, seed: int, settings: Settings) -> Row:
     return replace(row, seconds=time.perf_counter() - began)
 
 
-def _run_all(run, plan, settings: Settings, jobs: int, progress: Progress | None) -> list[Row]:
+def _run_all(run, plan, settings: Settings, jobs: int, progress: Progress | None) -> Rows:
     """The rows in the order of the plan."""
     if jobs == 1:
         results = (_run_one(run, arm, seed, settings) for arm, seed in plan)
@@ -265,7 +215,7 @@ def _run_all(run, plan, settings: Settings, jobs: int, progress: Progress | None
         rows.append(row)
         if progress is not None:
             progress(len(rows), len(plan), f"{arm}, seed {seed}: {row.metric:.4f}")
-    return rows
+    return Rows(rows)
 
 
 def _plain(value):

@@ -1,8 +1,9 @@
 """Modules that say what they route where, and the observers who listen."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -42,6 +43,30 @@ class Announcing(nn.Module):
         """Tell all observers."""
         for observer in tuple(self._observers.values()):
             observer(self, routing, context)
+
+
+def _decision(routing: Routing, context: Context) -> tuple[Routing, Context]:
+    return routing, context
+
+
+@contextmanager
+def observing(
+    modules: Iterable[Announcing], keep: Callable[[Routing, Context], Any] = _decision
+) -> Iterator[dict[Announcing, list]]:
+    """What the modules announce inside, module by module and in order; nobody listens any more afterwards.
+
+    Args:
+        keep: what is kept of a decision; by default the routing and its context.
+    """
+    seen: dict[Announcing, list] = {module: [] for module in modules}
+    handles = [
+        module.observe(lambda module, routing, context: seen[module].append(keep(routing, context))) for module in seen
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError, unknown
+from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context
 from workbench.lib.data.types import Arrays, TextDomains
 
@@ -175,13 +176,10 @@ EVALUATION_BATCH = 64
 """Rows per forward pass in evaluation: a fixed number, so that a metric does not depend on the training batch."""
 
 
-@torch.no_grad()
 def _mean_by_domain(task: Task, model: nn.Module, split: str, max_batches: int | None, value) -> dict[str, float]:
     """Row-weighted mean of `value(batch)` for each domain, in eval mode; the model's mode is restored."""
     total, rows, seen = [dict.fromkeys(range(len(task.domains)), 0.0) for _ in range(3)]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in task.batches(split, EVALUATION_BATCH):
             domain = int(batch.domain[0])
             if max_batches is not None and seen[domain] >= max_batches:
@@ -189,6 +187,4 @@ def _mean_by_domain(task: Task, model: nn.Module, split: str, max_batches: int |
             seen[domain] += 1
             total[domain] += float(value(batch)) * len(batch)
             rows[domain] += len(batch)
-    finally:
-        model.train(training)
     return {name: total[i] / rows[i] for i, name in enumerate(task.domains)}

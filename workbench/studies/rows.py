@@ -1,0 +1,93 @@
+"""The rows of a study, one arm at one seed each, and what a rule reads off them: values, means, paired differences."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.errors import unknown
+from workbench.lib.core.budget import Budget, measure_budget
+from workbench.lib.core.task import Task
+from workbench.lib.measures.statistics import Interval, paired_interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm at one seed.
+
+    Attributes:
+        params, active_params: of the model, see `workbench.lib.core.budget`.
+        flops: floating-point operations of the whole training run.
+        steps: optimizer steps.
+        metric: the study's metric on held-out data.
+        extra: further measures by name (numbers, strings or lists of them), for the rule and the figures.
+        seconds: wall time of this run; the only entry that differs between two runs of the same seed.
+    """
+
+    arm: str
+    seed: int
+    params: int
+    active_params: int
+    flops: int
+    steps: int
+    metric: float
+    extra: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+What = str | Callable[[Row], Any]
+"""What is read off a row: "metric", a key of its `extra`, or a function of the row."""
+
+
+class Rows(tuple[Row, ...]):
+    """All rows of a study, seed by seed. Of every arm the rows are in the order of the seeds, so that arms pair up."""
+
+    def __new__(cls, rows: Iterable[Row]):
+        return super().__new__(cls, rows)
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(row.arm for row in self))
+
+    def arm(self, arm: str) -> "Rows":
+        """The rows of one arm; an unknown one is an `InputError`."""
+        found = Rows(row for row in self if row.arm == arm)
+        if not found:
+            raise unknown("arm", arm, self.arms)
+        return found
+
+    def of(self, arm: str, what: What = "metric") -> list[Any]:
+        """What the rows of one arm hold, a value a seed."""
+        read = _reader(what)
+        return [read(row) for row in self.arm(arm)]
+
+    def mean(self, arm: str, what: What = "metric") -> float:
+        """Mean over the seeds of one arm."""
+        return statistics.fmean(self.of(arm, what))
+
+    def means(self, what: What = "metric", arms: Iterable[str] | None = None) -> dict[str, float]:
+        """Mean over the seeds of each arm, or of those named."""
+        return {arm: self.mean(arm, what) for arm in (self.arms if arms is None else arms)}
+
+    def minus(self, a: str, b: str, what: What = "metric", level: float = 0.95) -> Interval:
+        """Arm `a` minus arm `b`: the mean of the differences at equal seeds, with its paired t interval."""
+        return paired_interval(self.of(a, what), self.of(b, what), level)
+
+
+def _reader(what: What) -> Callable[[Row], Any]:
+    if callable(what):
+        return what
+    return (lambda row: row.metric) if what == "metric" else (lambda row: row.extra[what])
+
+
+def training_budget(model: nn.Module, task: Task, rows: int, seed: int = 0) -> Budget:
+    """What a training batch of `rows` rows costs; see `measure_budget`."""
+    return measure_budget(model, task, task.batch("train", rows, torch.Generator().manual_seed(seed)))
+
+
+def trained_row(arm: str, seed: int, budget: Budget, steps: int, metric: float, **extra: Any) -> Row:
+    """The row of an arm that was trained for `steps` steps, each at the cost of `budget`."""
+    return Row(arm, seed, budget.params, budget.active_params, budget.flops * steps, steps, metric, extra)
