@@ -11,7 +11,7 @@ from torch import nn
 from workbench.errors import unknown
 from workbench.lib.core.budget import Budget, measure_budget
 from workbench.lib.core.task import Task
-from workbench.lib.measures.statistics import Interval, paired_interval
+from workbench.lib.measures.statistics import Interval, TostResult, paired_interval, tost
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class Rows(tuple[Row, ...]):
     def minus(self, a: str, b: str, what: What = "metric", level: float = 0.95) -> Interval:
         """Arm `a` minus arm `b`: the mean of the differences at equal seeds, with its paired t interval."""
         return paired_interval(self.of(a, what), self.of(b, what), level)
+
+    def tost(self, a: str, b: str, margin: float, what: What = "metric") -> TostResult:
+        """Whether two arms are equivalent: paired, at a margin that was fixed before the runs."""
+        return tost(self.of(a, what), self.of(b, what), margin, paired=True)
 
 
 def _reader(what: What) -> Callable[[Row], Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from workbench.lib.core.observe import Announcing
+from workbench.lib.core.observe import Announcing, observing
+from workbench.lib.core.routing import Context, Routing
 from workbench.lib.core.task import Batch, Task
 
 aten = torch.ops.aten
@@ -55,26 +56,26 @@ def measure_budget(model: nn.Module, task: Task, batch: Batch) -> Budget:
     kept = {p: p.grad for p in model.parameters()}
     for p in kept:
         p.grad = None
-    used: dict[nn.Module, float] = {}  # share of its experts that a token uses, by bank: several layers may share one
-
-    def note(layer, routing, context):
-        pairs = routing.expert.numel() / (routing.n_tokens * routing.n_experts)
-        used[layer.experts] = used.get(layer.experts, 0.0) + pairs
-
     layers = [
         m for m in model.modules() if isinstance(m, Announcing) and isinstance(getattr(m, "experts", None), nn.Module)
     ]
-    handles = [layer.observe(note) for layer in layers]
     try:
-        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, torch.enable_grad():
+        counting = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+        with observing(layers, _share) as seen, counting as counter, torch.enable_grad():
             loss, context = task.loss(model, batch)
             if (total := loss + context.aux).requires_grad:  # of a frozen model the forward alone counts
                 total.backward()
     finally:
-        for handle in handles:
-            handle.remove()
         for p, grad in kept.items():
             p.grad = grad
+    used: dict[nn.Module, float] = {}  # share of its experts that a token uses, by bank: several layers may share one
+    for layer, shares in seen.items():
+        used[layer.experts] = used.get(layer.experts, 0.0) + sum(shares)
     idle = sum(count_params(bank) * max(0.0, 1 - share) for bank, share in used.items())
     params = count_params(model)
     return Budget(params, round(params - idle), counter.get_total_flops(), len(batch))
+
+
+def _share(routing: Routing, context: Context) -> float:
+    """The share of its experts that a layer sends a token to, mean over the tokens."""
+    return routing.expert.numel() / (routing.n_tokens * routing.n_experts)

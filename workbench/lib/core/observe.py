@@ -50,23 +50,28 @@ def _decision(routing: Routing, context: Context) -> tuple[Routing, Context]:
 
 
 @contextmanager
-def observing(
-    modules: Iterable[Announcing], keep: Callable[[Routing, Context], Any] = _decision
-) -> Iterator[dict[Announcing, list]]:
+def observing(modules: Iterable[nn.Module], keep: Callable[..., Any] = _decision) -> Iterator[dict[nn.Module, list]]:
     """What the modules announce inside, module by module and in order; nobody listens any more afterwards.
 
     Args:
+        modules: `Announcing` ones, or others with an `observe` of their own.
         keep: what is kept of a decision; by default the routing and its context.
     """
-    seen: dict[Announcing, list] = {module: [] for module in modules}
-    handles = [
-        module.observe(lambda module, routing, context: seen[module].append(keep(routing, context))) for module in seen
-    ]
+    seen: dict[nn.Module, list] = {module: [] for module in modules}
+    handles = [module.observe(lambda module, *said: seen[module].append(keep(*said))) for module in seen]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def outputs(module: nn.Module) -> Iterator[list]:
+    """What a module returns inside, call by call."""
+    found: list = []
+    with module.register_forward_hook(lambda *call: found.append(call[-1])):
+        yield found
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class TrainConfig:
         weight_decay: of the matrices; vectors (norms, biases, scalars) and embeddings are not decayed.
         clip: largest gradient norm.
         seed: of everything random in training (not of the model's initialisation, which has happened before).
-        eval_every: steps between evaluations on the validation split; 0 for one at the end.
+        eval_every: steps between evaluations on the validation split; 0 for one at the end, None for none at all.
         eval_batches: batches per domain in each evaluation; None for the whole split.
     """
 
@@ -42,12 +42,12 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    eval_every: int = 0
+    eval_every: int | None = 0
     eval_batches: int | None = None
 
     def __post_init__(self):
         for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("eval_every", 0), ("seed", 0)):
-            if getattr(self, name) < low:
+            if (getattr(self, name) or 0) < low:
                 raise InputError(f"{name} is {getattr(self, name)} but must be at least {low}")
         if not 0 < self.lr <= 1:
             raise InputError(f"lr is {self.lr} but must be above 0 and at most 1")
@@ -171,7 +171,7 @@ def steps(
         update(model, optimizer, state.lr)
         state.seconds = time.perf_counter() - began
         last = step + 1 == config.steps
-        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+        if config.eval_every is not None and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
             state.metrics = task.evaluate(model, max_batches=config.eval_batches)
             state.history.append((step + 1, state.metrics))
             for hook in hooks:

@@ -38,6 +38,7 @@ from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapted, Adapter, RoutedLayer, adapt
 from workbench.lib.core.low_rank import LowRankExperts, fitting_rank
+from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context, Routing
 
 METHOD = Method(
@@ -308,16 +309,11 @@ def to_new_tasks(adapted: Adapted, tune: str = "all", tasks: int = 1) -> Adapted
     return adapted
 
 
-@torch.no_grad()
 def allocations(adapted: Adapted) -> dict[str, Float[Tensor, "tasks heads skills"]]:
     """a of every task, by layer, as in evaluation."""
     routers = {name: layer.router for name, layer in adapted.layers.items()}
-    modes = {name: router.training for name, router in routers.items()}
-    try:
-        return {name: r.eval().mixing(torch.arange(r.n_tasks, device=r.logits.device)) for name, r in routers.items()}
-    finally:
-        for name, router in routers.items():
-            router.train(modes[name])
+    with evaluating(adapted.model):
+        return {name: r.mixing(torch.arange(r.n_tasks, device=r.logits.device)) for name, r in routers.items()}
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapter, RoutedLinear
 from workbench.lib.core.low_rank import LowRankExperts, fitting_rank
+from workbench.lib.core.observe import observing
 from workbench.lib.core.routers import check_finite, check_tokens, check_top_k
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.core.task import Batch, Task, device_of
@@ -278,12 +279,8 @@ def sampled_loss(
     for first in range(0, samples, chunk):
         n = min(chunk, samples - first)
         drawn: list[Tensor] = []
-        handles = [layer.observe(lambda layer, routing, context, to=drawn: to.append(routing.logq)) for layer in layers]
-        try:
+        with observing(layers, lambda routing, _, to=drawn: to.append(routing.logq)):  # in the order of the forward
             loss = rows(model, _repeated(batch, n))
-        finally:
-            for handle in handles:
-                handle.remove()
         if loss.ndim != 1 or loss.numel() % n:
             raise InputError(f"rows gave a loss of shape {tuple(loss.shape)} but must give one for each sequence, (B,)")
         losses.append(loss.view(n, -1))

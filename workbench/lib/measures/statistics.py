@@ -41,6 +41,10 @@ class Interval:
         """Whether the interval lies wholly on one side of `value`."""
         return value < self.low or value > self.high
 
+    def __neg__(self) -> "Interval":
+        """The interval of the difference taken the other way round."""
+        return Interval(-self.estimate, -self.high, -self.low, self.n, self.level)
+
     def __str__(self) -> str:
         return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 

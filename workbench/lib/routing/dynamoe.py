@@ -29,7 +29,9 @@ from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.balance import balance_losses, check_coefficients
 from workbench.lib.core.experts import MLPExperts
+from workbench.lib.core.modes import evaluating
 from workbench.lib.core.moe import MoELayer, moe_layers
+from workbench.lib.core.observe import observing
 from workbench.lib.core.routers import check_finite, check_tokens, check_top_k
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.core.schedules import expert_schedule
@@ -253,22 +255,14 @@ class Calibrate(Hook):
     def __init__(self, batch: Batch, mean_active: Sequence[float], every: int = 10):
         self.batch, self.mean_active, self.every = batch, tuple(mean_active), every
 
-    @torch.no_grad()
     def before_step(self, state: State) -> None:
         if state.step % self.every:
             return
-        seen: dict[MoELayer, Tensor] = {}
-        layers = list(moe_layers(state.model).values())
-        handles = [layer.observe(lambda layer, routing, _: seen.update({layer: routing.probs})) for layer in layers]
-        state.model.eval()
-        try:
+        layers = moe_layers(state.model).values()
+        with evaluating(state.model), observing(layers, lambda routing, _: routing.probs) as seen:
             state.task.loss(state.model, self.batch)
-        finally:
-            state.model.train()
-            for handle in handles:
-                handle.remove()
-        for layer, mean_active in zip(layers, self.mean_active, strict=True):
-            calibrate(layer.router, seen[layer], mean_active)
+        for (layer, (probs,)), mean_active in zip(seen.items(), self.mean_active, strict=True):
+            calibrate(layer.router, probs, mean_active)
 
 
 class DynaMoEStack(nn.Module):

@@ -23,7 +23,7 @@ Tensor letters: N tokens, D model width, E experts, K active experts per token a
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -35,7 +35,9 @@ from torch.utils.hooks import RemovableHandle
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
+from workbench.lib.core.modes import evaluating
 from workbench.lib.core.moe import MoELayer
+from workbench.lib.core.observe import observing
 from workbench.lib.core.routers import TopKRouter, check_top_k
 from workbench.lib.core.routing import Context, Experts, Router, Routing
 
@@ -297,7 +299,7 @@ def _hop_stats(steps: list[tuple[Tensor, Tensor, Tensor]], n_hops: int, like: Te
 
 
 @contextmanager
-def halting(model: nn.Module, threshold: float | None):
+def halting(model: nn.Module, threshold: float | None) -> Iterator[None]:
     """Within it, the `GeometricMoE` layers of `model` halt at `threshold` (None: never)."""
     layers = _layers(model)
     before = [layer.halt_threshold for layer in layers]
@@ -310,23 +312,22 @@ def halting(model: nn.Module, threshold: float | None):
             layer.halt_threshold = value
 
 
-@torch.no_grad()
+@contextmanager
+def observed_hops(model: nn.Module) -> Iterator[list[HopStats]]:
+    """Within it, whatever runs the model is watched; afterwards the list holds the statistics of each layer."""
+    found: list[HopStats] = []
+    with observing(_layers(model), lambda stats: stats) as seen:
+        yield found
+    names = ("update_norms", "hidden_norms", "cosines", "used")
+    found += [HopStats(*(torch.cat([getattr(s, n) for s in stats], -1) for n in names)) for stats in seen.values()]
+
+
 def hop_stats(model: nn.Module, inputs: Iterable[Tensor]) -> list[HopStats]:
     """The statistics of every `GeometricMoE` layer of `model`, in eval mode, over all the given model inputs."""
-    layers = _layers(model)
-    seen: dict[GeometricMoE, list[HopStats]] = {layer: [] for layer in layers}
-    handles = [layer.observe(lambda layer, stats: seen[layer].append(stats)) for layer in layers]
-    training = model.training
-    model.eval()
-    try:
+    with observed_hops(model) as stats, evaluating(model):
         for batch in inputs:
             model(batch, Context())
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    names = ("update_norms", "hidden_norms", "cosines", "used")
-    return [HopStats(*(torch.cat([getattr(s, n) for s in stats], -1) for n in names)) for stats in seen.values()]
+    return stats
 
 
 def calibrate_halting(model: nn.Module, inputs: Iterable[Tensor], target_saving: float) -> float:

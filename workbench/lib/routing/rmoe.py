@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.experts import GLUExperts
+from workbench.lib.core.modes import evaluating
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import TopKRouter, check_tokens
 from workbench.lib.core.routing import Context, Routing
@@ -196,13 +197,10 @@ def router_state_flow(model: nn.Module, inputs: Tensor) -> Float[Tensor, "layers
     hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, RecurrentRouter)]
     if not hooks:
         raise InputError(f"model is a {type(model).__name__} without a RecurrentRouter, so no state flows")
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             model(inputs, Context())
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     flow = seen[0].new_zeros(len(routers), len(routers))

@@ -8,21 +8,23 @@ initial weights and the same data in the same order, so differences are paired.
 
 import math
 import statistics
+from collections.abc import Iterable
+from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from workbench.lib import data
-from workbench.lib.core.budget import measure_budget
+from workbench.beds.python_text import decoder, python_text
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.moe import moe_layers
+from workbench.lib.core.observe import observing
 from workbench.lib.core.routing import Routing
-from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
-from workbench.lib.kernels.sonicmoe import SonicMoE, padded_fraction, token_rounding
-from workbench.lib.measures.statistics import tost
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.lib.kernels.sonicmoe import METHOD, SonicMoE, padded_fraction, token_rounding
+from workbench.studies.core import Settings, Study
 from workbench.studies.kernels.sonicmoe_memory import memory
+from workbench.studies.rows import Row, Rows, trained_row, training_budget
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 MARGIN = 0.02  # nats per byte: what "equal quality" may cost
 WORSE = 0.03  # nats per byte: what is not equal any more
@@ -41,20 +43,14 @@ RULE = (
     "part of the verdict: it is not testable here, it needs a GPU of the Hopper generation."
 )
 
-COMMON = {
-    "n_heads": 4,
-    "top_k": 2,
-    "balance": 0.01,
-    "lr": 3e-3,
-    "mode": "nearest",
-    "memory": {"d_model": 256, "n_tokens": 4096, "n_experts": 32, "width": 512, "top_k": (2, 4, 8, 16)},
-}
+MEMORY = {"d_model": 256, "n_tokens": 4096, "n_experts": 32, "width": 512, "top_k": (2, 4, 8, 16)}
+COMMON = {"n_heads": 4, "top_k": 2, "balance": 0.01, "lr": 3e-3, "mode": "nearest", "memory": MEMORY}
 PRESETS = {
     "smoke": COMMON
     | {"seeds": 2, "steps": 6, "batch_size": 4, "seq_len": 16, "cap": 65_536, "test_batches": 1}
     | {"d_model": 16, "n_layers": 2, "n_experts": 4, "width": 16, "waste_tiles": (16, 32)}
     | {"rounding": (("nearest", 8), ("nearest", 16), ("down", 16)), "grid": ((8, 4),), "grid_steps": 4}
-    | {"memory": {"d_model": 32, "n_tokens": 256, "n_experts": 32, "width": 64, "top_k": (2, 4, 8, 16)}},
+    | {"memory": MEMORY | {"d_model": 32, "n_tokens": 256, "width": 64}},
     # Tokens and tiles are a fraction of those in "full"; the tiles of the mean expert, 16, 4 and 1, are the same.
     "small": COMMON
     | {"seeds": 4, "steps": 300, "batch_size": 8, "seq_len": 64, "cap": 1_500_000, "test_batches": 4}
@@ -89,71 +85,37 @@ def layer(arm: str, settings: Settings) -> SonicMoE:
 
 def build(arm: str, settings: Settings) -> DecoderLM:
     """The model of one arm."""
-    shape = (LanguageModelling.vocab, settings["d_model"], settings["n_layers"], settings["n_heads"])
-    return DecoderLM(*shape, lambda _: layer(arm, settings), settings["seq_len"])
+    return decoder(settings, lambda _: layer(arm, settings))
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    source = data.load("text-domains", domains=("python",), cap=settings["cap"])
-    task = LanguageModelling(source, settings["seq_len"])
+    task = python_text(settings)
     torch.manual_seed(seed)
     model = build(arm, settings)
+    layers = moe_layers(model).values()
     steps = settings["grid_steps" if arm.startswith("tc E=") else "steps"]
-    config = TrainConfig(steps, settings["batch_size"], settings["lr"], seed=seed, eval_batches=1)
-    budget = measure_budget(model, task, task.batch("train", config.batch_size, torch.Generator().manual_seed(seed)))
-    trained = Changes(model)
-    train(model, task, config)
-    trained.close()
-    bits = task.evaluate(model, "test", settings["test_batches"])["bits_per_byte"]
-    extra = {"pairs_per_token": trained.pairs_per_token(), "tokens_without_expert": trained.tokens_without_expert()}
-    if arm.startswith("tc"):
-        extra["waste"] = waste(model, task, settings)
+    config = TrainConfig(steps, settings["batch_size"], settings["lr"], seed=seed, eval_every=None)
+    budget = training_budget(model, task, config.batch_size, seed)
+    with observing(layers, sizes) as trained:
+        train(model, task, config)
+    pairs, tokens, bare = (sum(parts) for parts in zip(*chain(*trained.values()), strict=True))
+    extra = {"pairs_per_token": pairs / tokens, "tokens_without_expert": bare / tokens}
+    with observing(layers if arm.startswith("tc") else (), lambda routing, _: routing) as tested:
+        bits = task.evaluate(model, "test", settings["test_batches"])["bits_per_byte"]
+    if tested:
+        extra["waste"] = waste([*chain(*zip(*tested.values(), strict=True))], settings)
     if arm == "tc":
         extra["memory"] = memory(seed=seed, **settings["memory"])
-    return Row(
-        arm=arm,
-        seed=seed,
-        params=budget.params,
-        active_params=budget.active_params,
-        flops=budget.flops * config.steps,
-        steps=config.steps,
-        metric=bits * math.log(2),
-        extra=extra,
-    )
+    return trained_row(arm, seed, budget, steps, bits * math.log(2), **extra)
 
 
-class Changes:
-    """What rounding does to the tokens of a training run, over all its layers and steps."""
-
-    def __init__(self, model: nn.Module):
-        self.pairs = self.tokens = self.bare = 0
-        self.handles = [layer.observe(self.note) for layer in moe_layers(model).values()]
-
-    def note(self, layer: SonicMoE, routing: Routing, context: object) -> None:
-        if layer.training:
-            self.pairs += routing.expert.numel()
-            self.tokens += routing.n_tokens
-            self.bare += int((routing.active_counts == 0).sum())
-
-    def pairs_per_token(self) -> float:
-        return self.pairs / self.tokens
-
-    def tokens_without_expert(self) -> float:
-        return self.bare / self.tokens
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+def sizes(routing: Routing, context: object) -> tuple[int, int, int]:
+    """What rounding changes: pairs, tokens, tokens without an expert."""
+    return routing.expert.numel(), routing.n_tokens, int((routing.active_counts == 0).sum())
 
 
-def waste(model: nn.Module, task: LanguageModelling, settings: Settings) -> dict:
-    """Padded rows over rows for each tile, of token choice and of the same batches rounded, on test text."""
-    seen: list[Routing] = []
-    handles = [layer.observe(lambda _, routing, context: seen.append(routing)) for layer in moe_layers(model).values()]
-    with torch.no_grad():
-        task.evaluate(model, "test", settings["test_batches"])
-    for handle in handles:
-        handle.remove()
+def waste(seen: list[Routing], settings: Settings) -> dict:
+    """Padded rows over rows for each tile, of token choice and of the same batches rounded."""
     largest = max(routing.n_tokens for routing in seen)
     seen = [routing for routing in seen if routing.n_tokens == largest]  # the last batch of a text may be short
     chosen = torch.stack([routing.counts for routing in seen])
@@ -172,28 +134,24 @@ def mean(values: Tensor) -> float:
     return float(values.double().mean())
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    loss = {arm: [row.metric for row in rows if row.arm == arm] for arm in arms(settings)}
-    against = {arm: tost(values, loss["tc"], MARGIN, paired=True) for arm, values in loss.items() if "-" in arm}
+    against = {arm: rows.tost(arm, "tc", MARGIN) for arm in rows.arms if "-" in arm}
     mean_rows = settings["batch_size"] * settings["seq_len"] * settings["top_k"] / settings["n_experts"]
     claimed = [f"{mode}-{m}" for mode, m in settings["rounding"] if mode == settings["mode"] and mean_rows >= 2 * m]
-    grown = growth(next(row.extra["memory"] for row in rows if row.arm == "tc"))
+    memory_rows = rows.of("tc", "memory")[0]
+    grown, saving = growth(memory_rows), savings(memory_rows)
     flat = grown["ours"] < FLAT and min(grown["gather"], grown["scatter"]) > RISE
     tiles = [tile for row in rows if "waste" in row.extra for tile in row.extra["waste"]["tiles"].values()]
     filled = all(tile["rounding"] == 0 and tile["tc"] > 0 for tile in tiles)
     worse = [arm for arm in claimed if against[arm].diff > WORSE and against[arm].ci90[0] > 0]
-    if not flat or not filled or worse:
-        verdict = NOT_REPRODUCED
-    elif all(against[arm].ci90[1] < MARGIN for arm in claimed):
-        verdict = REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
+    verdict = decide(
+        (NOT_REPRODUCED, not flat or not filled or bool(worse)),
+        (REPRODUCED, all(against[arm].ci90[1] < MARGIN for arm in claimed)),
+    )
     shown = ", ".join(
         f"{arm} {test.diff:+.4f} [{test.ci90[0]:+.4f}, {test.ci90[1]:+.4f}]" for arm, test in against.items()
     )
-    memory_rows = next(row.extra["memory"] for row in rows if row.arm == "tc")
-    saving = savings(memory_rows)
     padded = [tile["tc"] for tile in tiles]
     reason = (
         f"Kept bytes from K = {memory_rows[0]['top_k']} to {memory_rows[-1]['top_k']} grow {grown['ours']:.2f} times "
@@ -210,8 +168,8 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
         "memory_saving": saving,
         "waste": waste_table(rows),
         "nats_per_byte": {arm: {"mean": test.diff, "ci90": test.ci90} for arm, test in against.items()},
-        "pairs_per_token": {arm: _mean_extra(rows, arm, "pairs_per_token") for arm in loss},
-        "tokens_without_expert": {arm: _mean_extra(rows, arm, "tokens_without_expert") for arm in loss},
+        "pairs_per_token": rows.means("pairs_per_token"),
+        "tokens_without_expert": rows.means("tokens_without_expert"),
         "throughput": "not testable here: it needs a GPU of the Hopper generation",
     }
     effect = against[claimed[-1]]
@@ -229,7 +187,7 @@ def savings(table: list[dict], top_k: int = 8) -> dict[str, float]:
     return {"top_k": row["top_k"]} | {name: 1 - row["ours"] / row[name] for name in ("gather", "scatter")}
 
 
-def waste_table(rows: list[Row]) -> list[dict]:
+def waste_table(rows: Iterable[Row]) -> list[dict]:
     """Means over seeds: one entry for each number of experts, K and tile."""
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -246,15 +204,8 @@ def waste_table(rows: list[Row]) -> list[dict]:
     ]
 
 
-def _mean_extra(rows: list[Row], arm: str, name: str) -> float:
-    return statistics.fmean(row.extra[name] for row in rows if row.arm == arm)
-
-
 STUDY = Study(
-    slug="sonicmoe",
-    title="SonicMoE: Accelerating MoE with IO and Tile-aware Optimizations",
-    claim="The memory of the expert layer does not grow when experts get finer, and rounding tokens to tiles wastes no "
-    "rows at equal quality.",
+    METHOD,
     metric="nats_per_byte",
     unit="nats/byte",
     higher_is_better=False,

@@ -6,6 +6,7 @@ initialisation; all arms share both, so differences are paired. "Tokens" are ima
 
 import math
 import statistics
+from dataclasses import replace
 
 import torch
 from scipy.stats import ttest_rel
@@ -15,12 +16,14 @@ from torch.nn import functional as F
 from workbench.lib import data
 from workbench.lib.core.budget import measure_budget
 from workbench.lib.core.moe import moe_layers
+from workbench.lib.core.observe import observing, outputs
 from workbench.lib.core.routing import Context
 from workbench.lib.core.schedules import SCHEDULES
 from workbench.lib.core.task import Classification
 from workbench.lib.core.train import Hook, State, TrainConfig, train
-from workbench.lib.measures.statistics import holm, paired_interval, spearman
+from workbench.lib.measures.statistics import holm, spearman
 from workbench.lib.routing.dynamoe import (
+    METHOD,
     Calibrate,
     DynamicGate,
     DynaMoEStack,
@@ -31,7 +34,9 @@ from workbench.lib.routing.dynamoe import (
     gradient_noise,
     percentile_count,
 )
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, trained_row
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, decide
 
 PAPER_EFFECT = 0.0547  # largest gain of descending over uniform in the paper, CIFAR-10
 NOISE_BATCHES = 16
@@ -50,18 +55,8 @@ RULE = (
     "if the mean does not, and is open otherwise."
 )
 
-COMMON = {
-    "total": 30,
-    "n_layers": 6,
-    "n_min": 2,
-    "n_max": 8,
-    "d_model": 64,
-    "d_hidden": 32,
-    "tau": 0.5,
-    "batch_size": 64,
-    "lr": 1e-3,
-    "folds": 5,
-}
+COMMON = {"total": 30, "n_layers": 6, "n_min": 2, "n_max": 8, "d_model": 64, "d_hidden": 32, "tau": 0.5}
+COMMON |= {"batch_size": 64, "lr": 1e-3, "folds": 5}
 THRESHOLDS = ("relative", "top_p", "absolute")
 SMALL_ARMS = (*SCHEDULES, "top-k", "relative")
 PRESETS = {
@@ -87,7 +82,7 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     torch.manual_seed(seed)
     schedule = schedule_of(kind, settings)
     model = Classifier(task, schedule, kind, settings)
-    config = TrainConfig(settings["steps"], settings["batch_size"], settings["lr"], seed=seed, eval_batches=1)
+    config = TrainConfig(settings["steps"], settings["batch_size"], settings["lr"], seed=seed, eval_every=None)
     noise = NoiseHalfway()
     hooks: list[Hook] = [noise]
     if kind in THRESHOLDS:  # the validation part serves nothing else
@@ -95,24 +90,16 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
         hooks.append(Calibrate(held, [percentile_count(n, settings["tau"]) for n in schedule]))
     train(model, task, config, hooks)
     budget = measure_budget(model, task, task.batch("train", config.batch_size, torch.Generator()))
-    histograms, against_loss = activation(model, task)
-    return Row(
-        arm=arm,
-        seed=seed,
-        params=budget.params,
-        active_params=budget.active_params,
-        flops=budget.flops * config.steps,
-        steps=config.steps,
-        metric=task.evaluate(model, "test")["accuracy"],
-        extra={
-            "fold": seed % settings["folds"],
-            "schedule": schedule,
-            "active_histogram": histograms,
-            "active_against_loss": against_loss,
-            "gradient_noise_router": noise.router,
-            "gradient_noise_experts": noise.experts,
-        },
-    )
+    accuracy, histograms, against_loss = held_out(model, task)
+    extra = {
+        "fold": seed % settings["folds"],
+        "schedule": schedule,
+        "active_histogram": histograms,
+        "active_against_loss": against_loss,
+        "gradient_noise_router": noise.router,
+        "gradient_noise_experts": noise.experts,
+    }
+    return trained_row(arm, seed, budget, config.steps, accuracy, **extra)
 
 
 def schedule_of(kind: str, settings: Settings) -> list[int]:
@@ -162,84 +149,73 @@ class NoiseHalfway(Hook):
         self.experts = [noise[f"{layer}/experts"] for layer in layers]
 
 
-@torch.no_grad()
-def activation(model: nn.Module, task: Classification) -> tuple[list[list[int]], list[float]]:
-    """On the test part, noise off: how many images have 1, 2, ... active experts, per layer; and Spearman's rho, with
-    its interval, of an image's mean number of active experts with its loss (NaN where the number is the same for all).
+def held_out(model: nn.Module, task: Classification) -> tuple[float, list[list[int]], list[float]]:
+    """On the test part, noise off: accuracy; how many images have 1, 2, ... active experts, per layer; Spearman's rho,
+    with its interval, of an image's mean number of active experts with its loss (NaN where all have the same number).
     """
-    layers = list(moe_layers(model).values())
-    histograms = [torch.zeros(layer.n_experts, dtype=torch.int64) for layer in layers]
-    counts: list[torch.Tensor] = []
-
-    def count(layer, routing, context):
-        histograms[layers.index(layer)] += counts_histogram(routing)
-        counts.append(routing.active_counts)
-
-    model.eval()
-    handles = [layer.observe(count) for layer in layers]
-    active, losses = [], []
-    for batch in task.batches("test", 64):
-        counts.clear()
-        losses += F.cross_entropy(model(batch.inputs), batch.targets, reduction="none").tolist()
-        active += torch.stack(counts).double().mean(0).tolist()
-    for handle in handles:
-        handle.remove()
-    rho = spearman(active, losses)
-    return [histogram.tolist() for histogram in histograms], [rho.estimate, rho.low, rho.high]
+    layers, keep = moe_layers(model).values(), lambda routing, _: (counts_histogram(routing), routing.active_counts)
+    with observing(layers, keep) as seen, outputs(model) as logits:
+        accuracy = task.evaluate(model, "test")["accuracy"]
+    histograms, counts = zip(*(zip(*batches, strict=True) for batches in seen.values()), strict=True)
+    active = torch.stack([torch.cat(batches) for batches in counts]).double().mean(0)
+    losses = F.cross_entropy(torch.cat(logits), task.data.splits["test"][1], reduction="none")
+    rho = spearman(active.tolist(), losses.tolist())
+    return accuracy, [sum(batches).tolist() for batches in histograms], [rho.estimate, rho.low, rho.high]
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
-    by_data: dict[str, dict[str, list[Row]]] = {name: {} for name in settings["data"]}
-    for row in rows:
-        kind, _, name = row.arm.partition("@")
-        by_data[name or settings["data"][0]].setdefault(kind, []).append(row)
-    results = {name: judge_data(by_arm) for name, by_arm in by_data.items()}
-    first = results[settings["data"][0]]
-    found = first["schedules"]["descending"]
+def judge(rows: Rows, settings: Settings) -> Judgement:
+    """Apply `RULE`."""
+    first, *others = settings["data"]
+    results = {name: judge_data(on_data(rows, name, first)) for name in settings["data"]}
+    found, room = results[first]["schedules"]["descending"], results[first]["room"]
     low, high = found["ci"]
-    if low > 0 and found["holm_p"] < 0.05:
-        verdict = REPRODUCED
-    elif low <= 0 and high >= PAPER_EFFECT:
-        verdict = NOT_RESOLVED
-    else:
-        verdict = NOT_REPRODUCED
-    reason = (
-        f"Accuracy on {settings['data'][0]}, descending minus uniform (Holm p {found['holm_p']:.3g}; uniform leaves "
-        f"{100 * first['room']:.1f} points of room, the paper gains up to {100 * PAPER_EFFECT:.2f}). A variable number "
-        "of experts per token is refuted by construction: the published gate gives every token the same number; less "
-        f"gradient noise from a number that does vary: {first['less_gradient_noise']}."
+    verdict = decide(
+        (REPRODUCED, low > 0 and found["holm_p"] < 0.05),
+        (NOT_RESOLVED, low <= 0 and high >= PAPER_EFFECT),
+        (NOT_REPRODUCED, True),
     )
-    for name in settings["data"][1:]:
+    reason = (
+        f"Accuracy on {first}, descending minus uniform (Holm p {found['holm_p']:.3g}; uniform leaves "
+        f"{100 * room:.1f} points of room, the paper gains up to {100 * PAPER_EFFECT:.2f}). A variable number "
+        "of experts per token is refuted by construction: the published gate gives every token the same number; less "
+        f"gradient noise from a number that does vary: {results[first]['less_gradient_noise']}."
+    )
+    for name in others:
         other = results[name]["schedules"]["descending"]
         reason += " On {}: {:.3g} [{:.3g}, {:.3g}].".format(name, other["difference"], *other["ci"])
     return Judgement(verdict, found["difference"], (low, high), reason, results)
 
 
-def judge_data(arms: dict[str, list[Row]]) -> dict:
+def on_data(rows: Rows, name: str, first: str) -> Rows:
+    """The rows of one data set, the arms by their bare names."""
+    kept = (row for row in rows if (row.arm.partition("@")[2] or first) == name)
+    return Rows(replace(row, arm=row.arm.partition("@")[0]) for row in kept)
+
+
+def judge_data(rows: Rows) -> dict:
     """Everything that is compared on one data set."""
-    accuracy = {arm: [row.metric for row in rows] for arm, rows in arms.items()}
-    others = [kind for kind in SCHEDULES if kind != "uniform" and kind in accuracy]
-    p_values = [p_value(accuracy[kind], accuracy["uniform"]) for kind in others]
+    arms = rows.arms
+    others = [kind for kind in SCHEDULES if kind != "uniform" and kind in arms]
+    p_values = [p_value(rows.of(kind), rows.of("uniform")) for kind in others]
     adjusted = p_values if math.isnan(p_values[0]) else holm(p_values).tolist()
     schedules = {}
     for kind, p in zip(others, adjusted, strict=True):
-        interval = paired_interval(accuracy[kind], accuracy["uniform"])
-        schedules[kind] = {"difference": interval.estimate, "ci": [interval.low, interval.high], "holm_p": p}
-    ratio = paired_interval(log_noise(arms["relative"]), log_noise(arms["top-k"]))
+        gain = rows.minus(kind, "uniform")
+        schedules[kind] = {"difference": gain.estimate, "ci": [gain.low, gain.high], "holm_p": p}
+    ratio = rows.minus("relative", "top-k", log_noise)
     if ratio.n < 2 or ratio.estimate < 0 <= ratio.high:
         less_noise = "open"
     else:
         less_noise = "holds" if ratio.estimate < 0 else "fails"
-    published = [row for kind in SCHEDULES for row in arms.get(kind, [])]
     return {
-        "accuracy": {arm: statistics.fmean(values) for arm, values in accuracy.items()},
-        "room": 1 - statistics.fmean(accuracy["uniform"]),
+        "accuracy": rows.means(),
+        "room": 1 - rows.mean("uniform"),
         "schedules": schedules,
-        "published_gate_varies": any(bars(row) > 1 for row in published),
-        "mean_active": {arm: statistics.fmean(map(mean_active, rows)) for arm, rows in arms.items()},
+        "published_gate_varies": any(bars(row) > 1 for row in rows if row.arm in SCHEDULES),
+        "mean_active": rows.means(mean_active),
         "gradient_noise_log_ratio": [ratio.estimate, ratio.low, ratio.high],
         "less_gradient_noise": less_noise,
-        "active_against_loss": [row.extra["active_against_loss"][0] for row in arms["relative"]],
+        "active_against_loss": rows.of("relative", lambda row: row.extra["active_against_loss"][0]),
     }
 
 
@@ -253,9 +229,9 @@ def p_value(a: list[float], b: list[float]) -> float:
     return float(ttest_rel(a, b).pvalue)
 
 
-def log_noise(rows: list[Row]) -> list[float]:
-    """Mean over the layers of the log gradient noise of the experts, by seed."""
-    return [statistics.fmean(map(math.log, row.extra["gradient_noise_experts"])) for row in rows]
+def log_noise(row: Row) -> float:
+    """Mean over the layers of the log gradient noise of the experts."""
+    return statistics.fmean(map(math.log, row.extra["gradient_noise_experts"]))
 
 
 def bars(row: Row) -> int:
@@ -270,10 +246,7 @@ def mean_active(row: Row) -> float:
 
 
 STUDY = Study(
-    slug="dynamoe",
-    title="DynaMoE: dynamic token-level expert activation with layer-wise adaptive capacity",
-    claim="On images, more experts in the early layers than in the late ones beat the same number in every layer; and "
-    "a variable number of active experts per token lowers the variance of the gradient.",
+    METHOD,
     metric="accuracy",
     unit="fraction",
     higher_is_better=True,

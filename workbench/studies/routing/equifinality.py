@@ -5,18 +5,21 @@ active parameters, and of one seed the same data in the same order, so differenc
 """
 
 import statistics
+from itertools import islice
+from operator import itemgetter
 
 import torch
 from torch import nn
 
-from workbench.lib import data
-from workbench.lib.core.budget import count_params, measure_budget
+from workbench.beds.python_text import decoder, python_text
+from workbench.lib.core.budget import count_params
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.routers import HashRouter, LinearRouter
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
-from workbench.lib.measures.statistics import mean_interval, paired_interval, tost, tost_matrix
+from workbench.lib.measures.statistics import mean_interval, tost_matrix
 from workbench.lib.routing.equifinality import (
+    METHOD,
     CosineRouter,
     GeometricMoE,
     HopStats,
@@ -26,8 +29,11 @@ from workbench.lib.routing.equifinality import (
     hop_stats,
     iso_space,
     mean_saving,
+    observed_hops,
 )
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, trained_row, training_budget
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 #: Topologies whose equivalence is the claim -> options of their layers.
 COSINE = {
@@ -64,15 +70,7 @@ RULE = (
     "is no equivalence, however large the p of a test for a difference."
 )
 
-COMMON = {
-    "d_model": 64,
-    "n_layers": 3,
-    "n_heads": 4,
-    "n_experts": 128,
-    "d_space": 16,
-    "balance": 0.4,
-    "lr": 3e-3,
-}
+COMMON = {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_experts": 128, "d_space": 16, "balance": 0.4, "lr": 3e-3}
 SMALL_ARMS = ("H1", "H2", "alpha", "hash", "linear")
 PRESETS = {
     "smoke": COMMON
@@ -86,10 +84,6 @@ PRESETS = {
     | {"arms": (*COSINE, "alpha", *CONTROLS, "top1", "linear", "iso_cosine")}
     | {"savings": (0.05, 0.1, 0.15, 0.2, 0.3, 0.35, 0.4, 0.45), "test_batches": None},
 }
-
-
-def arms(settings: Settings) -> list[str]:
-    return list(settings["arms"])
 
 
 def router(arm: str, top_k: int, settings: Settings) -> nn.Module:
@@ -108,38 +102,26 @@ def build(arm: str, settings: Settings) -> DecoderLM:
     """The model of one arm; what the arms have in common is drawn first, and so starts from the same weights."""
     options = {"hops": 1, "alpha": 1.0} if arm == "alpha" else COSINE.get(arm, {"hops": 1})
     top_k = 1 if arm == "top1" else ACTIVE // options["hops"]
-    width, n_layers = settings["d_model"], settings["n_layers"]
-    banks = [RankOneExperts(settings["n_experts"], width, top_k) for _ in range(n_layers)]
-    shape = (LanguageModelling.vocab, width, n_layers, settings["n_heads"])
-    model = DecoderLM(*shape, lambda _: nn.Identity(), settings["seq_len"])
+    banks = [RankOneExperts(settings["n_experts"], settings["d_model"], top_k) for _ in range(settings["n_layers"])]
+    model = decoder(settings)
     for block, bank in zip(model.blocks, banks, strict=True):
         block.ffn = GeometricMoE(router(arm, top_k, settings), bank, **options)
     return model
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    source = data.load("text-domains", domains=("python",), cap=settings["cap"])
-    task = LanguageModelling(source, settings["seq_len"])
+    task = python_text(settings)
     torch.manual_seed(seed)
     model = build(arm, settings)
-    config = TrainConfig(settings["steps"], settings["batch_size"], settings["lr"], seed=seed, eval_batches=1)
-    budget = measure_budget(model, task, task.batch("train", config.batch_size, torch.Generator().manual_seed(seed)))
+    config = TrainConfig(settings["steps"], settings["batch_size"], settings["lr"], seed=seed, eval_every=None)
+    budget = training_budget(model, task, config.batch_size, seed)
     train(model, task, config)
     perplexity = perplexity_of(model, task, settings)
-    return Row(
-        arm=arm,
-        seed=seed,
-        params=budget.params,
-        active_params=budget.active_params,
-        flops=budget.flops * config.steps,
-        steps=config.steps,
-        metric=perplexity,
-        extra={
-            "router_params": sum(count_params(block.ffn.hops[0].router) for block in model.blocks),
-            "alpha": [block.ffn.alpha.item() for block in model.blocks if block.ffn.alpha is not None],
-            **(hop_measures(model, task, perplexity, settings) if len(model.blocks[0].ffn.hops) > 1 else {}),
-        },
-    )
+    layers = [block.ffn for block in model.blocks]
+    extra = hop_measures(model, task, perplexity, settings) if len(layers[0].hops) > 1 else {}
+    extra["router_params"] = sum(count_params(layer.hops[0].router) for layer in layers)
+    extra["alpha"] = [layer.alpha.item() for layer in layers if layer.alpha is not None]
+    return trained_row(arm, seed, budget, config.steps, perplexity, **extra)
 
 
 def perplexity_of(model: nn.Module, task: LanguageModelling, settings: Settings) -> float:
@@ -148,16 +130,14 @@ def perplexity_of(model: nn.Module, task: LanguageModelling, settings: Settings)
 
 def hop_measures(model: nn.Module, task: LanguageModelling, perplexity: float, settings: Settings) -> dict:
     """Collinearity and norms of the hops, and the halting curve: calibrated on validation text, judged on test text."""
-    calibration = [batch.inputs for batch in first(task.batches("validation", 64), 2)]
-    test = [batch.inputs for batch in first(task.batches("test", 64), settings["test_batches"])]
+    calibration = [batch.inputs for batch in islice(task.batches("validation", 64), 2)]
     stats = hop_stats(model, calibration)
     curve = []
     for target in sorted({SAVING, *settings["savings"]}):
         threshold = calibrate_halting(model, calibration, target)
-        with halting(model, threshold):
-            saved = mean_saving(hop_stats(model, test))
+        with halting(model, threshold), observed_hops(model) as halted:
             cost = perplexity_of(model, task, settings) / perplexity - 1
-        curve.append({"target": target, "threshold": threshold, "saved": saved, "cost": cost})
+        curve.append({"target": target, "threshold": threshold, "saved": mean_saving(halted), "cost": cost})
     return {
         "cosine": mean(s.cosines[0] for s in stats),
         "cosine_by_layer": [mean([s.cosines[0]]) for s in stats],
@@ -166,11 +146,6 @@ def hop_measures(model: nn.Module, task: LanguageModelling, perplexity: float, s
         "relative_norms": [mean(s.relative_norms[a] for s in stats) for a in range(len(stats[0].relative_norms))],
         "halting": curve,
     }
-
-
-def first(batches, count: int | None):
-    """The first `count` batches; all for None."""
-    return [batch for i, batch in enumerate(batches) if count is None or i < count]
 
 
 def mean(parts) -> float:
@@ -187,36 +162,33 @@ def histogram(stats: list[HopStats], bins: int = 40) -> list[int]:
 HOLDS, OPEN, CONTRADICTED = "holds", "open", "contradicted"
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    value: dict[str, list[float]] = {}
-    for row in rows:
-        value.setdefault(row.arm, []).append(row.metric)
-    h1 = statistics.fmean(value["H1"])
+    perplexity, h1 = rows.means(), rows.mean("H1")
     margin = MARGIN * h1
-    cosine = {arm: value[arm] for arm in COSINE if arm in value}
-    matrix = tost_matrix(cosine, margin, paired=True)
+    cosine = [arm for arm in COSINE if arm in perplexity]
+    matrix = tost_matrix({arm: rows.of(arm) for arm in cosine}, margin, paired=True)
     pair, widest = max(matrix.results.items(), key=lambda item: abs(item[1].diff))
-    scalar = tost(value["alpha"], value["H2"], margin, paired=True)
-    means = [statistics.fmean(values) for values in cosine.values()]
-    losses = {arm: statistics.fmean(value[arm]) - statistics.fmean(means) for arm in CONTROLS if arm in value}
-    hops = [row.extra for row in rows if row.arm == "H2"]
-    collinear = mean_interval([extra["cosine"] for extra in hops])
-    points = [next(p for p in extra["halting"] if p["target"] == SAVING) for extra in hops]
+    scalar = rows.tost("alpha", "H2", margin)
+    means = [perplexity[arm] for arm in cosine]
+    losses = {arm: perplexity[arm] - statistics.fmean(means) for arm in CONTROLS if arm in perplexity}
+    collinear = mean_interval(rows.of("H2", "cosine"))
+    points = [next(p for p in curve if p["target"] == SAVING) for curve in rows.of("H2", "halting")]
     saved, cost = (statistics.fmean(p[name] for p in points) for name in ("saved", "cost"))
     parts = {
         "equivalence": equivalence([*matrix.results.values()], margin),
         "controls": worst(
-            control(loss, paired_interval(value[arm], value["H1"]), max(means) - min(means), SMALL_LOSS * h1)
+            control(loss, rows.minus(arm, "H1"), max(means) - min(means), SMALL_LOSS * h1)
             for arm, loss in losses.items()
         ),
         "collinear": HOLDS if collinear.low > COLLINEAR else CONTRADICTED if collinear.high < COLLINEAR else OPEN,
         "scalar": equivalence([scalar], margin),
         "halting": HOLDS if saved >= AT_LEAST and cost < AT_COST else CONTRADICTED,
     }
-    verdict = {HOLDS: REPRODUCED, OPEN: NOT_RESOLVED, CONTRADICTED: NOT_REPRODUCED}[worst(parts.values())]
+    state = worst(parts.values())
+    verdict = decide((NOT_REPRODUCED, state == CONTRADICTED), (REPRODUCED, state == HOLDS))
     reason = (
-        f"Parts: {', '.join(f'{name} {state}' for name, state in parts.items())}. The effect is the widest difference "
+        f"Parts: {', '.join(f'{name} {found}' for name, found in parts.items())}. The effect is the widest difference "
         f"of perplexity between cosine topologies, {pair[0]} minus {pair[1]} with its 90% interval, against a margin "
         f"of {margin:.3g}."
     )
@@ -226,13 +198,12 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
         "pairs": [{"a": a, "b": b, "diff": r.diff, "ci90": r.ci90, "p": r.p} for (a, b), r in matrix.results.items()],
         "alpha_minus_H2": {"diff": scalar.diff, "ci90": scalar.ci90, "p": scalar.p},
         "control_loss": losses,
-        "cosine": {"mean": collinear.estimate, "ci95": (collinear.low, collinear.high)},
+        "cosine": collinear,
         "halting": {"saved": saved, "cost": cost},
-        "linear_minus_H1": statistics.fmean(value["linear"]) - h1,
+        "linear_minus_H1": perplexity["linear"] - h1,
     }
-    if "iso_cosine" in value:
-        gain = h1 - statistics.fmean(value["linear"])
-        details["gap_closed_by_iso_cosine"] = (h1 - statistics.fmean(value["iso_cosine"])) / gain
+    if "iso_cosine" in perplexity:
+        details["gap_closed_by_iso_cosine"] = (h1 - perplexity["iso_cosine"]) / (h1 - perplexity["linear"])
     return Judgement(verdict, widest.diff, widest.ci90, reason, details)
 
 
@@ -253,16 +224,15 @@ def worst(states) -> str:
 
 
 STUDY = Study(
-    slug="equifinality",
-    title="Equifinality in Mixture of Experts",
-    claim="Cosine-routed models with one to four hops are equivalent in perplexity at equal active parameters; hops "
-    "are collinear, one scalar replaces them, and skipping them where they do little costs nothing.",
+    METHOD,
     metric="perplexity",
     unit="per byte",
     higher_is_better=False,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=itemgetter("arms"),
     run=run,
     judge=judge,
+    tested="Cosine-routed models with one to four hops are equivalent in perplexity at equal active parameters; hops "
+    "are collinear, one scalar replaces them, and skipping them where they do little costs nothing.",
 )

@@ -4,24 +4,26 @@ A byte model on Python sources; every arm has the same experts, attention and in
 the same data in the same order, so differences are paired.
 """
 
-import statistics
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
-from workbench.lib import data
-from workbench.lib.core.budget import count_params, measure_budget
+from workbench.beds.python_text import decoder, python_text
+from workbench.lib.core.budget import count_params
 from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.moe import MoELayer, moe_layers
+from workbench.lib.core.observe import observing
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.measures.routing import load_stats
-from workbench.lib.measures.statistics import paired_interval, tost
 from workbench.lib.measures.transition import cross_layer_information
-from workbench.lib.routing.rmoe import matched_width, recurrent_routers, router_state_flow
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.lib.routing.rmoe import METHOD, matched_width, recurrent_routers, router_state_flow
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, trained_row, training_budget
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, all_above, any_below, decide
 
 #: Recurrent arms -> options of their routers; the others are "linear" and "mlp".
 RECURRENT = {
@@ -45,16 +47,8 @@ RULE = (
     "says whether the two are shown to be equivalent."
 )
 
-COMMON = {
-    "d_model": 64,
-    "d_hidden": 64,
-    "n_heads": 4,
-    "n_experts": 8,
-    "top_k": 2,
-    "d_router": 16,
-    "balance": 0.01,
-    "lr": 3e-3,
-}
+COMMON = {"d_model": 64, "d_hidden": 64, "n_heads": 4, "n_experts": 8, "top_k": 2, "d_router": 16}
+COMMON |= {"balance": 0.01, "lr": 3e-3}
 ARMS = (*BASELINES, "gru", "gru-detach", "gru-shuffle")
 PRESETS = {
     "smoke": COMMON
@@ -67,10 +61,6 @@ PRESETS = {
     | {"seeds": 3, "steps": 500, "batch_size": 16, "seq_len": 128, "cap": 1_500_000}
     | {"arms": (*BASELINES, *RECURRENT), "n_layers": 6, "test_batches": None},
 }
-
-
-def arms(settings: Settings) -> list[str]:
-    return list(settings["arms"])
 
 
 def routers(arm: str, settings: Settings) -> list[nn.Module]:
@@ -87,73 +77,47 @@ def routers(arm: str, settings: Settings) -> list[nn.Module]:
 
 def build(arm: str, settings: Settings) -> DecoderLM:
     """The model of one arm; what the arms have in common is drawn first, and so starts from the same weights."""
-    width, n_layers = settings["d_model"], settings["n_layers"]
-    banks = [GLUExperts(settings["n_experts"], width, settings["d_hidden"]) for _ in range(n_layers)]
-    shape = (LanguageModelling.vocab, width, n_layers, settings["n_heads"])
-    model = DecoderLM(*shape, lambda _: nn.Identity(), settings["seq_len"])
+    shape = (settings["n_experts"], settings["d_model"], settings["d_hidden"])
+    banks = [GLUExperts(*shape) for _ in range(settings["n_layers"])]
+    model = decoder(settings)
     for block, router, bank in zip(model.blocks, routers(arm, settings), banks, strict=True):
         block.ffn = MoELayer(router, bank)
     return model
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    source = data.load("text-domains", domains=("python",), cap=settings["cap"])
-    task = LanguageModelling(source, settings["seq_len"])
+    task = python_text(settings)
     torch.manual_seed(seed)
     model = build(arm, settings)
-    config = TrainConfig(
-        settings["steps"],
-        settings["batch_size"],
-        settings["lr"],
-        seed=seed,
-        eval_every=settings["steps"] // 4,
-        eval_batches=1,
-    )
-    budget = measure_budget(model, task, task.batch("train", config.batch_size, torch.Generator().manual_seed(seed)))
-    state = train(model, task, config)
+    steps, size = settings["steps"], settings["batch_size"]
+    config = TrainConfig(steps, size, settings["lr"], seed=seed, eval_every=steps // 4, eval_batches=1)
+    budget = training_budget(model, task, size, seed)
+    curve = [[step, metrics["bits_per_byte"]] for step, metrics in train(model, task, config).history]
     torch.manual_seed(seed)  # states are shuffled at random in evaluation too
-    bits = task.evaluate(model, "test", settings["test_batches"])["bits_per_byte"]
-    return Row(
-        arm=arm,
-        seed=seed,
-        params=budget.params,
-        active_params=budget.active_params,
-        flops=budget.flops * config.steps,
-        steps=config.steps,
-        metric=bits,
-        extra={
-            "router_params": count_params(nn.ModuleList(block.ffn.router for block in model.blocks)),
-            "curve": [[step, metrics["bits_per_byte"]] for step, metrics in state.history],
-            "expert_similarity": [expert_similarity(block.ffn.experts) for block in model.blocks],
-            **routing_measures(model, task, settings),
-        },
-    )
-
-
-def routing_measures(model: nn.Module, task: LanguageModelling, settings: Settings) -> dict:
-    """Load, agreement between layers and gradient paths between routers, on test text in eval mode."""
-    layers, seen = moe_layers(model), {}
-    handles = [
-        layer.observe(lambda layer, routing, context: seen.setdefault(layer, []).append(routing.indices))
-        for layer in layers.values()
-    ]
-    task.evaluate(model, "test", settings["test_batches"])
-    for handle in handles:
-        handle.remove()
-    indices = torch.stack([torch.cat(seen[layer]) for layer in layers.values()])  # (L, N, K), likeliest expert first
-    n_experts = settings["n_experts"]
-    loads = torch.stack([torch.bincount(layer.flatten(), minlength=n_experts) for layer in indices])
-    agreement = cross_layer_information(pair_counts(indices[..., 0], n_experts)).corrected
-    flows = {}
-    if any(getattr(layer.router, "cell", None) is not None for layer in layers.values()):
-        batch = next(iter(task.batches("test", 2)))
-        flows = {"state_flow": router_state_flow(model, batch.inputs).tolist()}
-    return {
-        "information": agreement.tolist(),
-        "consecutive_information": float(agreement.diagonal(1).mean()),
+    bits, experts = held_out(model, task, settings)
+    if arm == "gru-shuffle":  # whether its layers agree is asked of another shuffle than the loss
+        _, experts = held_out(model, task, settings)
+    loads = torch.stack([torch.bincount(layer.flatten(), minlength=settings["n_experts"]) for layer in experts])
+    information = cross_layer_information(pair_counts(experts[..., 0], settings["n_experts"])).corrected
+    layers = [block.ffn for block in model.blocks]
+    extra = {
+        "router_params": count_params(nn.ModuleList(layer.router for layer in layers)),
+        "curve": curve,
+        "expert_similarity": [expert_similarity(layer.experts) for layer in layers],
+        "information": information.tolist(),
+        "consecutive_information": float(information.diagonal(1).mean()),
         "load_cv": load_stats(loads, settings["top_k"]).cv.tolist(),
-        **flows,
     }
+    if arm in RECURRENT:
+        extra["state_flow"] = router_state_flow(model, next(iter(task.batches("test", 2))).inputs).tolist()
+    return trained_row(arm, seed, budget, steps, bits, **extra)
+
+
+def held_out(model: nn.Module, task: LanguageModelling, settings: Settings) -> tuple[float, Tensor]:
+    """Bits per byte of test text, and the experts (L, N, K) of its tokens, the likeliest first."""
+    with observing(moe_layers(model).values(), lambda routing, _: routing.indices) as seen:
+        bits = task.evaluate(model, "test", settings["test_batches"])["bits_per_byte"]
+    return bits, torch.stack([torch.cat(indices) for indices in seen.values()])
 
 
 def pair_counts(experts: Tensor, n_experts: int) -> Tensor:
@@ -168,20 +132,13 @@ def expert_similarity(bank: GLUExperts) -> float:
     return float((weights.sum(0).square().sum() - bank.n_experts) / (bank.n_experts * (bank.n_experts - 1)))
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    bits = {arm: [row.metric for row in rows if row.arm == arm] for arm in settings["arms"]}
-    shared = {arm: [row.extra["consecutive_information"] for row in rows if row.arm == arm] for arm in settings["arms"]}
-    gains = {arm: paired_interval(bits["gru"], bits[arm]) for arm in (*BASELINES, "gru-shuffle")}
-    rises = {arm: paired_interval(shared["gru"], shared[arm]) for arm in BASELINES}
-    claimed = [(-i.high, -i.low) for i in gains.values()] + [(i.low, i.high) for i in rises.values()]
-    if all(low > 0 for low, _ in claimed):
-        verdict = REPRODUCED
-    elif any(high < 0 for _, high in claimed):
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
-    equal = tost(bits["gru"], bits["mlp"], MARGIN, paired=True)
+    gains = {arm: rows.minus("gru", arm) for arm in (*BASELINES, "gru-shuffle")}
+    rises = {arm: rows.minus("gru", arm, "consecutive_information") for arm in BASELINES}
+    claimed = [*(-gain for gain in gains.values()), *rises.values()]
+    verdict = decide((REPRODUCED, all_above(claimed)), (NOT_REPRODUCED, any_below(claimed)))
+    equal = rows.tost("gru", "mlp", MARGIN)
     reason = (
         "Bits per byte, gru minus "
         + ", ".join(f"{arm} {interval}" for arm, interval in gains.items())
@@ -191,26 +148,25 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
         "The effect is gru minus mlp."
     )
     details = {
-        "bits_per_byte": {arm: interval.as_dict() for arm, interval in gains.items()},
-        "detach_minus_gru": paired_interval(bits["gru-detach"], bits["gru"]).as_dict(),
-        "consecutive_information": {arm: statistics.fmean(values) for arm, values in shared.items()},
-        "information_rise": {arm: interval.as_dict() for arm, interval in rises.items()},
+        "bits_per_byte": gains,
+        "detach_minus_gru": rows.minus("gru-detach", "gru"),
+        "consecutive_information": rows.means("consecutive_information"),
+        "information_rise": rises,
         "tost_gru_mlp": {"margin": MARGIN, "p": equal.p, "ci90": equal.ci90, "equivalent": equal.equivalent},
     }
-    return Judgement(verdict, gains["mlp"].estimate, (gains["mlp"].low, gains["mlp"].high), reason, details)
+    return Judgement.on(gains["mlp"], verdict, reason, details)
 
 
 STUDY = Study(
-    slug="rmoe",
-    title="RMoE: Layerwise Recurrent Router for Mixture-of-Experts",
-    claim="Handing each router the state of the router below gives a better language model than routers of as many "
-    "parameters that decide alone, because of what the state knows, and makes consecutive layers agree more.",
+    METHOD,
     metric="bits_per_byte",
     unit="bits/byte",
     higher_is_better=False,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=itemgetter("arms"),
     run=run,
     judge=judge,
+    tested="Handing each router the state of the router below gives a better language model than routers of as many "
+    "parameters that decide alone, because of what the state knows, and makes consecutive layers agree more.",
 )

@@ -7,22 +7,28 @@ before any capacity limit (there is none), never on the batch a balance loss is 
 import copy
 import math
 import statistics
+from collections.abc import Callable
+from itertools import cycle
+from operator import itemgetter
 
 import torch
 from torch import nn
 
-from workbench.lib import data
+from workbench.beds.python_text import decoder, python_text
 from workbench.lib.core.budget import count_params, measure_budget
 from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.moe import MoELayer, moe_layers
-from workbench.lib.core.task import LanguageModelling, Task
+from workbench.lib.core.observe import observing
+from workbench.lib.core.task import Task
 from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.lib.measures.meters import RoutingMeter
 from workbench.lib.measures.routing import load_balance_value, load_stats, null_max_vio, total_variation
 from workbench.lib.measures.statistics import paired_interval
-from workbench.lib.routing.sigma_moe_tiny import GlobalBatchRouter, Sparsify, SparsityPlan, active_parameters
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.lib.routing.sigma_moe_tiny import METHOD, GlobalBatchRouter, Sparsify, SparsityPlan, active_parameters
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, decide
 
 #: Arm -> options of its router. "lbl-equal-flops" is "lbl" trained until it has cost what "progressive" costs.
 ROUTERS = {
@@ -49,119 +55,62 @@ RULE = (
     "mean is not on the claimed side of 0. Not resolved otherwise, and always with a single seed."
 )
 
+COMMON = {"n_layers": 4, "n_heads": 4, "low": (4, 2), "switch_at": 0.7, "arms": tuple(ROUTERS)[:-1]}
 PRESETS = {
-    "smoke": {
-        "seeds": 1,
-        "arms": ("lbl", "progressive", "top1-lbl", "loss-free", "lbl-equal-flops"),
-        "cap": 16_384,
-        "seq_len": 32,
-        "d_model": 16,
-        "n_layers": 4,
-        "n_heads": 2,
-        "n_experts": 8,
-        "d_hidden": 16,
-        "low": (4, 2),
-        "switch_at": 0.7,
-        "steps": 20,
-        "batch_size": 4,
-        "points": 4,
-        "test_batches": 1,
-    },
-    "small": {
-        "seeds": 3,
-        "arms": ("lbl", "progressive", "top1-lbl", "loss-free", "lbl-equal-flops"),
-        "cap": 524_288,
-        "seq_len": 64,
-        "d_model": 64,
-        "n_layers": 4,
-        "n_heads": 4,
-        "n_experts": 32,
-        "d_hidden": 32,
-        "low": (4, 2),
-        "switch_at": 0.7,
-        "steps": 280,
-        "batch_size": 16,
-        "points": 7,
-        "test_batches": 8,
-    },
-    "full": {
-        "seeds": 5,
-        "arms": tuple(ROUTERS),
-        "cap": 4_194_304,
-        "seq_len": 64,
-        "d_model": 64,
-        "n_layers": 6,
-        "n_heads": 4,
-        "n_experts": 96,
-        "d_hidden": 48,
-        "low": (4, 4, 2),
-        "switch_at": 0.9,
-        "steps": 2000,
-        "batch_size": 32,
-        "points": 40,
-        "test_batches": 32,
-    },
+    "smoke": COMMON
+    | {"seeds": 1, "steps": 20, "batch_size": 4, "seq_len": 32, "cap": 16_384, "points": 4, "test_batches": 1}
+    | {"d_model": 16, "n_heads": 2, "n_experts": 8, "d_hidden": 16},
+    "small": COMMON
+    | {"seeds": 3, "steps": 280, "batch_size": 16, "seq_len": 64, "cap": 524_288, "points": 7, "test_batches": 8}
+    | {"d_model": 64, "n_experts": 32, "d_hidden": 32},
+    "full": COMMON
+    | {"seeds": 5, "steps": 2000, "batch_size": 32, "seq_len": 64, "cap": 4_194_304, "points": 40, "test_batches": 32}
+    | {"d_model": 64, "n_layers": 6, "n_experts": 96, "d_hidden": 48, "low": (4, 4, 2), "switch_at": 0.9}
+    | {"arms": tuple(ROUTERS)},
 }
 
 
-def arms(settings: Settings) -> list[str]:
-    return list(settings["arms"])
-
-
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    task = LanguageModelling(
-        data.load("text-domains", domains=("python",), cap=settings["cap"]), seq_len=settings["seq_len"]
-    )
+    task = python_text(settings)
     torch.manual_seed(seed)
     model = build(arm, settings)
     plan, steps, flops = budget(arm, model, task, settings)
     curve = HeldOut(every=max(1, steps // settings["points"]))
-    config = TrainConfig(steps=steps, batch_size=settings["batch_size"], seed=seed, eval_batches=1)
-    train(model, task, config, hooks=[Sparsify(plan), curve])
+    config = TrainConfig(steps, settings["batch_size"], seed=seed, eval_every=None)
+    train(model, task, config, [Sparsify(plan), curve])
     metrics, meter = held_out(model, task, "test", settings["test_batches"])
     load, stats = loads(meter), load_stats(loads(meter))
     probability = torch.stack([meter.importance(layer) for layer in meter.layers])
     confidence = torch.stack([meter.confidence(layer) for layer in meter.layers])
-    lower = len(settings["low"])
     null = null_max_vio(int(load[0].sum()), settings["n_experts"], generator=torch.Generator().manual_seed(0))
-    return Row(
-        arm=arm,
-        seed=seed,
-        params=count_params(model),
-        active_params=active_parameters(model, plan, steps),
-        flops=flops,
-        steps=steps,
-        metric=stats.max_vio[:lower].mean().item(),
-        extra={
-            "bits_per_byte": metrics["bits_per_byte"],
-            "active_params_at_start": active_parameters(model, plan, 0),
-            "switch_step": plan.switches[0] if plan.switches else None,
-            "max_vio": numbers(stats.max_vio),
-            "min_deviation": numbers(stats.min_deviation),
-            "dead": numbers(stats.dead),
-            "balance_loss": numbers(load_balance_value(load, probability)),
-            "top1_loss": numbers(settings["n_experts"] * probability.square().sum(-1) / confidence),
-            "confidence": numbers(confidence),
-            "tv_load": numbers(total_variation(load)),
-            "tv_probability": numbers(total_variation(probability)),
-            "null_max_vio": numbers(null),
-            "load": numbers(load / load.sum(-1, keepdim=True)),
-            "probability": numbers(probability),
-            "curve": curve.points,
-        },
-    )
+    extra = {
+        "bits_per_byte": metrics["bits_per_byte"],
+        "active_params_at_start": active_parameters(model, plan, 0),
+        "switch_step": plan.switches[0] if plan.switches else None,
+        "max_vio": numbers(stats.max_vio),
+        "min_deviation": numbers(stats.min_deviation),
+        "dead": numbers(stats.dead),
+        "balance_loss": numbers(load_balance_value(load, probability)),
+        "top1_loss": numbers(settings["n_experts"] * probability.square().sum(-1) / confidence),
+        "confidence": numbers(confidence),
+        "tv_load": numbers(total_variation(load)),
+        "tv_probability": numbers(total_variation(probability)),
+        "null_max_vio": numbers(null),
+        "load": numbers(load / load.sum(-1, keepdim=True)),
+        "probability": numbers(probability),
+        "curve": curve.points,
+    }
+    metric = stats.max_vio[: len(settings["low"])].mean().item()
+    active = active_parameters(model, plan, steps)
+    return Row(arm, seed, count_params(model), active, flops, steps, metric, extra)
 
 
 def build(arm: str, settings: Settings) -> DecoderLM:
-    d_model, n_experts = settings["d_model"], settings["n_experts"]
-
     def ffn(_: int) -> nn.Module:
-        router = GlobalBatchRouter(d_model, n_experts, **ROUTERS[arm])
-        return MoELayer(router, GLUExperts(n_experts, d_model, settings["d_hidden"]))
+        router = GlobalBatchRouter(settings["d_model"], settings["n_experts"], **ROUTERS[arm])
+        return MoELayer(router, GLUExperts(settings["n_experts"], settings["d_model"], settings["d_hidden"]))
 
-    return DecoderLM(
-        LanguageModelling.vocab, d_model, settings["n_layers"], settings["n_heads"], ffn, settings["seq_len"]
-    )
+    return decoder(settings, ffn)
 
 
 def budget(arm: str, model: nn.Module, task: Task, settings: Settings) -> tuple[SparsityPlan, int, int]:
@@ -188,18 +137,10 @@ def step_flops(model: nn.Module, task: Task, plan: SparsityPlan, step: int, sett
 def held_out(model: nn.Module, task: Task, split: str, max_batches: int) -> tuple[dict[str, float], RoutingMeter]:
     """Metrics of a split, and the routing of all its tokens, in eval mode."""
     layers = moe_layers(model)
-    names = {layer: name for name, layer in layers.items()}
-    meter = RoutingMeter(list(layers), [layer.n_experts for layer in names], top_k=None)
-
-    def count(layer, routing, context):
-        meter.update(names[layer], routing.mask(), routing.probs)
-
-    handles = [layer.observe(count) for layer in names]
-    try:
+    meter = RoutingMeter(list(layers), [layer.n_experts for layer in layers.values()], top_k=None)
+    names = cycle(layers)  # each pass goes through them in this order
+    with observing(layers.values(), lambda routing, _: meter.update(next(names), routing.mask(), routing.probs)):
         return task.evaluate(model, split, max_batches), meter
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def loads(meter: RoutingMeter) -> torch.Tensor:
@@ -228,24 +169,19 @@ def numbers(values: torch.Tensor) -> list:
     return (values.double() * 1e6).round().div(1e6).tolist()
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
-    lower = len(settings["low"])
+def judge(rows: Rows, settings: Settings) -> Judgement:
+    """Apply `RULE`."""
 
-    def of(arm: str, name: str, layers: slice = slice(None)) -> list[float]:
-        values = [row.extra[name] for row in rows if row.arm == arm]
-        return [statistics.fmean(v[layers]) if isinstance(v, list) else v for v in values]
+    def lower(name: str) -> Callable[[Row], float]:
+        return lambda row: statistics.fmean(row.extra[name][: len(settings["low"])])
 
-    low = slice(lower)
-    max_vio = {arm: statistics.fmean(of(arm, "max_vio")) for arm in arms(settings)}
-    lower_vio = {arm: of(arm, "max_vio", low) for arm in arms(settings)}
-    bits = {arm: of(arm, "bits_per_byte") for arm in arms(settings)}
-    tv_load, tv_probability = of("lbl", "tv_load", low), of("lbl", "tv_probability", low)
-    value = statistics.fmean(of("lbl", "balance_loss", low))
-    ratio = statistics.fmean(tv_load) / statistics.fmean(tv_probability)
-    gap = paired_interval(tv_load, tv_probability)
-    repair = paired_interval(lower_vio["progressive"], lower_vio["lbl"])
-    worse = statistics.fmean(bits["progressive"]) - statistics.fmean(bits["lbl"])
-    spread = statistics.stdev(bits["lbl"]) if len(bits["lbl"]) > 1 else math.inf
+    max_vio = rows.means(lambda row: statistics.fmean(row.extra["max_vio"]))
+    bits, value = rows.means("bits_per_byte"), rows.mean("lbl", lower("balance_loss"))
+    tv_load, tv_probability = rows.of("lbl", lower("tv_load")), rows.of("lbl", lower("tv_probability"))
+    ratio, gap = statistics.fmean(tv_load) / statistics.fmean(tv_probability), paired_interval(tv_load, tv_probability)
+    repair = rows.minus("progressive", "lbl", lower("max_vio"))
+    worse = bits["progressive"] - bits["lbl"]
+    spread = statistics.stdev(rows.of("lbl", "bits_per_byte")) if repair.n > 1 else math.inf
     most_balanced = min(max_vio, key=max_vio.get)
     parts = {
         "a: load far from uniform while P is near it": status(
@@ -255,17 +191,14 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
         "b: at equal quality": status(worse <= spread, math.isfinite(spread)),
         "c: top-1 loss the most balanced": status(most_balanced == "top1-lbl", True),
     }
-    if repair.n < 2:
-        verdict = NOT_RESOLVED
-    elif "fails" in parts.values():
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED if "open" in parts.values() else REPRODUCED
-    equal_flops = paired_interval(bits["progressive"], bits["lbl-equal-flops"])
-    return Judgement(
+    states = parts.values()
+    verdict = decide(
+        (NOT_RESOLVED, repair.n < 2), (NOT_REPRODUCED, "fails" in states), (REPRODUCED, "open" not in states)
+    )
+    equal_flops = rows.minus("progressive", "lbl-equal-flops", "bits_per_byte")
+    return Judgement.on(
+        repair,
         verdict,
-        repair.estimate,
-        (repair.low, repair.high),
         "MaxVio of the lower layers on held-out text, progressive minus constant top-1 at equal steps ("
         + "; ".join(f"{part}: {found}" for part, found in parts.items())
         + ").",
@@ -277,11 +210,9 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
             "bits_per_byte_spread_of_lbl": spread,
             "bits_per_byte_progressive_minus_equal_flops": [equal_flops.estimate, equal_flops.low, equal_flops.high],
             "max_vio_all_layers": max_vio,
-            "max_vio_lower_layers": {arm: statistics.fmean(values) for arm, values in lower_vio.items()},
-            "bits_per_byte": {arm: statistics.fmean(values) for arm, values in bits.items()},
-            "active_params_start_end": {
-                row.arm: [row.extra["active_params_at_start"], row.active_params] for row in rows
-            },
+            "max_vio_lower_layers": rows.means(lower("max_vio")),
+            "bits_per_byte": bits,
+            "active_params_start_end": {r.arm: [r.extra["active_params_at_start"], r.active_params] for r in rows},
         },
     )
 
@@ -294,16 +225,13 @@ def status(on_the_claimed_side: bool, shown: bool) -> str:
 
 
 STUDY = Study(
-    slug="sigma-moe-tiny",
-    title="Sigma-MoE-Tiny: one active expert of 96, balanced by progressive sparsification",
-    claim="With one active expert of very many, the usual balance loss leaves the lower layers unbalanced; starting "
-    "them with several active experts, and switching to one late in training, balances them at almost equal quality.",
+    METHOD,
     metric="max_vio_lower",
     unit="max/mean load - 1",
     higher_is_better=False,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=itemgetter("arms"),
     run=run,
     judge=judge,
 )
