@@ -1,17 +1,16 @@
 """The machinery of a study: every arm at every seed, in order, one rule, the same in any number of processes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from workbench.catalogue import methods
+from workbench.catalogue import Method, method, methods
 from workbench.errors import InputError
-from workbench.studies.core import NOT_RESOLVED, REPRODUCED, Judgement, Row, Study, load_study
-
-
-def arms(settings):
-    return ["method", "baseline"]
+from workbench.studies.core import Study, load_study
+from workbench.studies.rows import Row
+from workbench.studies.verdicts import REPRODUCED, Judgement
 
 
 def run(arm, seed, settings):
@@ -23,20 +22,19 @@ def run(arm, seed, settings):
 
 
 def judge(rows, settings):
-    effect = rows[0].metric - rows[1].metric
+    effect = rows.mean("method") - rows.mean("baseline")
     return Judgement(REPRODUCED, effect, (float("-inf"), float("inf")), "The method is higher.", {"n": len(rows)})
 
 
+TOY = Method("toy", "Toy", "routing", 2020, "arXiv:0000.00000", "One is more than zero.", ())
 STUDY = Study(
-    slug="toy",
-    title="Toy",
-    claim="One is more than zero.",
+    TOY,
     metric="score",
     unit="points",
     higher_is_better=True,
     rule="Reproduced if the method is higher.",
     presets={"smoke": {"seeds": 2, "steps": 3}, "small": {"seeds": 3, "steps": 3}},
-    arms=arms,
+    arms=("method", "baseline"),
     run=run,
     judge=judge,
 )
@@ -54,7 +52,7 @@ def test_rows_come_seed_by_seed_with_one_thread_each():
     assert [(r.arm, r.seed) for r in result.rows] == [
         ("method", 4), ("baseline", 4), ("method", 5), ("baseline", 5)
     ]  # fmt: skip
-    assert result.arms == ["method", "baseline"] and result.seeds == [4, 5]
+    assert result.rows.arms == ["method", "baseline"] and result.seeds == [4, 5]
     assert all(row.extra["threads"] == 1 for row in result.rows)
     assert [e[:2] for e in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert all(row.seconds > 0 for row in result.rows)
@@ -73,6 +71,23 @@ def test_the_result_prints_itself_with_the_verdict_and_the_rule():
     result = STUDY.execute("smoke")
     assert "reproduced: The method is higher." in str(result) and "2 seeds" in str(result)
     assert "**reproduced**" in result._repr_markdown_() and STUDY.rule in result._repr_markdown_()
+    assert str(result).startswith("toy: One is more than zero.\n") and "Tested" not in str(result)
+
+
+def test_title_and_claim_are_the_catalogue_s_and_what_is_tested_of_it_is_shown():
+    narrow = replace(STUDY, tested="Two is more than one.")
+    found = narrow.execute("smoke")
+    plain = found.to_dict()
+    assert (plain["slug"], plain["title"], plain["claim"]) == ("toy", "Toy", TOY.claim)
+    assert plain["tested"] == "Two is more than one." and STUDY.execute("smoke").to_dict()["tested"] is None
+    assert "Tested here: Two is more than one." in str(found)
+    assert found._repr_markdown_().startswith("*Tested here:* Two is more than one.\n\n| arm |")
+    assert load_study("rmoe").system == method("rmoe")
+
+
+def test_arms_may_depend_on_the_settings():
+    study = replace(STUDY, arms=lambda settings: [f"method at {settings['steps']}"] * 2)
+    assert study.arms_of({"steps": 3}) == ["method at 3"] * 2 and STUDY.arms_of({}) == ["method", "baseline"]
 
 
 def test_wrong_input_is_named():
@@ -82,8 +97,5 @@ def test_wrong_input_is_named():
         STUDY.execute("smoke", seed=-1)
     with pytest.raises(InputError, match="jobs is 0"):
         STUDY.execute("smoke", jobs=0)
-    with pytest.raises(InputError, match="verdict 'proved' is unknown"):
-        Judgement("proved", 0.0, (0, 0), "")
-    assert Judgement(NOT_RESOLVED, 0.0, (0, 0), "").verdict == "not resolved at this scale"
     with pytest.raises(InputError, match="no study yet"):
         load_study(methods(status="planned")[0].slug)

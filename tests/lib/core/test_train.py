@@ -107,6 +107,12 @@ def test_evaluation_comes_on_time_and_changes_nothing(task):
     assert weights_digest(often.model) == weights_digest(never.model)
 
 
+def test_training_without_any_evaluation_is_the_same_training(task):
+    seen, silent = (train(model(), task, TrainConfig(steps=4, batch_size=4, eval_every=n)) for n in (0, None))
+    assert len(seen.history) == 1 and silent.history == [] and silent.metrics == {}
+    assert weights_digest(seen.model) == weights_digest(silent.model) and seen.loss == silent.loss
+
+
 def test_going_on_from_a_step_is_as_if_it_never_stopped(task):
     config = TrainConfig(steps=12, batch_size=4)
     whole = train(model(), task, config)

@@ -104,6 +104,7 @@ def test_intervals_against_scipy():
     assert (x.n, x.level) == (5, 0.9) and x.estimate == pytest.approx(np.mean(A))
     x = paired_interval(A, B)
     assert (x.low, x.high) == pytest.approx(scipy.stats.ttest_rel(A, B).confidence_interval(0.95))
+    assert -x == paired_interval(B, A)
     x = welch_interval(A, B[:3])
     expected = scipy.stats.ttest_ind(A, B[:3], equal_var=False).confidence_interval(0.95)
     assert (x.low, x.high) == pytest.approx(expected) and x.n == 8

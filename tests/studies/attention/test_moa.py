@@ -6,22 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from workbench.beds.pair_recall import decoder
 from workbench.lib.attention import moa
 from workbench.lib.attention.moa_plan import span_rules
-from workbench.paths import home as home_folder
 from workbench.studies.attention import moa as study
-from workbench.studies.attention.moa import PRESETS, STUDY, Recall, arms, build, distances, judge, make_task, plans_for
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
+from workbench.studies.attention.moa import PRESETS, STUDY, arms, judge, plans_for
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 SMOKE = PRESETS["smoke"]
 SETTINGS = {"densities": (0.25, 0.5)}
 NOISE = (0.0, 0.01, -0.005)
 RECALL = {"moa": 0.9, "uniform": 0.7, "random": 0.8, "static": 0.85}
-
-
-@pytest.fixture(scope="module")
-def recall() -> Recall:
-    return make_task(SMOKE)
 
 
 def judged(seeds=3, correlation=0.8, noise=None, **changes):
@@ -33,7 +29,7 @@ def judged(seeds=3, correlation=0.8, noise=None, **changes):
             value += NOISE[seed] * (2 if kind == "moa" else 1) + (noise or {}).get(kind, NOISE)[seed]
             extra = {"recall_unseen": value} | ({"correlation": correlation} if kind == "random" else {})
             rows.append(Row(arm, seed, 1, 1, 1, 1, value, extra))
-    return judge(rows, SETTINGS)
+    return judge(Rows(rows), SETTINGS)
 
 
 def test_moa_reproduced_if_gain_chance_and_influence_hold():
@@ -75,44 +71,6 @@ def test_moa_the_higher_density_does_not_decide():
     assert "at density 0.25" in judged().reason
 
 
-def test_moa_pairs_are_recalled_and_only_what_came_before_is_an_answer(recall):
-    tokens, answers = recall.rows("test", 8, 64, torch.Generator().manual_seed(0))
-    assert tokens.shape == answers.shape == (8, 64) and answers.any(1).all() and not answers[:, 0].any()
-    back = distances(tokens)
-    for b in range(8):
-        said, place = {}, {}
-        for t, byte in enumerate(tokens[b].tolist()):
-            if byte < study.FIRST_VALUE:
-                assert not answers[b, t] and back[b, t] == 0
-                continue
-            value, key = byte - study.FIRST_VALUE, int(tokens[b, t - 1]) - study.FIRST_KEY
-            assert key == value // study.VALUES  # a value follows its key, and a key has one value in a text
-            assert bool(answers[b, t]) is (key in said) and said.get(key, value) == value
-            assert back[b, t] == (t - place[key] if key in said else 0)
-            said[key], place[key] = value, t
-
-
-def test_moa_text_keeps_clear_of_the_bytes_of_the_pairs(recall):
-    for text in recall.text.values():
-        assert int(text.max()) < study.FIRST_VALUE
-        assert not ((text >= study.FIRST_KEY) & (text < study.FIRST_KEY + study.KEYS)).any()
-
-
-def test_moa_the_base_is_trained_once_and_the_same_from_its_file(recall):
-    first = study.trained(recall, 7, SMOKE)
-    files = {path: path.stat().st_mtime_ns for path in (home_folder() / "models").glob("moa-base-*.safetensors")}
-    assert files
-    again = study.trained(recall, 7, SMOKE)
-    assert {path: path.stat().st_mtime_ns for path in files} == files
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
-    other = study.trained(recall, 8, SMOKE)
-    assert not torch.equal(other.embedding.weight, first.embedding.weight)
-    damaged = max(files, key=files.get)
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    repaired = study.trained(recall, 7, SMOKE)
-    assert all(torch.equal(value, repaired.state_dict()[name]) for name, value in first.state_dict().items())
-
-
 @pytest.mark.parametrize("preset", ["smoke", "small"])
 def test_moa_arms_are_equally_dense_at_every_length(preset):
     settings = PRESETS[preset]
@@ -151,7 +109,7 @@ def test_moa_accuracy_by_distance_counts_every_answer():
 
 
 def test_moa_cache_bytes_are_those_of_the_formula():
-    model = build(SMOKE)
+    model = decoder(SMOKE)
     width, heads, layers = SMOKE["d_model"], SMOKE["n_heads"], SMOKE["n_layers"]
     dense = study.cache_bytes(model, 64)
     assert dense == layers * heads * 64 * (width // heads) * 2 * 4
@@ -169,8 +127,9 @@ def test_moa_a_run_repeats_itself(arm):
 @pytest.mark.study
 def test_moa_the_smoke_preset_runs():
     result = STUDY.execute("smoke")
-    assert result.arms == ["dense", "moa@0.5", "uniform@0.5", "random@0.5", "static@0.5"] and len(result.rows) == 10
+    assert result.rows.arms == ["dense", "moa@0.5", "uniform@0.5", "random@0.5", "static@0.5"]
+    assert len(result.rows) == 10
     assert result.verdict in str(result)
     json.dumps(result.to_dict(), allow_nan=False)
-    dense = result.of("dense")[0]
+    dense = result.rows.arm("dense")[0]
     assert all((row.params, row.flops) == (dense.params, dense.flops) for row in result.rows)

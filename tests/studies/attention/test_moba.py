@@ -5,24 +5,22 @@ import json
 import pytest
 import torch
 
-from workbench.errors import InputError
-from workbench.lib import data
+from workbench.beds.fact_recall import fact_recall
 from workbench.lib.core.budget import count_params
 from workbench.studies.attention.moba import (
     PRESETS,
     STUDY,
     Finder,
     RandomFinder,
-    Recall,
-    answered,
     arms,
     build,
+    held_out,
     judge,
     run,
-    selection,
     theory,
 )
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 SMOKE = PRESETS["smoke"]
 NOISE = (0.0, 0.01, -0.01)
@@ -31,18 +29,17 @@ AGREEING = {"blocks": [16], "formula": [0.2], "simulated": [0.205]}
 
 
 def task(**options):
-    text = data.load("text-domains", domains=("python",), cap=65_536)
-    return Recall(text, **{"seq_len": 64, "facts": 4, "weight": 1.0, "test_rows": 70} | options)
+    return fact_recall(SMOKE | {"test_rows": 70} | options)
 
 
 def judged(recall=None, noise=None, seeds=3, probabilities=AGREEING):
     recall, noise = RECALL | (recall or {}), noise or {}
     extra = {"block_recall": 0.5, "snr": 1.0, "bits_per_byte": 3.0}
-    rows = [
+    rows = Rows(
         Row(arm, seed, 1, 1, 1, 1, value + noise.get(arm, NOISE)[seed] + 0.001 * seed * len(arm), extra)
         for arm, value in recall.items()
         for seed in range(seeds)
-    ]
+    )
     return judge(rows, SMOKE, probabilities)
 
 
@@ -87,53 +84,6 @@ def test_theory_agrees_in_the_small_preset():
     found = theory(PRESETS["small"])
     assert found["blocks"] == [16, 32, 64, 128, 256]
     assert all(abs(a - b) < 0.015 for a, b in zip(found["formula"], found["simulated"], strict=True))
-
-
-# the task
-
-
-def test_every_question_has_its_fact_before_it():
-    batch, question, value = task().rows("train", 9, torch.Generator().manual_seed(0))
-    rows = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
-    assert batch.inputs.shape == (9, 64) and question.shape == value.shape == (9, 4)
-    key_of_fact, key_asked = rows.gather(1, value - 1), rows.gather(1, question)
-    assert torch.equal(key_of_fact, key_asked) and (key_asked >= 128).all() and (key_asked < 192).all()
-    assert torch.equal(rows.gather(1, value), batch.targets.gather(1, question))
-    assert (value < 48).all() and (question >= 48).all()
-    assert all(len(set(row.tolist())) == 4 for row in key_asked)
-    assert torch.equal(answered(batch).nonzero()[:, 1].view(9, 4), question.sort(1).values)
-    assert ((rows >= 128).sum(1) == 16).all()  # the text has no byte of these
-
-
-def test_held_out_rows_are_the_same_each_time():
-    first, second = ([batch.inputs for batch, _, _ in task().held_out("test")] for _ in range(2))
-    assert [len(rows) for rows in first] == [64, 6]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert sum(len(batch) for batch in task().batches("test", 10)) == 70
-
-
-def test_an_answer_that_is_known_counts():
-    """A model that reads the answer off the targets recalls everything, and one that says a space nothing."""
-    exam = task()
-
-    class Cheat(torch.nn.Module):
-        def __init__(self, knows):
-            super().__init__()
-            self.knows = knows
-            self.rows = {batch.inputs.numpy().tobytes(): batch.targets for batch, _, _ in exam.held_out("test")}
-
-        def forward(self, tokens, context):
-            targets = self.rows[tokens.numpy().tobytes()] if self.knows else torch.full_like(tokens, 32)
-            return 100.0 * torch.nn.functional.one_hot(targets, 256)
-
-    assert exam.evaluate(Cheat(True), "test") == {"recall": 1.0, "bits_per_byte": pytest.approx(0, abs=1e-6)}
-    assert exam.evaluate(Cheat(False), "test")["recall"] == 0.0
-
-
-@pytest.mark.parametrize("options", [{"seq_len": 60}, {"facts": 0}, {"facts": 9}])
-def test_a_task_that_cannot_be_is_refused(options):
-    with pytest.raises(InputError, match=r"seq_len is .* and facts is"):
-        task(**options)
 
 
 # the arms
@@ -197,10 +147,11 @@ def test_block_recall_is_a_count():
     torch.manual_seed(0)
     everything = build("dense", SMOKE)
     everything.blocks[1].attention.block_size, everything.blocks[1].attention.blocks_per_query = 4, 16
-    found = selection(everything, task())
+    found = held_out(everything, task())
     assert found["block_recall"] == 1.0 and isinstance(found["snr"], float)
-    assert selection(build("dense", SMOKE), task()) == {"block_recall": 1.0, "snr": "none"}
-    chance = selection(build("random-4", SMOKE | {"keys": 16}), task(test_rows=300))["block_recall"]
+    dense, exam = build("dense", SMOKE), task()
+    assert held_out(dense, exam) == exam.evaluate(dense, "test") | {"block_recall": 1.0, "snr": "none"}
+    chance = held_out(build("random-4", SMOKE | {"keys": 16}), task(test_rows=300))["block_recall"]
     expected = sum(3 / block for block in (12, 13, 14, 15)) / 4
     assert chance == pytest.approx(expected, abs=0.03)
 
@@ -213,6 +164,6 @@ def test_a_run_repeats_itself():
 @pytest.mark.study
 def test_the_smoke_preset_runs():
     result = STUDY.execute("smoke")
-    assert result.arms == arms(SMOKE) and len(result.rows) == 10
+    assert result.rows.arms == arms(SMOKE) and len(result.rows) == 10
     assert result.verdict in str(result)
     json.dumps(result.to_dict(), allow_nan=False)

@@ -8,11 +8,11 @@ import torch
 from workbench.kernels.memory import saved_bytes
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.experts import GLUExperts
-from workbench.lib.core.models import DecoderLM
 from workbench.lib.kernels.sonicmoe import SonicRouter, padded_fraction, predicted_saved_bytes, topk_routing
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
-from workbench.studies.kernels.sonicmoe import PRESETS, STUDY, arms, build, judge, run, waste_table
+from workbench.studies.kernels.sonicmoe import PRESETS, STUDY, arms, build, judge, run, waste, waste_table
 from workbench.studies.kernels.sonicmoe_memory import layers, memory
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.004, -0.003, 0.001)
 LOSS = {"tc": 2.0, "nearest-8": 2.001, "nearest-32": 2.002, "nearest-128": 2.3, "down-32": 2.01, "up-32": 2.0}
@@ -38,7 +38,7 @@ def judged(loss=None, memory=None, padded=(0.3, 0.0), spread=1.0, seeds=4):
             extra |= {"waste": waste} if arm.startswith("tc") else {}
             own = 1 if arm == "tc" else -1  # so that differences have a spread
             rows.append(Row(arm, seed, 1, 1, 1, 1, value + own * spread * NOISE[seed], extra))
-    return judge(rows, PRESETS["small"])
+    return judge(Rows(rows), PRESETS["small"])
 
 
 def test_reproduced_if_memory_is_flat_no_row_is_wasted_and_quality_is_equal():
@@ -175,33 +175,25 @@ def test_a_run_repeats_itself_and_reports_its_loads():
     first, second = (run("tc E=8 K=4", 3, PRESETS["smoke"]) for _ in range(2))
     assert first == second
     assert first.extra["pairs_per_token"] == 4 and first.extra["tokens_without_expert"] == 0
+    assert first.extra["waste"]["n_tokens"] == 64 * PRESETS["smoke"]["seq_len"]  # a batch of the evaluation
     table = waste_table([first])
     assert [(cell["n_experts"], cell["top_k"], cell["tile"]) for cell in table] == [(8, 4, 16), (8, 4, 32)]
     assert all(cell["rounding"] == 0 for cell in table)
 
 
-def test_the_waste_is_that_of_the_loads_on_test_text():
-    from workbench.lib import data
-    from workbench.lib.core.task import LanguageModelling
-    from workbench.studies.kernels.sonicmoe import waste
-
+def test_the_waste_is_that_of_the_loads():
     settings = PRESETS["smoke"]
-    task = LanguageModelling(data.load("text-domains", domains=("python",), cap=65_536), settings["seq_len"])
-    torch.manual_seed(0)
-    model: DecoderLM = build("tc", settings)
-    found, counts = waste(model, task, settings), []
-    model.eval()
-    batch = next(iter(task.batches("test", 64)))
-    for block in model.blocks:
-        block.ffn.observe(lambda _, routing, context: counts.append(routing.counts))
-    model(batch.inputs)
-    expected = padded_fraction(torch.stack(counts), 32).mean().item()
-    assert found["tiles"]["32"]["tc"] == pytest.approx(expected) and found["n_tokens"] == 64 * settings["seq_len"]
+    logits = torch.randn(3, 64, settings["n_experts"], generator=torch.Generator().manual_seed(0))
+    routings = [*(topk_routing(part, 2) for part in logits), topk_routing(logits[0, :9], 2)]  # the last one is short
+    found = waste(routings, settings)
+    expected = padded_fraction(torch.stack([routing.counts for routing in routings[:3]]), 32).mean().item()
+    assert found["tiles"]["32"]["tc"] == pytest.approx(expected) and found["n_tokens"] == 64
+    assert found["tiles"]["32"]["rounding"] == 0
 
 
 @pytest.mark.study
 def test_the_smoke_preset_runs():
     result = STUDY.execute("smoke")
-    assert result.arms == arms(PRESETS["smoke"]) and len(result.rows) == 2 * len(result.arms)
+    assert result.rows.arms == arms(PRESETS["smoke"]) and len(result.rows) == 2 * len(result.rows.arms)
     assert result.verdict in str(result)
     json.dumps(result.to_dict(), allow_nan=False)

@@ -12,8 +12,9 @@ from workbench.lib.core.schedules import SCHEDULES
 from workbench.lib.core.task import Classification
 from workbench.lib.data.types import Arrays
 from workbench.lib.routing.dynamoe import PercentileGate, percentile_count
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.routing.dynamoe import PRESETS, STUDY, Classifier, arms, judge, p_value, run, schedule_of
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.004, -0.002, 0.001)
 SETTINGS = {"data": ("digits",)}
@@ -26,7 +27,7 @@ def images() -> Classification:
     )
 
 
-def rows(seeds=4, wiggle=0.1, ratio=-0.5, ratio_wiggle=0.1, suffix="", **accuracy) -> list[Row]:
+def rows(seeds=4, wiggle=0.1, ratio=-0.5, ratio_wiggle=0.1, suffix="", **accuracy) -> Rows:
     """Accuracy by arm; the difference to uniform varies over the seeds by `wiggle` times the noise of uniform."""
     level = {"uniform": 0.9, "descending": 0.93, "wave": 0.9, "top-k": 0.9, "relative": 0.9} | accuracy
     made = []
@@ -40,7 +41,7 @@ def rows(seeds=4, wiggle=0.1, ratio=-0.5, ratio_wiggle=0.1, suffix="", **accurac
                 "gradient_noise_experts": [math.exp(log_noise)] * 2,
             }
             made.append(Row(arm + suffix, seed, 1, 1, 1, 1, value + change * NOISE[seed], extra))
-    return made
+    return Rows(made)
 
 
 def test_reproduced_if_descending_is_above_uniform():
@@ -93,7 +94,7 @@ def test_the_gradient_noise_is_judged_apart(ratio, wiggle, seeds, status):
 
 
 def test_the_first_data_set_decides_and_the_others_are_reported():
-    both = rows() + rows(suffix="@mnist-1d", descending=0.8)
+    both = Rows(rows() + rows(suffix="@mnist-1d", descending=0.8))
     result = judge(both, {"data": ("digits", "mnist-1d")})
     assert result.verdict == REPRODUCED and "On mnist-1d: -0.0999 [-0.1" in result.reason
     assert result.details["mnist-1d"]["schedules"]["descending"]["difference"] == pytest.approx(-0.1, abs=1e-3)
@@ -157,7 +158,7 @@ def test_a_run_repeats_itself_and_shows_what_the_gates_do():
 @pytest.mark.study
 def test_the_smoke_preset_runs():
     result = STUDY.execute("smoke")
-    assert result.arms == list(PRESETS["smoke"]["arms"]) and len(result.rows) == 5
+    assert result.rows.arms == list(PRESETS["smoke"]["arms"]) and len(result.rows) == 5
     assert result.verdict == NOT_RESOLVED and result.verdict in str(result)
     assert len({row.params for row in result.rows}) == 1
     json.dumps(result.to_dict(), allow_nan=False)

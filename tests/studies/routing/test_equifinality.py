@@ -8,14 +8,15 @@ import torch
 
 from workbench.errors import InputError
 from workbench.lib.core.budget import count_params
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.routing.equifinality import ACTIVE, COSINE, PRESETS, STUDY, build, judge, run
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 SMALL = {"seeds": 3}
 NOISE = (0.0, 0.02, -0.01)
 
 
-def rows(**changes) -> list[Row]:
+def rows(**changes) -> Rows:
     """Rows in which all parts hold, but for what `changes` says: perplexities by arm, cosine, saved, cost."""
     level = {"H1": 6.0, "H2": 6.01, "alpha": 6.02, "hash": 6.3, "linear": 5.9} | {
         name: value for name, value in changes.items() if name not in ("cosine", "saved", "cost", "noise")
@@ -33,7 +34,7 @@ def rows(**changes) -> list[Row]:
         for seed in range(3):
             value = perplexity + NOISE[seed] + noise.get(arm, (0, 0, 0))[seed]
             made.append(Row(arm, seed, 1, 1, 1, 1, value, dict(hops) if arm == "H2" else {}))
-    return made
+    return Rows(made)
 
 
 def test_reproduced_if_all_parts_hold():
@@ -85,14 +86,14 @@ def test_a_loss_within_the_spread_of_the_topologies_is_open():
 
 def test_collinearity_that_varies_between_seeds_is_open():
     made = rows()
-    for row, cosine in zip([row for row in made if row.arm == "H2"], (0.3, 0.6, 0.9), strict=True):
+    for row, cosine in zip(made.arm("H2"), (0.3, 0.6, 0.9), strict=True):
         row.extra["cosine"] = cosine
     result = judge(made, SMALL)
     assert result.details["parts"]["collinear"] == "open" and result.verdict == NOT_RESOLVED
 
 
 def test_one_seed_resolves_nothing():
-    assert judge([row for row in rows() if row.seed == 0], SMALL).verdict == NOT_RESOLVED
+    assert judge(Rows(row for row in rows() if row.seed == 0), SMALL).verdict == NOT_RESOLVED
 
 
 def test_every_pair_of_topologies_counts():
@@ -100,9 +101,8 @@ def test_every_pair_of_topologies_counts():
     result = judge(many, SMALL)
     assert result.verdict == REPRODUCED and len(result.details["pairs"]) == 10
     assert result.details["gap_closed_by_iso_cosine"] == pytest.approx(0.67, abs=0.01)
-    assert (
-        judge([replace(row, metric=6.3) if row.arm == "H4" else row for row in many], SMALL).verdict == NOT_REPRODUCED
-    )
+    wide = Rows(replace(row, metric=6.3) if row.arm == "H4" else row for row in many)
+    assert judge(wide, SMALL).verdict == NOT_REPRODUCED
 
 
 def test_all_arms_have_the_active_parameters_of_h1_but_top1():
@@ -148,13 +148,13 @@ def test_a_run_repeats_itself():
 @pytest.mark.study
 def test_every_arm_of_the_full_preset_runs():
     settings = PRESETS["smoke"] | {"arms": PRESETS["full"]["arms"]}
-    judge([run(arm, 0, settings) for arm in settings["arms"]], settings)
+    judge(Rows(run(arm, 0, settings) for arm in settings["arms"]), settings)
 
 
 @pytest.mark.study
 def test_the_smoke_preset_runs():
     result = STUDY.execute("smoke")
-    assert result.arms == list(PRESETS["smoke"]["arms"]) and len(result.rows) == 10
+    assert result.rows.arms == list(PRESETS["smoke"]["arms"]) and len(result.rows) == 10
     assert result.verdict in str(result)
     plain = result.to_dict()
     json.dumps(plain, allow_nan=False)

@@ -8,8 +8,9 @@ from torch import nn
 
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.experts import GLUExperts
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.routing.rmoe import PRESETS, STUDY, build, expert_similarity, judge, pair_counts, run
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.02, -0.01)
 BITS = {"mlp": 2.5, "linear": 2.51, "gru": 2.48, "gru-detach": 2.49, "gru-shuffle": 2.505}
@@ -19,7 +20,7 @@ INFORMATION = {"mlp": 0.3, "linear": 0.2, "gru": 0.6, "gru-detach": 0.5, "gru-sh
 def judged(bits=None, information=None, noise=None, seeds=3):
     bits, information = BITS | (bits or {}), INFORMATION | (information or {})
     noise = noise or {}
-    rows = [
+    rows = Rows(
         Row(
             arm,
             seed,
@@ -32,7 +33,7 @@ def judged(bits=None, information=None, noise=None, seeds=3):
         )
         for arm, value in bits.items()
         for seed in range(seeds)
-    ]
+    )
     return judge(rows, {"arms": list(bits)})
 
 
@@ -134,12 +135,12 @@ def test_a_run_repeats_itself():
 @pytest.mark.study
 def test_every_arm_of_the_full_preset_runs():
     settings = PRESETS["smoke"] | {"arms": PRESETS["full"]["arms"]}
-    judge([run(arm, 0, settings) for arm in settings["arms"]], settings)
+    judge(Rows(run(arm, 0, settings) for arm in settings["arms"]), settings)
 
 
 @pytest.mark.study
 def test_the_smoke_preset_runs():
     result = STUDY.execute("smoke")
-    assert result.arms == list(PRESETS["smoke"]["arms"]) and len(result.rows) == 10
+    assert result.rows.arms == list(PRESETS["smoke"]["arms"]) and len(result.rows) == 10
     assert result.verdict in str(result)
     json.dumps(result.to_dict(), allow_nan=False)

@@ -6,18 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from workbench.lib import data
+from workbench.beds.python_text import python_text
 from workbench.lib.core.moe import moe_layers
-from workbench.lib.core.task import LanguageModelling
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.routing.sigma_moe_tiny import PRESETS, ROUTERS, STUDY, budget, build, held_out, judge, loads, run
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.02, -0.01)
 SETTINGS = {"low": (4, 2), "arms": tuple(ROUTERS)}
 SMOKE = PRESETS["smoke"]
 
 
-def rows(seeds=3, noise=NOISE, **changes) -> list[Row]:
+def rows(seeds=3, noise=NOISE, **changes) -> Rows:
     """Rows in which all parts hold, but for what `changes` says."""
     lower = {
         "lbl": 5.0,
@@ -43,7 +43,7 @@ def rows(seeds=3, noise=NOISE, **changes) -> list[Row]:
                 "active_params_at_start": 8,
             }
             made.append(Row(arm, seed, 9, 7, 1, 1, extra["max_vio"][0], extra))
-    return made
+    return Rows(made)
 
 
 def test_reproduced_if_all_parts_hold():
@@ -84,7 +84,7 @@ def test_one_seed_resolves_nothing():
 
 
 def test_the_arm_at_equal_flops_trains_as_long_as_the_schedule_costs():
-    task = LanguageModelling(data.load("text-domains", domains=("python",), cap=SMOKE["cap"]), SMOKE["seq_len"])
+    task = python_text(SMOKE)
     torch.manual_seed(0)
     model = build("lbl", SMOKE)
     plans = {arm: budget(arm, model, task, SMOKE) for arm in ("lbl", "progressive", "lbl-equal-flops")}
@@ -97,7 +97,7 @@ def test_the_arm_at_equal_flops_trains_as_long_as_the_schedule_costs():
 
 
 def test_loads_are_measured_in_eval_mode_and_leave_no_trace():
-    task = LanguageModelling(data.load("text-domains", domains=("python",), cap=SMOKE["cap"]), SMOKE["seq_len"])
+    task = python_text(SMOKE)
     torch.manual_seed(0)
     model = build("loss-free", SMOKE).train()
     metrics, meter = held_out(model, task, "test", 1)
@@ -141,6 +141,6 @@ def test_a_run_repeats_itself_and_says_what_it_cost():
 @pytest.mark.study
 def test_the_smoke_preset_runs():
     result = STUDY.execute("smoke")
-    assert result.arms == list(SMOKE["arms"]) and len(result.rows) == 5
+    assert result.rows.arms == list(SMOKE["arms"]) and len(result.rows) == 5
     assert result.verdict == NOT_RESOLVED and result.verdict in str(result)
     json.dumps(result.to_dict(), allow_nan=False)
