@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from workbench import sealed
 from workbench.errors import InputError
 from workbench.lib.core import checkpoint
 from workbench.lib.core.task import LanguageModelling
@@ -229,14 +230,14 @@ def test_a_full_disk_under_the_store_stops_the_run_with_a_message(
 
 
 def test_a_full_disk_under_a_checkpoint_stops_the_run_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    usual = checkpoint.os.fsync
+    usual = sealed.os.fsync
 
     def full(descriptor: int) -> None:
-        if list((tmp_path / "run" / CHECKPOINTS).glob(".step-00000015.tmp")):
+        if list((tmp_path / "run" / CHECKPOINTS).glob(".step-00000015.*.unfinished")):
             raise OSError(errno.ENOSPC, "No space left on device")
         usual(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(sealed.os, "fsync", full)
     with pytest.raises(RunStopped, match=r"its checkpoint after 15 steps cannot be written: .*No space left"):
         train_run(recipe(), tmp_path / "run")
     with Run(tmp_path / "run") as run:

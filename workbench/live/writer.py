@@ -25,6 +25,7 @@ from workbench.live import blobs, schema
 from workbench.live.control import Command
 from workbench.live.lock import Lock
 from workbench.live.reader import Run
+from workbench.sealed import sealed_file
 
 STATES = ("running", "paused", "finished", "stopped", "failed")
 CHECKPOINTS = "checkpoints"
@@ -283,9 +284,7 @@ def _connect(folder: Path, meta: list[tuple[str, str]] | None = None) -> sqlite3
 
 def _make(path: Path, meta: list[tuple[str, str]]) -> None:
     """Make the file under another name first: at ``path`` a reader finds a whole run or none."""
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    with closing(schema.connect(part, "rwc", TIMEOUT)) as db:
+    with sealed_file(path) as part, closing(schema.connect(part, "rwc", TIMEOUT)) as db:
         db.execute("PRAGMA journal_mode = WAL").fetchall()  # kept in the file
         db.execute("BEGIN IMMEDIATE")
         for statement in schema.TABLES:
@@ -293,7 +292,6 @@ def _make(path: Path, meta: list[tuple[str, str]]) -> None:
         db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
         db.execute("INSERT INTO state VALUES (0, 'running', '', -1)")
         db.execute("COMMIT")
-    part.rename(path)
 
 
 def _complete(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,6 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core import checkpoint
 from workbench.lib.core.checkpoint import load, save, weights_digest
 from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.moe import MoELayer
@@ -167,14 +168,17 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2, model, optimizer)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     monkeypatch.undo()
 
-    (tmp_path / ".step-00000002.tmp").mkdir()  # as a kill leaves it
-    (tmp_path / ".step-00000002.tmp" / "model.safetensors").write_bytes(b"half")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = tmp_path / f".step-00000002.{killed.pid}.0123abcd.unfinished"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
     assert load(tmp_path, model, optimizer).step == 1
     save(tmp_path, 3, model, optimizer)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]

@@ -1,6 +1,7 @@
 """The cache of parsed data: what comes out is what went in, or it is made again."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -93,7 +94,7 @@ def test_an_interrupted_write_leaves_nothing(build, home, monkeypatch):
     def interrupted(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.cached("set", "raw", build)
     assert list((home / "data" / "cache").iterdir()) == []

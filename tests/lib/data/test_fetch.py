@@ -152,7 +152,7 @@ def test_an_interrupted_extraction_leaves_nothing(index, home, monkeypatch, stop
     )
     with pytest.raises(expected, match=message):
         fetch.get("abc")
-    assert seen and all(name.startswith(".get-") for name in seen[0])  # at work only where nobody looks
+    assert seen and all(name.startswith(".") for name in seen[0])  # at work only where nobody looks
     assert everything(home / "data") == []
     assert not store.present(SETS["abc"])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.paths import home
+from workbench.sealed import sealed_file
 
 HEADER = Path(__file__).parent / "tile.h"
 # No option that lets the compiler assume that there is no NaN, or add in another order.
@@ -58,11 +59,9 @@ def library(source: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / kept.name
         _compile(compiler, flags, source, built)
-        with suppress(OSError):  # a home that cannot be written: it is compiled in each process
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            copy = kept.with_suffix(f".{os.getpid()}")
+        # in a home that cannot be written nothing is kept: each process compiles it
+        with suppress(OSError), sealed_file(kept) as copy:
             shutil.copyfile(built, copy)
-            copy.replace(kept)  # at once: another process may be doing the same
         try:
             return ctypes.CDLL(str(built))
         except OSError as error:

