@@ -58,6 +58,7 @@ def test_every_part_of_a_ready_row_resolves(row: Method):
     module = importlib.import_module(row.module)
     assert row == module.METHOD, "the literal arguments and the imported METHOD differ"
     assert Path(module.__file__) == row.path
+    assert row.adapts is hasattr(module, "ADAPTER")
 
     objects = row.resolve()
     assert objects, "a ready system names the objects to call"

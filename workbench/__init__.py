@@ -7,6 +7,7 @@
     print(workbench.study("rmoe", preset="smoke"))        # its paper's claim as a comparison with a verdict
 
     adapted = workbench.adapt(model, "lora", rank=8)      # adapters on the linear layers of any model
+    adapted.save("folder")                                # and later: workbench.load_adapter(model, "folder")
     with workbench.watch(model, "my-run") as watched:     # in a training script of your own, for the live views
         ...
         watched.step(loss=loss.item())                    # after optimizer.step()
@@ -25,6 +26,7 @@ _LAZY = {
     "study": "workbench.studies.core:run_study",
     "train": "workbench.lib.core.train:train",
     "adapt": "workbench.lib.core.adapt:adapt",
+    "load_adapter": "workbench.lib.core.adapt:load_adapter",
     "watch": "workbench.live.watch:watch",
     "runs": "workbench.live.store:runs",
     "find_run": "workbench.live.store:find",

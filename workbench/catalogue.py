@@ -28,6 +28,8 @@ What makes a row whole (each line is held by a test):
 - ``example()`` takes no argument and returns a small instance of the system, by its ``kind`` (see below); its only
   randomness is torch's global generator. tests/test_common.py holds every example to the contract of its kind;
   ``method(slug)`` prints its source as the way to build the system. A system of no kind below says ``example=None``.
+- A system that `workbench.adapt` puts on any model names its `Adapter` as ``ADAPTER``, and
+  tests/lib/core/adapt/test_every_adapter.py runs it on many.
 - ``workbench/studies/<family>/<slug with _>.py`` defines ``STUDY``.
 - ``notebooks/NN_<family>.ipynb`` has a markdown heading with the slug in backticks: "## A memory over depth: `rmoe`".
 - Its row is gone from ``catalogue_planned.csv``, the plain table of the systems that do not stand yet.
@@ -135,6 +137,11 @@ class Method:
     def notebook(self) -> str | None:
         """The family's notebook, relative to the repository; None while the system is planned."""
         return f"notebooks/{notebook_name(self.family)}.ipynb" if self.ready else None
+
+    @property
+    def adapts(self) -> bool:
+        """Whether `workbench.adapt` takes it: its file assigns ``ADAPTER``."""
+        return self.ready and assigned(self.path, "ADAPTER") is not None
 
     def resolve(self) -> dict[str, Any]:
         """Import the system and return its public objects by name (empty while it is planned)."""
@@ -250,14 +257,22 @@ def read_registered(lib: Path = PACKAGE / "lib") -> list[Method]:
 
 def read_method(path: Path) -> Method | None:
     """The ``METHOD`` that one file assigns, or None where it assigns none (a part that several systems share)."""
+    value = assigned(path, "METHOD")
+    if value is None:
+        return None
+    try:
+        return Method(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in value.keywords})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TypeError(f"{path}: METHOD must be Method(...) with literal keyword arguments: {error}") from None
+
+
+def assigned(path: Path, name: str) -> ast.expr | None:
+    """What a file assigns to a name at module level, read from the source; None where it assigns nothing."""
     source = path.read_text(encoding="utf-8")
-    if "METHOD" not in source:
+    if name not in source:
         return None
     for node in ast.parse(source, filename=str(path)).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "METHOD" for target in targets):
-            try:
-                return Method(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords})
-            except (ValueError, TypeError, AttributeError) as error:
-                raise TypeError(f"{path}: METHOD must be Method(...) with literal keyword arguments: {error}") from None
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return node.value
     return None

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
-from workbench.lib.core.adapt.files import load, save
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM, VisionClassifier
 from workbench.lib.core.routing import Context
@@ -208,11 +207,11 @@ def test_charluma_announces_every_token_and_is_watched_with_tasks_for_tokens():
 
 def test_charluma_is_saved_and_restored_with_its_frozen_projection(tmp_path):
     adapted = small()
-    save(adapted, tmp_path / "adapter")
+    adapted.save(tmp_path / "adapter")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Sequential(nn.Linear(D_IN, 8), nn.GELU(), nn.Linear(8, D_OUT))).double()
     torch.manual_seed(99)
-    adapted_again = load(net, tmp_path / "adapter")
+    adapted_again = load_adapter(net, tmp_path / "adapter")
     net.double()
     with adapted.given(language=LANGUAGE), adapted_again.given(language=LANGUAGE):
         torch.testing.assert_close(net(H), adapted.model(H), atol=1e-6, rtol=1e-6)

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.adapt.feed_forward import find_feed_forward
-from workbench.lib.core.adapt.files import load, save
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.routing import Context, Routing
@@ -161,14 +160,14 @@ def test_dynamic_dino_counts_its_parameters():
 
 def test_dynamic_dino_tasks_cannot_move_probability_between_copies():
     adapted, layer = put(experts=12, top_k=3)
-    # the task's loss alone: aux() holds the balance loss
+    # the task's loss alone: losses() holds the balance loss
     (adapted.model(X) - X.roll(1, 0)).square().sum().backward()
     gradient = layer.router.projection.weight.grad.unflatten(0, (4, 3))
     assert gradient.abs().max() > 1e-2  # the slices of a copy do get different gradients
     assert gradient.sum(1).abs().max() < 1e-12
     layer.router.projection.weight.grad = None
     adapted.model(X)
-    adapted.aux().backward()
+    adapted.losses()["lbl"].backward()
     assert layer.router.projection.weight.grad.unflatten(0, (4, 3)).sum(1).abs().max() > 1e-6
 
 
@@ -262,9 +261,9 @@ def test_dynamic_dino_is_saved_and_restored(tmp_path):
             if not name.startswith("base."):
                 p.data.add_(torch.randn_like(p) * 0.1)
     expected = model(TOKENS)
-    save(adapted, tmp_path / "a")
+    adapted.save(tmp_path / "a")
     adapted.remove()
-    load(model, tmp_path / "a")
+    load_adapter(model, tmp_path / "a")
     assert torch.equal(model(TOKENS), expected)
 
 
@@ -277,7 +276,7 @@ def test_dynamic_dino_announces_what_it_routes():
     assert (layer.n_experts, layer.top_k) == (6, 2) and routing.losses.keys() == {"lbl"}
     share = routing.counts / routing.counts.sum()
     expected = 0.01 * 6 * (share * routing.probs.mean(0)).sum()
-    assert torch.allclose(adapted.aux(), expected)
+    assert torch.allclose(adapted.losses()["lbl"], expected)
     assert layer.router.coefficients == {"lbl": 0.01}
 
 

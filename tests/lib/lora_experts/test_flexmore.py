@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
-from workbench.lib.core.adapt.files import load, save
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.models import DecoderLM
@@ -236,7 +235,7 @@ def test_flexmore_training_apart_leaves_everything_public_as_it_was():
     optimizer = adapted.optimizer(0.05)
     for _ in range(5):
         optimizer.zero_grad()
-        ((adapted.model(X) - X.roll(1, 0)).square().mean() + adapted.aux()).backward()
+        ((adapted.model(X) - X.roll(1, 0)).square().mean() + sum(adapted.losses().values())).backward()
         optimizer.step()
     moved = {name for name, p in adapted.model.state_dict().items() if not torch.equal(p, before[name])}
     assert all("updates" in name or "router.rows" in name or "router.handicap" in name for name in moved)
@@ -341,8 +340,8 @@ def test_flexmore_energy_says_which_rank_keeps_it():
 def test_flexmore_kept_and_loaded_computes_the_same(rank, tmp_path):
     states = experts(1, 2)
     adapted = merged(states, rank=rank, top_k=2)
-    save(adapted, tmp_path / "adapter")
-    loaded = load(public(), tmp_path / "adapter")
+    adapted.save(tmp_path / "adapter")
+    loaded = load_adapter(public(), tmp_path / "adapter")
     loaded.model.double()
     torch.testing.assert_close(loaded.model(X), adapted.model(X), atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="cannot be merged back"):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import LoRALinear, adapt
+from workbench.lib.core.adapt import LoRALinear, adapt, load_adapter
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward, activated
-from workbench.lib.core.adapt.files import load, save
+from workbench.lib.core.adapt.layer import Forward
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM, VisionClassifier
 from workbench.lib.core.routing import Context
@@ -146,7 +146,7 @@ def test_llava_mole_a_sharper_router_changes_nothing_unless_the_rule_weighs_by_p
 def test_llava_mole_balance_only_gives_the_router_no_gradient_of_the_task():
     adapted = put("balance_only")
     assert all(not g.any() for g in router_gradients(adapted, adapted.model(X)))
-    balance = torch.autograd.grad(adapted.aux(), list(adapted.layers["0"].router.parameters()))
+    balance = torch.autograd.grad(adapted.losses()["lbl"], list(adapted.layers["0"].router.parameters()))
     assert all(g.abs().max() > 1e-6 for g in balance)
     for rule in ("straight_through", "prob_scaled", "dense"):
         adapted = put(rule)
@@ -236,12 +236,11 @@ def layer_routing(logits: Tensor):
 def reported(decisions, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the balance makes of these decisions of one forward; its coefficient is 0.5."""
     adapted = put()
-    balance = adapted.layers["0"].balance
-    balance._see(adapted.model, (), {} if mask is None else {"attention_mask": mask})
-    adapted.side.losses = []
+    balance, forward = adapted.layers["0"].balance, Forward(mask=mask)
     for routing in decisions:
-        balance.add(adapted.side, x, routing, 0.5)
-    return adapted.side.losses[0]
+        balance.add(forward, x, routing, 0.5)
+    (loss,) = forward.losses.values()
+    return loss
 
 
 @pytest.mark.parametrize("experts", [2, 3, 4])
@@ -301,7 +300,7 @@ def test_llava_mole_model_of_the_workbench_reports_its_loss_in_the_context():
     probs = torch.cat([one.view(3, 9, 3) for one in seen], 1)  # both layers of a sample
     onehot = torch.nn.functional.one_hot(probs.argmax(-1), 3).float()
     torch.testing.assert_close(context.aux, 0.1 * (probs.mean(1) * onehot.mean(1)).sum(1).mean())
-    assert adapted.aux() == 0.0
+    assert torch.equal(adapted.losses()["lbl"], context.aux)
 
 
 # on any model
@@ -348,7 +347,7 @@ def test_llava_mole_and_mixlora_adapt_models_of_transformers(slug, build, blocks
     model.train()
     for _ in range(2):
         optimizer.zero_grad()
-        (model(input_ids=TOKENS).logits.square().mean() + adapted.aux()).backward()
+        (model(input_ids=TOKENS).logits.square().mean() + sum(adapted.losses().values())).backward()
         optimizer.step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in adapted.parameters())
     model.eval()
@@ -396,8 +395,8 @@ def test_llava_mole_is_saved_and_restored_bit_for_bit(tmp_path, rule):
     adapted = adapt(model, "llava-mole", rank=2, router_grad=rule)
     for p in adapted.parameters():
         nn.init.normal_(p, std=0.2)
-    save(adapted, tmp_path / "adapter")
-    again = load(clean, tmp_path / "adapter")
+    adapted.save(tmp_path / "adapter")
+    again = load_adapter(clean, tmp_path / "adapter")
     assert torch.equal(clean(TOKENS), model(TOKENS)) and again.options == adapted.options
 
 

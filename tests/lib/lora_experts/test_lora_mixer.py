@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
-from workbench.lib.core.adapt.files import load, save
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.adapt.peft import read_loras, write_peft
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.low_rank import LowRankExperts
@@ -101,7 +100,7 @@ def test_lora_mixer_hard_phase_is_the_lora_of_the_label_alone():
         torch.testing.assert_close(bank.b.grad[1], reference.b.grad[0], atol=1e-12, rtol=1e-12)
         assert not bank.a.grad[[0, 2]].any() and not bank.b.grad[[0, 2]].any()
         assert all(p.grad is None and not p.requires_grad for p in layer.router.parameters())
-    assert adapted.aux() == 0.0
+    assert adapted.losses() == {}
 
 
 def test_lora_mixer_hard_phase_routes_each_row_by_its_own_label():
@@ -245,7 +244,7 @@ def test_lora_mixer_told_losses_are_weighed_by_their_coefficients_once_a_block()
         expected = sum(
             specialization_balance_loss(routing.probs, 3, 0.3, 0.2, -1)[0] for routing in seen if routing.losses
         )
-        torch.testing.assert_close(adapted.aux(), expected)
+        torch.testing.assert_close(sum(adapted.losses().values()), expected)
 
 
 def test_lora_mixer_frozen_experts_leave_the_routers_alone_to_train():
@@ -255,7 +254,7 @@ def test_lora_mixer_frozen_experts_leave_the_routers_alone_to_train():
     optimizer = adapted.optimizer(0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        (net.train()(X).square().sum() + adapted.aux()).backward()
+        (net.train()(X).square().sum() + sum(adapted.losses().values())).backward()
         optimizer.step()
     changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(".router." in name for name in changed)
@@ -264,17 +263,17 @@ def test_lora_mixer_frozen_experts_leave_the_routers_alone_to_train():
 def test_lora_mixer_preserving_penalty_is_zero_at_the_start_and_pulls_back():
     net, adapted = mixed(freeze_experts=False, preserve=0.25, balance=0.0, entropy=0.0)
     net.train()(X)
-    assert adapted.aux().item() == 0.0
+    assert adapted.losses()["preserve"].item() == 0.0
     bank = adapted.layers["attention.o_proj"].experts
     start = bank.a.detach().clone()
     with torch.no_grad():
         bank.a += 0.1 * torch.randn_like(bank.a)
     net(X)
-    (gradient,) = torch.autograd.grad(adapted.aux(), bank.a)
+    (gradient,) = torch.autograd.grad(adapted.losses()["preserve"], bank.a)
     torch.testing.assert_close(gradient, 2 * 0.25 * (bank.a.detach() - start), atol=1e-12, rtol=1e-9)
     set_phase(adapted, "soft")  # another phase, another start
     net(X)
-    assert adapted.aux().item() == 0.0
+    assert adapted.losses()["preserve"].item() == 0.0
 
 
 def test_lora_mixer_has_a_block_decide_once_on_its_input():
@@ -349,7 +348,7 @@ def test_lora_mixer_works_inside_a_state_space_block():
         base.out_proj.weight += adapted.layers["mixer.out_proj"].experts.delta(1)
     torch.testing.assert_close(y, base(x), atol=1e-12, rtol=1e-12)
     set_phase(adapted, "soft")
-    (net["mixer"].train()(x).square().sum() + adapted.aux()).backward()
+    (net["mixer"].train()(x).square().sum() + sum(adapted.losses().values())).backward()
     assert all(p.grad is not None and p.grad.any() for p in adapted.parameters())
     assert len({id(layer.router) for layer in adapted.layers.values()}) == 1
 
@@ -379,7 +378,7 @@ def test_lora_mixer_shares_the_routers_of_transformers_attention():
     torch.testing.assert_close(model(input_ids=tokens).logits, before, atol=1e-12, rtol=1e-12)
     for layer in adapted.layers.values():
         layer.observe(lambda layer, routing, context: seen.append(routing))
-    (model.train()(input_ids=tokens, labels=tokens).loss + adapted.aux()).backward()
+    (model.train()(input_ids=tokens, labels=tokens).loss + sum(adapted.losses().values())).backward()
     assert len(adapted.layers) == 8 and len({id(layer.router) for layer in adapted.layers.values()}) == 2
     assert sum(bool(routing.losses) for routing in seen) == 2 and all(p.grad is not None for p in adapted.parameters())
 
@@ -390,12 +389,12 @@ def test_lora_mixer_is_saved_and_loaded_in_its_phase(tmp_path, phase):
     set_phase(adapted, phase)
     with torch.no_grad():
         adapted.layers["attention.q_proj"].experts.a.add_(0.1)
-    save(adapted, tmp_path / "kept")
+    adapted.save(tmp_path / "kept")
     again = Net()
-    loaded = load(again, tmp_path / "kept")
+    loaded = load_adapter(again, tmp_path / "kept")
     with adapted.given(task=2), loaded.given(task=2):
         torch.testing.assert_close(net(X), again(X), atol=0, rtol=0)
-        torch.testing.assert_close(loaded.aux(), adapted.aux())
+        torch.testing.assert_close(loaded.losses(), adapted.losses())
     before, after = adapted.layers["attention.q_proj"], loaded.layers["attention.q_proj"]
     assert torch.equal(after.start_a, before.start_a) and torch.equal(after.ranks, before.ranks)
     assert after.drift().item() > 0 and set(loaded.named_parameters()) == set(adapted.named_parameters())

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
-from workbench.lib.core.adapt.files import load, save
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.routing import Context
@@ -325,10 +324,10 @@ def test_mhr_kept_and_loaded_after_new_tasks_computes_the_same(tune, tmp_path):
     nn.init.normal_(adapted.layers["0"].router.logits)
     with adapted.given(task=TASKS % 2):
         expected = adapted.model(X)
-    save(adapted, tmp_path / "adapter")
+    adapted.save(tmp_path / "adapter")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12)).double()
-    loaded = load(model, tmp_path / "adapter")
+    loaded = load_adapter(model, tmp_path / "adapter")
     model.double().eval()
     with loaded.given(task=TASKS % 2):
         torch.testing.assert_close(model(X), expected, atol=1e-6, rtol=1e-6)

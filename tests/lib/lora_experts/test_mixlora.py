@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import LoRALinear, adapt
+from workbench.lib.core.adapt import LoRALinear, adapt, load_adapter
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward, expert_loras, set_expert
 from workbench.lib.core.adapt.feed_forward import find_feed_forward
-from workbench.lib.core.adapt.files import load, save
+from workbench.lib.core.adapt.layer import Forward
 from workbench.lib.core.adapt.peft import read_loras, write_peft
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.low_rank import LowRankExperts
@@ -141,7 +141,7 @@ def test_mixlora_one_expert_a_token_leaves_the_router_to_the_balance_loss():
     weight = layer.router.projection.weight
     (task,) = gradients(adapted.model(X), [weight])
     assert task.abs().max() < 1e-12
-    (balance,) = torch.autograd.grad(adapted.aux(), [weight])
+    (balance,) = torch.autograd.grad(adapted.losses()["lbl"], [weight])
     assert balance.abs().max() > 1e-6
     adapted = put(top_k=2)
     (task,) = gradients(adapted.model(X), [adapted.layers["0"].router.projection.weight])
@@ -213,12 +213,12 @@ def routings(n_layers: int, n: int, seed: int = 0, top_k: int = 2) -> list[Routi
 def reported(adapted, decisions: list[Routing], x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the balance makes of these decisions of one forward."""
     balance = next(layer for layer in adapted.layers.values() if isinstance(layer, RoutedFeedForward)).balance
-    balance._see(adapted.model, (), {} if mask is None else {"attention_mask": mask})
-    adapted.side.losses = [torch.tensor(5.0)]  # of someone else
+    forward = Forward(mask=mask, losses={("another", "lbl"): torch.tensor(5.0)})
     for routing in decisions:
-        balance.add(adapted.side, x, routing, 0.5)
-    assert len(adapted.side.losses) == 2 and adapted.side.losses[0] == 5.0
-    return adapted.side.losses[1]
+        balance.add(forward, x, routing, 0.5)
+    other, loss = forward.losses.values()
+    assert other == 5.0
+    return loss
 
 
 def test_mixlora_balance_loss_is_that_of_transformers_over_all_layers():
@@ -320,10 +320,10 @@ def test_mixlora_honours_the_attention_mask_of_a_transformers_model():
     losses = []
     for tokens in (TOKENS, other):
         model(input_ids=tokens, attention_mask=mask)
-        losses.append(adapted.aux())
+        losses.append(adapted.losses()["lbl"])
     assert torch.equal(*losses)
     model(input_ids=other)
-    assert not torch.equal(adapted.aux(), losses[0])
+    assert not torch.equal(adapted.losses()["lbl"], losses[0])
     adapted.remove()
     assert not model._forward_pre_hooks
 
@@ -513,8 +513,8 @@ def test_mixlora_is_saved_and_restored_bit_for_bit(tmp_path, dora):
     adapted = adapt(model, "mixlora", experts=4, rank=2, dora=dora)
     for p in adapted.parameters():
         nn.init.normal_(p, std=0.2)
-    save(adapted, tmp_path / "adapter")
-    again = load(clean, tmp_path / "adapter")
+    adapted.save(tmp_path / "adapter")
+    again = load_adapter(clean, tmp_path / "adapter")
     assert torch.equal(clean(TOKENS), model(TOKENS)) and again.options == adapted.options
 
 

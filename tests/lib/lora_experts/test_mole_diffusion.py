@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
-from workbench.lib.core.adapt.files import load, save
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Batch
 from workbench.lib.core.train import TrainConfig
@@ -282,9 +281,9 @@ def test_mole_diffusion_new_experts_change_nothing_and_are_trained_with_their_ga
 def test_mole_diffusion_is_saved_and_loaded(tmp_path):
     net = Conv()
     adapted = attach_mole(net, conv_loras())
-    save(adapted, tmp_path / "kept")
+    adapted.save(tmp_path / "kept")
     again = Conv()
-    loaded = load(again, tmp_path / "kept")
+    loaded = load_adapter(again, tmp_path / "kept")
     torch.testing.assert_close(again(IMAGES), net(IMAGES), atol=0, rtol=0)
     assert set(loaded.named_parameters()) == set(adapted.named_parameters())
     assert loaded.layers["conv"].ranks.tolist() == list(RANKS)

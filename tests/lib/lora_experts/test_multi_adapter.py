@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.attention import Attention
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import Block, DecoderLM, VisionClassifier
@@ -225,18 +225,17 @@ def test_mixlora_all_jobs_stopped_ends_the_run():
 
 
 def test_mixlora_each_job_is_an_adapted_model_of_its_own_afterwards(tmp_path):
-    from workbench.lib.core.adapt.files import load, save
 
     made = trainer(four())
     made.run(3)
     tokens = torch.randint(19, (3, 13))
     adapted = made.adapted["a"]
-    save(adapted, tmp_path / "a")
+    adapted.save(tmp_path / "a")
     clean = decoder()
-    again = load(clean, tmp_path / "a")
+    again = load_adapter(clean, tmp_path / "a")
     for layer in again.layers.values():
         layer.double()
-    # what is kept is float64 here, which the fresh float32 layers of `load` round
+    # what is kept is float64 here, which the fresh float32 layers of `load_adapter` round
     torch.testing.assert_close(clean.double()(tokens), adapted.model(tokens), atol=1e-5, rtol=1e-5)
     assert adapted.remove()(tokens).shape == (3, 13, 19)
 

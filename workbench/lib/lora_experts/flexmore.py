@@ -264,7 +264,7 @@ def take_expert(adapted: Adapted, expert: int = 1) -> Expert:
     }
     rows = {name: router.rows[expert - 1].detach().clone() for name, router in routers.items()}
     public = {name: router.public.clone() for name, router in routers.items()}
-    return Expert(updates, rows, public, adapted.targets, base_digest(adapted))
+    return Expert(updates, rows, public, adapted.targets, base_digest(adapted.layers))
 
 
 def merge_experts(
@@ -296,7 +296,7 @@ def merge_experts(
     total = len(experts) + 1
     options = {"rank": rank, "top_k": total if top_k is None else top_k, "renormalize": renormalize, "tune": tune}
     adapted = adapt(model, "flexmore", first.targets, experts=total, handicap=False, z=0.0, **options)
-    if base_digest(adapted) != first.digest or adapted.layers.keys() != first.updates.keys():
+    if base_digest(adapted.layers) != first.digest or adapted.layers.keys() != first.updates.keys():
         adapted.remove()
         raise InputError("experts were made on other layers or other public weights than this model's")
     ranks = adapted.adapter.ranks

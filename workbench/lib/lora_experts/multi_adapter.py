@@ -10,7 +10,7 @@ not know of the other jobs.
 
     trainer = MultiAdapterTrainer(base, {"a": Job("mixlora", task_a, config), "b": Job("lora", task_b, config)})
     trainer.run()
-    save(trainer.adapted["a"], "a")            # an adapted model of its own, on the same weights in memory
+    trainer.adapted["a"].save("a")             # an adapted model of its own, on the same weights in memory
 
 Tensor letters: B rows, T time, D model width.
 """
@@ -30,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.adapt.feed_forward import find_feed_forward
+from workbench.lib.core.adapt.layer import Forward
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Batch, Task, device_of
 from workbench.lib.core.train import TrainConfig, step_seed, update
@@ -140,7 +141,7 @@ class MultiAdapterTrainer:
         wholes, losses = {}, {}
         for name, job in running.items():
             loss, _ = job.task.loss(_Answer(outputs[name]), batches[name])
-            whole = loss + self.adapted[name].aux()
+            whole = loss + sum(self.adapted[name].losses().values())
             value = float(whole.detach())
             if math.isfinite(value):
                 wholes[name], losses[name] = whole, loss.item()
@@ -200,10 +201,9 @@ class Together:
         self.rows.set({name: tuple(x.shape[:2]) for name, x in inputs.items()}, length)
         self.refused.clear()
         for name, batch in batches.items():
-            side = self.adapted[name].side
             domain = batch.domain.repeat_interleave(batch.inputs.shape[1]) if batch.inputs.ndim == 2 else batch.domain
             ids = None if batch.inputs.is_floating_point() else batch.inputs.flatten()
-            side.context, side.losses = Context(token_ids=ids, domain=domain), []
+            self.adapted[name].side.forward = Forward(Context(token_ids=ids, domain=domain))
         padded = [
             x if x.shape[1] == length else F.pad(x, (0, 0) * (x.ndim - 2) + (0, length - x.shape[1]))
             for x in inputs.values()

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt import Adapter, LoRALinear, RoutedLinear, adapt
-from workbench.lib.core.adapt.adapted import AdaptedLayer, Side
 from workbench.lib.core.adapt.feed_forward import find_feed_forward
+from workbench.lib.core.adapt.layer import AdaptedLayer, Forward, Side
 from workbench.lib.core.adapt.put import match_targets
-from workbench.lib.core.experts import GLU
+from workbench.lib.core.experts import GLU, GLUExperts
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.models import DecoderLM
+from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Context
 
@@ -99,20 +100,32 @@ def test_the_optimizer_gives_the_routers_their_own_rate(routed):
     }
 
 
-def test_losses_are_of_the_last_forward_and_go_to_a_context_where_there_is_one(routed):
+def test_losses_are_of_the_last_forward_and_go_to_a_context_as_well_where_there_is_one(routed):
     model = decoder()
     adapted = adapt(model)
-    alone = adapted.aux()
-    assert alone == 0.0
+    assert adapted.losses() == {}
     context = Context()
     model(TOKENS, context)
-    assert context.aux.item() > 0 and adapted.aux() == 0.0
+    assert context.aux.item() > 0
+    torch.testing.assert_close(adapted.losses(), {"lbl": context.aux})
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
     adapted = adapt(net)
     net(torch.randn(4, 6))
-    first = adapted.aux()
+    first = adapted.losses()["lbl"]
     net(torch.randn(4, 6))
-    assert first.item() > 0 and len(adapted.side.losses) == 2  # of two layers, and of one forward
+    assert first.item() > 0 and len(adapted.side.forward.losses) == 2  # of two layers, and of one forward
+
+
+def test_a_context_holds_the_losses_of_the_models_own_mixtures_as_well(routed):
+    torch.manual_seed(0)
+    router = LinearRouter(16, 4, 2, coefficients={"lbl": 0.3})
+    model = DecoderLM(32, 16, 1, 2, lambda layer: MoELayer(router, GLUExperts(4, 16, 8)), 9)
+    alone, both = Context(), Context()
+    model(TOKENS, alone)
+    adapted = adapt(model)  # which changes no output, so neither what the model's own router decides
+    model(TOKENS, both)
+    assert alone.aux > 0 and adapted.losses()["lbl"] > 0
+    torch.testing.assert_close(both.aux, alone.aux + adapted.losses()["lbl"])
 
 
 def test_mixtures_announce_themselves_with_the_task_they_were_told(routed):
@@ -127,7 +140,7 @@ def test_mixtures_announce_themselves_with_the_task_they_were_told(routed):
 
 
 def test_facts_fit_rows_or_say_why_not(routed):
-    side = Side(context=Context(domain=torch.tensor([1, 2])))
+    side = Side(forward=Forward(Context(domain=torch.tensor([1, 2]))))
     assert (
         side.rows("task", torch.zeros(4, 3)).tolist() == [1, 1, 2, 2] and side.rows("label", torch.zeros(4, 3)) is None
     )

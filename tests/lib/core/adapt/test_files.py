@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
-from workbench.lib.core.adapt.files import SIDECAR, TENSORS, load, save
+from workbench.lib.core.adapt import adapt, load_adapter
+from workbench.lib.core.adapt.files import SIDECAR, TENSORS
 
 
 def net(width: int = 8) -> nn.Module:
@@ -23,17 +23,17 @@ def saved(tmp_path):
     adapted = adapt(model, rank=2, alpha=3)
     for p in adapted.parameters():
         nn.init.normal_(p)
-    return model, save(adapted, tmp_path / "adapter")
+    return model, adapted.save(tmp_path / "adapter")
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(saved):
     model, folder = saved
     again = net()
-    adapted = load(again, folder)
+    adapted = load_adapter(again, folder)
     x = torch.randn(5, 6)
     assert torch.equal(again(x), model(x)) and adapted.options == {"rank": 2, "alpha": 3, "dropout": 0.0}
-    save(adapted, folder)  # in place of what is there
-    assert torch.equal(load(net(), folder).model(x), model(x))
+    adapted.save(folder)  # in place of what is there
+    assert torch.equal(load_adapter(net(), folder).model(x), model(x))
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
 
 
@@ -43,7 +43,7 @@ def test_nothing_else_is_overwritten(saved, tmp_path):
     (tmp_path / "thesis" / "chapter").write_text("one")
     adapted = adapt(copy.deepcopy(net()))
     with pytest.raises(InputError, match="must be new, or hold an adaptation"):
-        save(adapted, tmp_path / "thesis")
+        adapted.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter").read_text() == "one"
 
 
@@ -51,7 +51,7 @@ def test_all_that_does_not_fit_is_said_at_once_and_the_model_is_as_it_was(saved)
     _, folder = saved
     other = net(width=9)
     with pytest.raises(InputError) as error:
-        load(other, folder)
+        load_adapter(other, folder)
     said = str(error.value)
     assert "0.experts.b is (1, 8, 2) but must be (1, 9, 2)" in said
     assert "2.experts.a is (1, 2, 8) but must be (1, 2, 9)" in said
@@ -63,7 +63,7 @@ def test_all_that_does_not_fit_is_said_at_once_and_the_model_is_as_it_was(saved)
     with pytest.raises(
         InputError, match=r"adapter does not fit this model: the layers it was made on have other weights"
     ):
-        load(same, folder)
+        load_adapter(same, folder)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no sidecar", "half a sidecar", "newer"])
@@ -82,5 +82,5 @@ def test_damage_is_told(saved, damage):
         (folder / SIDECAR).write_text(json.dumps(json.loads((folder / SIDECAR).read_text()) | {"format": 99}))
     model = net()
     with pytest.raises(InputError, match=r"damaged|must hold an adaptation|has format 99 but"):
-        load(model, folder)
+        load_adapter(model, folder)
     assert type(model[0]) is nn.Linear

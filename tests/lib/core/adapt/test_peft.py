@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -128,3 +129,23 @@ def test_folders_that_do_not_fit_or_are_damaged_say_so(tmp_path):
         read_loras(tmp_path / "nowhere")
     with pytest.raises(InputError, match="expert is 2 but first has 1 of them"):
         write_peft({"first": adapt(Net()).layers["first"].experts}, tmp_path / "x", expert=2)
+
+
+def test_a_write_that_fails_leaves_the_lora_that_was_there_and_other_files_stay(tmp_path, monkeypatch):
+    banks = {name: layer.experts for name, layer in adapt(Net(), rank=2).layers.items()}
+    write_peft(banks, tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    before = read_loras(tmp_path)
+    other = {name: layer.experts for name, layer in adapt(Net(), rank=1).layers.items()}
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(os, name, full)
+            write_peft(other, tmp_path)
+        torch.testing.assert_close(read_loras(tmp_path), before)
+    write_peft(other, tmp_path)
+    assert all(a.shape[0] == 1 for a, _, _ in read_loras(tmp_path).values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, TENSORS]

@@ -5,8 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import adapt
-from workbench.lib.core.adapt.files import load, save
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.data import store
 from workbench.studies.lora_experts import text_bed
@@ -64,9 +63,9 @@ def test_an_adapted_encoder_learns_its_text_and_comes_back_from_its_file(task, m
     )
     after = loss()
     assert after < 0.9 * before
-    save(adapted, tmp_path / "adapter")
+    adapted.save(tmp_path / "adapter")
     adapted.remove()
     assert loss() == pytest.approx(before, abs=1e-6)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
-    load(model, tmp_path / "adapter")
+    load_adapter(model, tmp_path / "adapter")
     assert loss() == pytest.approx(after, abs=1e-6)

@@ -1,7 +1,18 @@
 """Low-rank adapters, and mixtures of them, on the linear layers of any model."""
 
-from workbench.lib.core.adapt.adapted import Adapted, AdaptedLayer, Adapter, RoutedLayer, RoutedLinear
+from workbench.lib.core.adapt.adapted import Adapted, Adapter
+from workbench.lib.core.adapt.layer import AdaptedLayer, RoutedLayer, RoutedLinear
 from workbench.lib.core.adapt.lora import LoRA, LoRALinear
-from workbench.lib.core.adapt.put import adapt
+from workbench.lib.core.adapt.put import adapt, load_adapter
 
-__all__ = ["Adapted", "AdaptedLayer", "Adapter", "LoRA", "LoRALinear", "RoutedLayer", "RoutedLinear", "adapt"]
+__all__ = [
+    "Adapted",
+    "AdaptedLayer",
+    "Adapter",
+    "LoRA",
+    "LoRALinear",
+    "RoutedLayer",
+    "RoutedLinear",
+    "adapt",
+    "load_adapter",
+]

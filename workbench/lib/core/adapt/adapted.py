@@ -1,129 +1,18 @@
-"""An adapted model: what took the place of its layers, what it is told beside its input, and what it reports."""
+"""An adapted model: what it is told beside its input, what it trains and reports, how it is kept and undone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.feed_forward import FeedForward
-from workbench.lib.core.observe import Announcing
-from workbench.lib.core.routing import Context, Routing
-
-FACTS = ("task", "language", "label", "modality")
-"""What an adapted model can be told beside its input."""
-
-
-@dataclass(eq=False)
-class Side:
-    """What one forward pass of an adapted model knows beside its input, and the losses its layers report.
-
-    A model of the workbench hands its layers a `Context`: there `domain` is the task and `modality` the modality,
-    unless `given` says otherwise, and the losses go to `context.aux`.
-
-    Attributes:
-        given: what `Adapted.given` was told.
-        context: of the forward now running.
-        losses: weighted auxiliary losses of the forward now running; None of a layer that is in no adapted model.
-    """
-
-    given: dict[str, Tensor] = field(default_factory=dict)
-    context: Context = field(default_factory=Context)
-    losses: list[Tensor] | None = None
-
-    def rows(self, fact: str, x: Tensor) -> Tensor | None:
-        """(N,) the fact for each of the N rows of x (..., I); None where nobody gave it.
-
-        A fact has one value for all, one for each row of the batch, or one for each token. Where a layer sees a batch
-        already flattened to tokens, each value serves as many consecutive rows as there are for it.
-
-        Raises:
-            InputError: the number of values does not fit the number of rows.
-        """
-        value = self.given.get(fact)
-        if value is None:
-            value = {"task": self.context.domain, "modality": self.context.modality}.get(fact)
-        if value is None:
-            return None
-        n, value = x.shape[:-1].numel(), value.reshape(-1).to(x.device)
-        if value.numel() == 0 or n % value.numel():
-            raise InputError(
-                f"{fact} has {value.numel()} values but a layer sees {n} rows: give one for all, one for each row of "
-                "the batch or one for each token"
-            )
-        return value.repeat_interleave(n // value.numel())
-
-
-class AdaptedLayer(nn.Module):
-    """Base of what takes the place of a linear layer or a feed-forward block: the frozen part, and something added.
-
-    Attributes:
-        base: what was there.
-        slug: of the system; set when the layer is put in place.
-        side: shared by all layers of a model from then on.
-    """
-
-    slug = ""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base = base
-        self.side = Side()
-
-    def fixed_update(self) -> Tensor | None:
-        """The (O, I) matrix this layer adds to its base's weight, or None where it depends on the token."""
-        return None
-
-
-class RoutedLayer(AdaptedLayer, Announcing):
-    """An adapted layer that sends its tokens to experts, and says where."""
-
-    def tell(self, routing: Routing, coefficients: Mapping[str, float]) -> None:
-        """Report the routing's losses, each by its coefficient, and announce it."""
-        if self.side.losses is not None:
-            self.side.losses += [weight * routing.losses[name] for name, weight in coefficients.items()]
-        if self.observed:
-            self.announce(routing, self.context(routing.expert.new_empty(routing.n_tokens, 1)))
-
-    def context(self, x: Tensor) -> Context:
-        """What is known of the N rows of x (..., I): token ids, the task as `domain`, the modality."""
-        ids = self.side.context.token_ids
-        ids = ids if ids is not None and ids.numel() == x.shape[:-1].numel() else None
-        return Context(token_ids=ids, domain=self.side.rows("task", x), modality=self.side.rows("modality", x))
-
-
-class RoutedLinear(RoutedLayer):
-    """y = W x + bank(x, router(x)): a linear layer with a mixture of low-rank experts beside it.
-
-    Args:
-        base: the frozen layer.
-        router: see `lib.core.routing.Router`; sees the layer's input.
-        experts: the bank, see `LowRankExperts`.
-        dropout: of what the experts are given.
-    """
-
-    def __init__(self, base: nn.Linear, router: nn.Module, experts: nn.Module, dropout: float = 0.0):
-        super().__init__(base)
-        self.router, self.experts, self.dropout = router, experts, nn.Dropout(dropout)
-
-    @property
-    def n_experts(self) -> int:
-        return self.router.n_experts
-
-    @property
-    def top_k(self) -> int | None:
-        return self.router.top_k
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens, self.context(x))
-        self.tell(routing, self.router.coefficients)
-        return self.base(x) + self.experts(self.dropout(tokens), routing).view(*x.shape[:-1], -1)
+from workbench.lib.core.adapt.files import write_adapter
+from workbench.lib.core.adapt.layer import AdaptedLayer, Forward, Side
+from workbench.lib.core.routing import Context
 
 
 class Adapter:
@@ -167,7 +56,7 @@ class Adapted:
     def __init__(self, model: nn.Module, adapter: Adapter, targets: Sequence[str], options: dict[str, Any]):
         self.model, self.adapter, self.targets, self.options = model, adapter, tuple(targets), options
         self.layers: dict[str, AdaptedLayer] = {}
-        self.side = Side(losses=[])
+        self.side = Side()
         self._trained = {p: p.requires_grad for p in model.parameters()}
         for p in self._trained:
             p.requires_grad_(False)
@@ -192,12 +81,16 @@ class Adapted:
             self.side.given.clear()
             self.side.given.update(before)
 
-    def aux(self) -> Tensor | float:
-        """The weighted auxiliary losses of the last forward, 0.0 without any: to be added to the task's loss.
+    def losses(self) -> dict[str, Tensor]:
+        """The weighted auxiliary losses of the last forward by name, each summed over the layers; {} without any.
 
-        Of a model that is called with a `Context` they are in `context.aux` instead, and this is 0.0.
+        To be trained with the task's loss: `loss + sum(adapted.losses().values())`. Where the model is called with a
+        `Context`, as `train` does, `context.aux` holds them already, beside the model's own: add that, and not both.
         """
-        return sum(self.side.losses, 0.0)
+        found: dict[str, Tensor] = {}
+        for (_, name), loss in (self.side.forward or Forward()).losses.items():
+            found[name] = found.get(name, 0.0) + loss
+        return found
 
     def put(self, name: str, before: nn.Module, layer: AdaptedLayer) -> None:
         """Put `layer` everywhere the module `before` is."""
@@ -237,10 +130,13 @@ class Adapted:
         return {"base": base, "added": total - base, "trained": trained, "percent": 100 * trained / total}
 
     def save(self, folder: str | Path) -> Path:
-        """Keep it in a folder; see `files.save`, and `files.load` to get it back."""
-        from workbench.lib.core.adapt.files import save  # which needs this module
+        """Keep it in a new folder, or in place of the adaptation that is there; `load_adapter` gets it back.
 
-        return save(self, folder)
+        Raises:
+            InputError: something else is at `folder`.
+            OSError: the disk is full or not writable; what was there still is.
+        """
+        return write_adapter(folder, self.layers, self.adapter.slug, self.targets, self.options)
 
     def merge_back(self) -> nn.Module:
         """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.
@@ -273,12 +169,14 @@ class Adapted:
         return self.model
 
     def _before(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
-        self.side.context, self.side.losses = _context(inputs, keywords) or Context(), []
+        mask = keywords.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.side.forward = Forward(_context(inputs, keywords) or Context(), mask)
 
     def _after(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any], output: Any) -> None:
         context = _context(inputs, keywords)
         if context is not None:
-            context.aux, self.side.losses = context.aux + self.aux(), []
+            context.aux = context.aux + sum(self.side.forward.losses.values(), 0.0)
 
 
 def adapted_with(model: nn.Module) -> str | None:

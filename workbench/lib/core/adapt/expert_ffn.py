@@ -7,7 +7,6 @@ Tensor letters: N tokens, D model width, E experts, K experts of a token, P rout
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt.adapted import Adapted, RoutedLayer, Side
+from workbench.lib.core.adapt.adapted import Adapted
 from workbench.lib.core.adapt.feed_forward import FeedForward
+from workbench.lib.core.adapt.layer import Forward, RoutedLayer
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.routing import Context, Routing
 
@@ -68,11 +68,10 @@ class RoutedFeedForward(RoutedLayer):
         """The block is called as it was before; what routers are told comes from `side`."""
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens, self.context(x))
-        if self.balance is None:
-            self.tell(routing, self.router.coefficients)
-        else:
-            self.tell(routing, {})
-            self.balance.add(self.side, x, routing, self.router.coefficients.get("lbl", 0.0))
+        coefficients, forward = self.router.coefficients, self.side.forward
+        self.tell(routing, coefficients if self.balance is None else {})
+        if self.balance is not None and forward is not None:
+            self.balance.add(forward, x, routing, coefficients.get("lbl", 0.0))
         return self.mix(tokens, routing).view(*x.shape[:-1], -1)
 
     def mix(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens d_out"]:
@@ -180,8 +179,8 @@ class JointBalance:
     """A balance loss over the routers of all layers together: one layer may lean where another leans the other way.
 
     Each layer adds its load and its probabilities to the sums of the forward pass, and puts the loss of all layers so
-    far in the place of the loss before. Tokens that a model's `attention_mask` (B, T) leaves out do not count: it is
-    seen where the model is called with that keyword, by layers that are given all B T tokens.
+    far in the place of the loss before. Tokens that the model's `attention_mask` leaves out do not count in layers that
+    are given all B T tokens.
 
     Args:
         value: (load (B, E), probability (B, E)) -> (B,), the loss of each group of tokens from its means over tokens
@@ -192,51 +191,29 @@ class JointBalance:
 
     def __init__(self, value: Callable[[Tensor, Tensor], Tensor], by_sample: bool = False):
         self.value, self.by_sample = value, by_sample
-        self._forget()
 
     def tie(self, adapted: Adapted) -> None:
         """Have all whole-block layers of an adapted model report here."""
         for layer in adapted.layers.values():
             if isinstance(layer, RoutedFeedForward):
                 layer.balance = self
-        adapted._hooks.append(adapted.model.register_forward_pre_hook(self._see, with_kwargs=True))
 
-    def add(self, side: Side, x: Float[Tensor, "*batch dim"], routing: Routing, coefficient: float) -> None:
-        """Count one layer's routing of the tokens x in, and bring the loss in `side.losses` up to date."""
-        if side.losses is None:
-            return
-        if side.losses is not self._losses:  # a new forward has a new list
-            mask = self._mask
-            self._forget()
-            self._losses, self._mask = side.losses, mask
-        n, e = routing.n_tokens, routing.n_experts
-        keep = self._mask if self._mask is not None and self._mask.numel() == n else None
+    def add(self, forward: Forward, x: Float[Tensor, "*batch dim"], routing: Routing, coefficient: float) -> None:
+        """Count one layer's routing of the tokens x in, and bring the loss of the forward pass up to date."""
+        n, e, mask = routing.n_tokens, routing.n_experts, forward.mask
+        keep = mask if mask is not None and mask.numel() == n else None
         batch = x.shape[0] if x.ndim > 2 else 1 if keep is None else keep.shape[0]
         groups = batch if self.by_sample else 1
         kept = torch.ones(n, device=x.device) if keep is None else keep.flatten().to(x.device)
         kept = kept.to(routing.probs.dtype).view(groups, -1, 1)
         load = (routing.mask().view(groups, -1, e) * kept).sum(1)
         parts = (load, (routing.probs.view(groups, -1, e) * kept).sum(1), kept.sum(1))
-        before, entry = self._sums.get(groups, ((0.0, 0.0, 0.0), None))
-        sums = tuple(a + b for a, b in zip(before, parts, strict=True))
+        who = self, groups
+        sums = tuple(a + b for a, b in zip(forward.sums.get(who, (0.0, 0.0, 0.0)), parts, strict=True))
         load, probability, count = sums
         per_group = self.value(load / count.clamp(min=1), probability / count.clamp(min=1))
-        loss = coefficient * per_group.sum() / (count > 0).sum().clamp(min=1)
-        side.losses[:] = [other for other in side.losses if other is not entry] + [loss]
-        self._sums[groups] = (sums, loss)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"value": self.value, "by_sample": self.by_sample}  # a copy has seen no forward
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
-
-    def _forget(self) -> None:
-        self._losses, self._mask, self._sums = None, None, {}
-
-    def _see(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
-        mask = keywords.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        forward.sums[who] = sums
+        forward.losses[who, "lbl"] = coefficient * per_group.sum() / (count > 0).sum().clamp(min=1)
 
 
 def _rows(x: Tensor, token: Tensor | None) -> Tensor:

@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.lib.core.adapt.adapted import AdaptedLayer, Adapter
+from workbench.lib.core.adapt.adapted import Adapter
+from workbench.lib.core.adapt.layer import AdaptedLayer
 from workbench.lib.core.low_rank import LowRankExperts, fitting_rank
 
 

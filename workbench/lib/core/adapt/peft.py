@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt.adapted import Adapted
 from workbench.lib.core.adapt.put import adapt
 from workbench.lib.core.low_rank import LowRankExperts
+from workbench.sealed import sealed_file
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -43,14 +44,13 @@ def write_peft(banks: Mapping[str, LowRankExperts], folder: str | Path, expert: 
 
     Args:
         banks: of an adapted model, `{name: layer.experts for name, layer in adapted.layers.items()}`.
-        folder: made if it is not there.
+        folder: made if it is not there; other files in it stay.
         expert: which one, 0..E-1.
     """
     for name, bank in banks.items():
         if not 0 <= expert < bank.n_experts:
             raise InputError(f"expert is {expert} but {name} has {bank.n_experts} of them, numbered from 0")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks, alphas = {}, {}, {}
     for name, bank in banks.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = bank.a[expert].detach().cpu().contiguous()
@@ -70,8 +70,10 @@ def write_peft(banks: Mapping[str, LowRankExperts], folder: str | Path, expert: 
         "base_model_name_or_path": None,
         "task_type": None,
     }
-    save_file(tensors, folder / TENSORS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    # the settings last: with them the folder says that it holds a LoRA
+    with sealed_file(folder / CONFIG) as settings, sealed_file(folder / TENSORS) as content:
+        settings.write_text(json.dumps(config, indent=1) + "\n")
+        content.write_bytes(save(tensors))
     return folder
 
 

@@ -2,8 +2,9 @@
 
     adapted = workbench.adapt(model, "mixlora", targets="*.mlp.*", experts=8, rank=4)
     with adapted.given(task=tasks):            # only for systems that are told something beside the input
-        loss = model(...).loss + adapted.aux()
+        loss = model(...).loss + sum(adapted.losses().values())
     adapted.save("my-adapter")
+    adapted = workbench.load_adapter(another, "my-adapter")    # a model with the same weights
 
 A system says what becomes of a linear layer and, if its experts are whole feed-forward blocks, of such a block:
 
@@ -19,14 +20,17 @@ import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from workbench import catalogue
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.adapted import Adapted, Adapter, adapted_with
 from workbench.lib.core.adapt.feed_forward import find_feed_forward
+from workbench.lib.core.adapt.files import base_digest, own_state, read_adapter
 from workbench.lib.core.adapt.lora import LoRA
 
 
@@ -61,6 +65,37 @@ def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "
     return adapted
 
 
+def load_adapter(model: nn.Module, folder: str | Path) -> Adapted:
+    """Adapt `model` as the model was whose adaptation `Adapted.save` has kept in `folder`.
+
+    Args:
+        model: with the weights it was made on, in the layers it was put on; changed in place.
+
+    Raises:
+        InputError: the folder holds no adaptation, a damaged one or one of a newer format; or it was made on other
+            weights, or has tensors of other names or shapes: all of it in one message. The model is unchanged then.
+    """
+    sidecar, tensors = read_adapter(folder)
+    adapted = adapt(model, sidecar["slug"], sidecar["targets"], **sidecar["options"])
+    here = own_state(adapted.layers)
+    wrong = [f"{name} is missing" for name in here if name not in tensors]
+    wrong += [f"{name} has no place in this model" for name in tensors if name not in here]
+    wrong += [
+        f"{name} is {tuple(tensors[name].shape)} but must be {tuple(here[name].shape)}"
+        for name in here
+        if name in tensors and tensors[name].shape != here[name].shape
+    ]
+    if base_digest(adapted.layers) != sidecar["base_sha256"]:
+        wrong.append("the layers it was made on have other weights than this model's")
+    if wrong:
+        adapted.remove()
+        raise InputError(f"{folder} does not fit this model: {'; '.join(wrong)}")
+    with torch.no_grad():
+        for name, tensor in here.items():
+            tensor.copy_(tensors[name])
+    return adapted
+
+
 def make_adapter(slug: str, options: dict[str, Any]) -> tuple[Adapter, dict[str, Any]]:
     """The system's `Adapter` with these options, and the options with the defaults filled in."""
     if slug == "lora":
@@ -69,8 +104,8 @@ def make_adapter(slug: str, options: dict[str, Any]) -> tuple[Adapter, dict[str,
         row = catalogue.method(slug)
         kind = getattr(import_module(row.module), "ADAPTER", None) if row.ready else None
         if kind is None:
-            ready = [r.slug for r in catalogue.methods("lora_experts", "ready")]
-            raise InputError(f"slug {slug!r} is no adapter that stands; allowed: {', '.join(['lora', *ready])}")
+            allowed = ", ".join(["lora", *(row.slug for row in catalogue.methods() if row.adapts)])
+            raise InputError(f"slug {slug!r} is no adapter that stands; allowed: {allowed}")
     signature = inspect.signature(kind)
     for name in options:
         if name not in signature.parameters:
