@@ -1,12 +1,13 @@
-"""What holds for every adapter of the family, whatever its rule: one test for each property, over the catalogue.
+"""What holds for every adapter, whatever its rule: one test for each property, over the catalogue.
 
-A system that has just been written is here by itself. What it must say of itself, the weights of a token and the number
-of its parameters, it says in the tables below.
+A system whose file names an `ADAPTER` is here by itself. What it must say of itself, its options for a small model, the
+weights of a token and the number of its parameters, it says in the tables below.
 """
 
 import copy
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
@@ -18,16 +19,14 @@ from torch import Tensor, nn
 
 import workbench
 from workbench.errors import InputError
-from workbench.lib.core.adapt import Adapted, LoRA, RoutedLayer, adapt
-from workbench.lib.core.adapt.files import load, own_state, save
+from workbench.lib.core.adapt import Adapted, LoRA, RoutedLayer, adapt, load_adapter
+from workbench.lib.core.adapt.files import own_state
 from workbench.lib.core.adapt.put import match_targets
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM, VisionClassifier
-from workbench.lib.core.routing import Routing
+from workbench.lib.core.routing import Context, Routing
 
-MODULES = {row.slug: import_module(row.module) for row in workbench.methods("lora_experts", "ready")}
-ADAPTERS = {"lora": LoRA} | {slug: m.ADAPTER for slug, m in MODULES.items() if hasattr(m, "ADAPTER")}
-MIXTURES = [slug for slug in ADAPTERS if slug != "lora"]
+ADAPTERS = {"lora": LoRA} | {row.slug: import_module(row.module).ADAPTER for row in workbench.methods() if row.adapts}
 
 # Five experts (flexmore: five beside the public one; dynamic-dino: three copies in two slices) of rank 2, two active.
 FEW = {
@@ -66,6 +65,9 @@ def routed(adapted: Adapted) -> dict[str, RoutedLayer]:
     return {name: layer for name, layer in adapted.layers.items() if isinstance(layer, RoutedLayer)}
 
 
+MIXTURES = [slug for slug in ADAPTERS if routed(put(slug))]
+
+
 def decisions(adapted: Adapted, x: Tensor) -> tuple[dict[str, Routing], Tensor]:
     """What each routed layer decides about x, and the output."""
     seen: dict[str, Routing] = {}
@@ -78,7 +80,7 @@ def decisions(adapted: Adapted, x: Tensor) -> tuple[dict[str, Routing], Tensor]:
 
 def language_model(kind: str) -> nn.Module:
     """Of transformers, tiny and random."""
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "max_position_embeddings": 16}
     if kind == "bert":
         off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -90,9 +92,14 @@ def language_model(kind: str) -> nn.Module:
 
 
 @cache
-def frozen(kind: str) -> tuple[nn.Module, dict]:
-    """A model and what it is called with; to be copied."""
+def frozen(kind: str) -> tuple[nn.Module, dict, Tensor]:
+    """A model, to be copied, what it is called with, and what it says."""
     torch.manual_seed(0)
+    model, inputs = built(kind)
+    return model, inputs, answer(model.eval(), inputs).detach()
+
+
+def built(kind: str) -> tuple[nn.Module, dict]:
     if kind == "narrow":
         blocks = [nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), nn.Linear(16, 4)]
         blocks += [nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4)), nn.Linear(4, 7), nn.Linear(7, 5)]
@@ -115,12 +122,11 @@ def answer(model: nn.Module, inputs: dict) -> Tensor:
 def test_any_model_starts_as_its_base_trains_nothing_of_it_and_gets_it_back(kind, slug):
     """With the defaults on every linear layer, and without a fact."""
     torch.manual_seed(0)
-    first, inputs = frozen(kind)
+    first, inputs, before = frozen(kind)
     model = copy.deepcopy(first)
     next(model.parameters()).requires_grad_(False)
     base = {p: p.requires_grad for p in model.parameters()}
     kinds = [type(module) for module in model.modules()]
-    before = answer(model.eval(), inputs).detach()
     adapted = adapt(model, slug, "*")
     for name in match_targets(first, ["*"]):
         assert any(f"{name}.".startswith(f"{place}.") for place in adapted.layers)
@@ -128,7 +134,7 @@ def test_any_model_starts_as_its_base_trains_nothing_of_it_and_gets_it_back(kind
     optimizer = adapted.optimizer(lr=0.1)
     for _ in range(2):  # the second time nothing is zero any more
         optimizer.zero_grad()
-        (answer(model.train(), inputs).sin().mean() + adapted.aux()).backward()
+        (answer(model.train(), inputs).sin().mean() + sum(adapted.losses().values())).backward()
         optimizer.step()
     assert all(p.grad is None and not p.requires_grad for p in base)
     assert any(p.grad is not None and p.grad.any() for p in adapted.parameters())
@@ -158,7 +164,7 @@ def test_the_start_is_another_where_a_system_documents_it(slug, options, same):
 
 def stirred(adapted: Adapted) -> Adapted:
     """With buffers, such as the scales of experts, that are what they are by no rule."""
-    for tensor in own_state(adapted).values():
+    for tensor in own_state(adapted.layers).values():
         if not tensor.requires_grad and tensor.is_floating_point():
             tensor += 0.1 * torch.rand_like(tensor)
     return adapted
@@ -167,14 +173,74 @@ def stirred(adapted: Adapted) -> Adapted:
 @pytest.mark.parametrize("slug", ADAPTERS)
 def test_saved_adaptations_are_restored_bit_for_bit_with_their_buffers(slug, tmp_path):
     adapted = stirred(put(slug))
-    save(adapted, tmp_path / "adapter")
+    adapted.save(tmp_path / "adapter")
     fresh = small().double().eval()
     torch.manual_seed(5)
-    again = load(fresh, tmp_path / "adapter")
+    again = workbench.load_adapter(fresh, tmp_path / "adapter")
     assert again.options == json.loads(json.dumps(adapted.options)) and again.report() == adapted.report()
     ours, theirs = adapted.model.eval().state_dict(), again.model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert torch.equal(again.model(X), adapted.model(X))
+
+
+@pytest.mark.parametrize("slug", ADAPTERS)
+def test_a_save_that_fails_leaves_the_adaptation_that_was_there(slug, tmp_path, monkeypatch):
+    """Where the old folder cannot be moved aside, the new one cannot come, and the old one cannot be moved back."""
+    adapted, usual = stirred(put(slug)), os.rename
+    adapted.save(tmp_path / "adapter")
+    before = adapted.model(X)
+    stirred(adapted)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p += 0.1
+    for failing in ({1}, {2}, {2, 3}):
+        calls = []
+
+        def rename(source, target, failing=failing, calls=calls):
+            calls.append(source)
+            if len(calls) in failing:
+                raise OSError("no rename")
+            usual(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no rename"):
+            patch.setattr(os, "rename", rename)
+            adapted.save(tmp_path / "adapter")
+        again = load_adapter(small().double().eval(), tmp_path / "adapter")
+        assert len(calls) >= max(failing) and torch.equal(again.model(X), before)
+    adapted.save(tmp_path / "adapter")
+    again = load_adapter(small().double().eval(), tmp_path / "adapter")
+    assert torch.equal(again.model(X), adapted.model(X)) and not torch.equal(again.model(X), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "vision"])
+@pytest.mark.parametrize("slug", ADAPTERS)
+def test_losses_are_what_reaches_a_context_and_are_trained_alike(slug, kind):
+    """A model of the workbench called without a `Context` and with one; its second forward, and a copy of it."""
+    torch.manual_seed(0)
+    first, inputs, _ = frozen(kind)
+    adapted = adapt(copy.deepcopy(first), slug)
+
+    def gradients(model: nn.Module, context: Context | None) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        y = model(**inputs, context=context)
+        losses = sum(adapted.losses().values(), torch.zeros(()))
+        if context is not None:
+            torch.testing.assert_close(torch.as_tensor(context.aux), losses)
+        whole = y.sin().mean() + (losses if context is None else context.aux)
+        trained = [model.get_parameter(name) for name in adapted.named_parameters()]
+        return losses, *torch.autograd.grad(whole, trained, allow_unused=True)
+
+    without = gradients(adapted.model, None)
+    torch.testing.assert_close(gradients(adapted.model, Context()), without)
+    torch.testing.assert_close(gradients(copy.deepcopy(adapted.model), Context()), without)
+    told = {name for layer in routed(adapted).values() for name, c in layer.router.coefficients.items() if c}
+    assert {name for name, loss in adapted.losses().items() if loss != 0} == told
+
+
+def test_what_is_no_adapter_is_told_which_are():
+    with pytest.raises(InputError, match="slug 'rmoe' is no adapter that stands; allowed: " + ", ".join(ADAPTERS)):
+        adapt(small(), "rmoe")
 
 
 @pytest.mark.parametrize("slug", MIXTURES)
@@ -185,7 +251,7 @@ def test_permuted_experts_are_the_same_function(slug):
     with adapted.given(**{fact: torch.arange(3) for fact in adapted.adapter.facts}):
         before = adapted.model.eval()(X)
         order = torch.tensor([3, 0, 4, 1, 2])
-        state = copy.deepcopy(own_state(adapted))
+        state = copy.deepcopy(own_state(adapted.layers))
         done: set[int] = set()
         for layer in routed(adapted).values():
             for module in (layer.router, layer.experts):
@@ -193,7 +259,7 @@ def test_permuted_experts_are_the_same_function(slug):
                     if id(tensor) not in done:
                         done.add(id(tensor))
                         tensor.copy_(permuted(slug, name, tensor, order, layer.n_experts))
-        moved = [name for name, tensor in own_state(adapted).items() if not torch.equal(state[name], tensor)]
+        moved = [name for name, tensor in own_state(adapted.layers).items() if not torch.equal(state[name], tensor)]
         assert any(".router." in name for name in moved) and any(".experts." in name for name in moved)
         torch.testing.assert_close(adapted.model(X), before, atol=1e-10, rtol=1e-10)
 
@@ -217,7 +283,7 @@ def test_experts_that_no_token_uses_get_no_gradient(slug):
     adapted.model.train()
     with adapted.given(**dict.fromkeys(adapted.adapter.facts, 1)):
         seen, y = decisions(adapted, X[:1, :1])
-    (y.sin().sum() + adapted.aux()).backward()
+    (y.sin().sum() + sum(adapted.losses().values())).backward()
     assert all(p.grad is not None for p in adapted.parameters())
     for name, layer in routed(adapted).items():
         used = torch.zeros(layer.n_experts, dtype=torch.bool).index_fill(0, seen[name].expert, True)
