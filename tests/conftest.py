@@ -19,7 +19,7 @@ pytest.register_assert_rewrite("tests.kinds")  # its checks say what they found,
 checker = types.ModuleType("workbench_checker")
 checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 sys.modules[checker.__name__] = checker
-install_import_hook("workbench.lib", "workbench_checker.check")
+install_import_hook(["workbench.lib", "workbench.beds"], "workbench_checker.check")
 
 # One thread each: the numbers are the same on every machine, and parallel workers do not fight. It is set before torch
 # is imported, and in the environment, so that processes started by tests have it too.

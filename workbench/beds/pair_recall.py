@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.beds.python_text import text
+from workbench.beds.pretrained import pretrained
 from workbench.lib.core.attention import Attention
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.modes import evaluating
-from workbench.lib.core.pretrained import pretrained
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Batch
 from workbench.lib.core.train import TrainConfig, train

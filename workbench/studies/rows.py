@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from workbench.errors import unknown
+from workbench.lib.core.adapt import Adapted
 from workbench.lib.core.budget import Budget, measure_budget
 from workbench.lib.core.task import Task
+from workbench.lib.core.train import State
 from workbench.lib.measures.statistics import Interval, TostResult, paired_interval, tost
 
 
@@ -95,3 +97,17 @@ def training_budget(model: nn.Module, task: Task, rows: int, seed: int = 0) -> B
 def trained_row(arm: str, seed: int, budget: Budget, steps: int, metric: float, **extra: Any) -> Row:
     """The row of an arm that was trained for `steps` steps, each at the cost of `budget`."""
     return Row(arm, seed, budget.params, budget.active_params, budget.flops * steps, steps, metric, extra)
+
+
+def adapted_row(arm: str, seed: int, adapted: Adapted, state: State, **extra: Any) -> Row:
+    """The row of an adapted model that was trained on several tasks, those of `state.task`, and evaluated.
+
+    The metric is the mean over the tasks; beside it are all of them, "by_task", the "worst" of them, and how many
+    parameters were "trained".
+    """
+    task = state.task
+    by_task = [state.metrics[f"{task.metric}/{name}"] for name in task.domains]
+    worst = (min if task.higher_is_better else max)(by_task)
+    found = {"worst": worst, "by_task": by_task, "trained": adapted.report()["trained"]} | extra
+    budget = training_budget(adapted.model, task, state.config.batch_size)
+    return trained_row(arm, seed, budget, state.step, state.metrics[task.metric], **found)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from workbench.beds.symbol_maps import SymbolMaps
 from workbench.lib.core.adapt import Adapter, RoutedLayer, RoutedLinear, adapt
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
 from workbench.lib.core.attention import Attention
@@ -14,7 +15,6 @@ from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Routing
-from workbench.lib.core.symbol_maps import SymbolMaps
 
 E, K, RANK = 4, 1, 2
 TASK = SymbolMaps(range(2), 2, 4)

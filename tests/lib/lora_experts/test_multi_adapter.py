@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from workbench.beds.symbol_maps import SymbolMaps
 from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.attention import Attention
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import Block, DecoderLM, VisionClassifier
 from workbench.lib.core.routing import Context
-from workbench.lib.core.symbol_maps import SymbolMaps
 from workbench.lib.core.task import Classification
 from workbench.lib.core.train import Hook, TrainConfig, train
 from workbench.lib.data.types import Arrays

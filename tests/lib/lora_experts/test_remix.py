@@ -9,12 +9,12 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
+from workbench.beds.symbol_maps import SymbolMaps
 from workbench.errors import InputError
 from workbench.lib.core.adapt import Adapted
 from workbench.lib.core.adapt.put import match_targets
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
-from workbench.lib.core.symbol_maps import SymbolMaps
 from workbench.lib.core.task import Batch, Task
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts.remix import (

@@ -1,10 +1,8 @@
 """The study of FlexMoRE: it runs, its arms match, its data is split, and its rule says what it says."""
 
 import json
-from itertools import islice
 
 import pytest
-import torch
 
 from workbench.lib.core.adapt import adapt
 from workbench.lib.lora_experts.flexmore import break_even_rank, count_parameters
@@ -18,15 +16,11 @@ from workbench.studies.lora_experts.flexmore import (
     RANKS,
     STUDY,
     TARGETS,
-    TEXT,
     THIRD,
     arms,
     chosen,
-    facts,
     judge,
     make_model,
-    sums,
-    texts,
 )
 
 SPLITS = ("train", "validation", "test")
@@ -94,20 +88,6 @@ def test_flexmore_study_compares_what_a_third_of_the_parameters_can_do(preset):
     shapes = [(2 * settings["d_hidden"], settings["d_model"]), (settings["d_model"], settings["d_hidden"])]
     assert 3 * count_parameters(shapes, [THIRD]) == count_parameters(shapes, [0])
     assert max(RANKS) < break_even_rank(settings["d_model"], settings["d_hidden"])
-
-
-def test_flexmore_study_domains_have_what_their_splits_promise(home):
-    asked = {split: {line.split("=")[0] for line in islice(sums(split), 3000)} for split in SPLITS}
-    assert not any(asked[a] & asked[b] for a in asked for b in asked if a < b)
-    for line in islice(sums("test"), 50):
-        question, answer = line.strip().split("=")
-        assert eval(question) % 97 == int(answer)
-    assert {*islice(facts("test"), 2000)} == {*islice(facts("train"), 2000)}
-    public, own = texts(65_536)
-    assert public.domains == TEXT and own.domains == DOMAINS
-    for name in TEXT:  # owners have text that the public model was not trained on
-        halves = [source.splits["train"][name] for source in (public, own)]
-        assert abs(len(halves[0]) - len(halves[1])) <= 1 and not torch.equal(halves[0][:1000], halves[1][:1000])
 
 
 @pytest.mark.study

@@ -1,6 +1,6 @@
 """Does a low-rank projector with a router per programming language write more correct chart code? (2604.24559)
 
-Pictures of charts of real data, and a small model that reads them and knows the languages apart, see `charts_bed`. Each
+Pictures of charts of real data, and a small model that reads them and knows the languages apart, see `beds`. Each
 arm changes the projector alone; it is trained alone first, then together with the decoder, the encoder being frozen.
 
 Executed means, of Python, run in another process and its figure read; of R and LaTeX, read by a strict parser of the
@@ -13,20 +13,14 @@ import statistics
 import torch
 from torch import Tensor, nn
 
+from workbench.beds.chart_to_code import WIDTH, ChartToCode, base
+from workbench.beds.charts import VALIDATION, ChartScripts, measures
 from workbench.lib.charts import LANGUAGES
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.budget import measure_budget
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts.charts_bed import (
-    VALIDATION,
-    WIDTH,
-    ChartScripts,
-    ChartToCode,
-    base,
-    measures,
-)
 
 OURS = "ours"
 DECISIVE = ("shared", "shared-router", "lora-active", "lora-total")

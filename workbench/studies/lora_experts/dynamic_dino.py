@@ -8,6 +8,8 @@ blocks.
 import torch
 from torch import Tensor, nn
 
+from workbench.beds import glyph_detector as bed
+from workbench.beds.glyph_detection import GlyphDetection
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.budget import count_params, measure_budget
 from workbench.lib.core.train import Hook, State, TrainConfig, train
@@ -16,7 +18,6 @@ from workbench.lib.measures.coactivation import coactivation_counts, effective_p
 from workbench.lib.measures.curveball import coactivation_scores
 from workbench.lib.measures.statistics import paired_interval, tost
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts import glyph_detection as bed
 
 COPIES = 8
 DENSE = {"experts": 1, "top_k": 1, "balance": 0.0}
@@ -132,7 +133,7 @@ def selections(adapted: Adapted, images: Tensor) -> list[Tensor]:
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    task, steps = bed.GlyphDetection(settings["held_out"]), settings["steps"]
+    task, steps = GlyphDetection(settings["held_out"]), settings["steps"]
     adapted = build(arm, seed, settings)
     model, layers = adapted.model, mixtures(adapted)
     routed = layers[0].top_k > 1

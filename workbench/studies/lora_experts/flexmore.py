@@ -16,13 +16,13 @@ from functools import cache
 import torch
 from torch import nn
 
+from workbench.beds.pretrained import pretrained
 from workbench.lib import data
 from workbench.lib.core import low_rank, routers
 from workbench.lib.core.adapt import Adapted, adapt, expert_ffn
 from workbench.lib.core.budget import measure_budget
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
-from workbench.lib.core.pretrained import pretrained
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.data.types import TextDomains

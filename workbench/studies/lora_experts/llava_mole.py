@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from workbench.beds.digit_questions import DOMAINS, TARGETS, DigitQuestions, base
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
 from workbench.lib.core.budget import measure_budget
@@ -20,7 +21,6 @@ from workbench.lib.measures.conflict import cosine_matrix
 from workbench.lib.measures.routing import counts_by_class
 from workbench.lib.measures.statistics import Interval, paired_interval
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts.digit_questions import DOMAINS, TARGETS, DigitQuestions, base
 
 EXPERTS = len(DOMAINS)
 LORAS = ("lora-single", "lora-mix", "lora-mix-2x", "lora-rank-k")

@@ -18,18 +18,18 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from workbench.beds import symbol_maps as bed
+from workbench.beds.pretrained import pretrained
+from workbench.beds.symbol_maps import SymbolMaps
 from workbench.lib.core import low_rank, symbol_maps
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.adapt.peft import LoRAs
-from workbench.lib.core.pretrained import pretrained
-from workbench.lib.core.symbol_maps import SymbolMaps
 from workbench.lib.core.task import Batch
 from workbench.lib.core.train import State, TrainConfig, train
 from workbench.lib.lora_experts import lora_mixer
 from workbench.lib.measures.routing import counts_by_class, routing_information, token_entropy
 from workbench.lib.measures.statistics import paired_interval, tost
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts import bed
 
 EXPERTS, RANK, TOP_K = 6, 4, 3
 LR = 3e-3

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from workbench.beds import symbol_maps as bed
+from workbench.beds.symbol_maps import SYMBOLS, SymbolMaps
 from workbench.lib.core.adapt import Adapted, adapt
-from workbench.lib.core.symbol_maps import SYMBOLS, SymbolMaps
 from workbench.lib.core.task import Batch
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts.mhr import TUNE, allocations, monitors, to_new_tasks
 from workbench.lib.measures.conflict import cosine_matrix
 from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts import bed
 
 PARTS = 3
 COMBINED = tuple(range(bed.OLD, bed.OLD + PARTS * PARTS))

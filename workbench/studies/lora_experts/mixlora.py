@@ -9,13 +9,13 @@ import statistics
 
 import torch
 
+from workbench.beds import symbol_maps as bed
+from workbench.beds.symbol_maps import SymbolMaps
 from workbench.lib.core.adapt import Adapted
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
-from workbench.lib.core.symbol_maps import SymbolMaps
 from workbench.lib.measures.routing import counts_by_class, effective_support, routing_information
 from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts import bed
 
 EXPERTS, RANK, TOP_K = 8, 2, 2
 EQUAL = EXPERTS * RANK + 1  # the router of a block holds as much as one more rank

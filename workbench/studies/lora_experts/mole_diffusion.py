@@ -16,18 +16,18 @@ from itertools import product
 import torch
 from torch import nn
 
+from workbench.beds import glyph_denoiser as bed
+from workbench.beds import glyph_drawing as drawing
+from workbench.beds.pretrained import pretrained
 from workbench.lib.core import low_rank
 from workbench.lib.core.adapt import Adapted
 from workbench.lib.core.adapt.peft import LoRAs
 from workbench.lib.core.budget import measure_budget
-from workbench.lib.core.pretrained import pretrained
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts import mole_diffusion
 from workbench.lib.lora_experts.mole_diffusion import attach_mole, scale_sweep, train_region_expert
 from workbench.lib.measures.statistics import paired_interval, tost
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts import glyph_drawing as drawing
-from workbench.studies.lora_experts import glyph_scenes as bed
 
 RANK, BATCH = 8, 32
 LORA_LR, GATE_LR, TUNE_LR = 2e-3, 1e-2, 1e-3

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from workbench.beds.symbol_maps import SymbolMaps
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward, activated, combine
 from workbench.lib.core.budget import UNCOUNTED
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.routing import Routing
-from workbench.lib.core.symbol_maps import SymbolMaps
 from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.lib.lora_experts.multi_adapter import Job, MultiAdapterTrainer, skeleton
 

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.beds import symbol_maps as bed
+from workbench.beds.symbol_maps import SymbolMaps
 from workbench.lib.core.adapt import Adapted, Adapter, RoutedLinear
 from workbench.lib.core.adapt.put import match_targets
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Context, Routing
-from workbench.lib.core.symbol_maps import SymbolMaps
 from workbench.lib.core.task import Batch
 from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.lib.lora_experts.remix import ReMixTrainer
 from workbench.lib.measures.routing import effective_support_size
 from workbench.lib.measures.statistics import mean_interval, paired_interval
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts import bed
 
 EXPERTS, RANK, TOP_K = 8, 1, 4
 LR = 3e-3

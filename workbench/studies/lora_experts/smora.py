@@ -12,12 +12,12 @@ import statistics
 
 import torch
 
+from workbench.beds import symbol_maps as bed
+from workbench.beds.symbol_maps import SymbolMaps
 from workbench.lib.core.adapt import Adapted, RoutedLinear
-from workbench.lib.core.symbol_maps import SymbolMaps
 from workbench.lib.measures.routing import counts_by_class, effective_support_size
 from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
-from workbench.studies.lora_experts import bed
 
 RANKS, ACTIVE, ROUTER_DIM = 16, 4, 8
 BLOCKS = (4, 2, 1)  # b, from whole LoRAs of rank 4 to single ranks

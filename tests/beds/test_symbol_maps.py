@@ -1,10 +1,12 @@
-"""The tasks that conflict: what a row says, which strings are whose, and that a model can learn it."""
+"""Tasks that conflict: what a row says, which strings are whose; the base is frozen, and an arm the same each time."""
 
 import pytest
 import torch
 
+from workbench.beds import symbol_maps as bed
+from workbench.beds.symbol_maps import SPLITS, SymbolMaps
 from workbench.errors import InputError
-from workbench.lib.core.symbol_maps import SPLITS, SymbolMaps
+from workbench.studies.rows import adapted_row
 
 
 def draw(task: SymbolMaps, split: str = "train", size: int = 200, **options):
@@ -69,3 +71,17 @@ def test_the_metric_is_the_share_of_right_symbols_of_each_task():
 def test_wrong_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.study
+def test_an_arm_trains_its_adapters_on_the_new_maps_alone_and_the_same_each_time():
+    base = {name: value.clone() for name, value in bed.base(bed.SMOKE).state_dict().items()}
+    rows = []
+    for _ in range(2):
+        adapted, state = bed.adapt_and_train("lora", {"rank": 2}, bed.SMOKE, seed=3)
+        rows.append(adapted_row("lora", 3, adapted, state))
+        assert all(torch.equal(value, base[name]) for name, value in adapted.remove().state_dict().items())
+    assert rows[0] == rows[1]
+    row = rows[0]
+    assert row.steps == 8 and row.flops > 0 and len(row.extra["by_task"]) == bed.NEW
+    assert row.extra["trained"] == 2 * 2 * (48 + 192 + 96 + 48) and row.extra["worst"] == min(row.extra["by_task"])

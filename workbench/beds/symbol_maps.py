@@ -3,24 +3,44 @@
 A row is [task] x1 .. xS [=] y1 .. yS, and y_i = map_task(x_(i + rotation_task)). Two tasks want different answers to
 the same question, and only the first token says which; so what they can share, and what has to be kept apart, is known.
 
+The base is a small decoder that has learned six maps; twelve new ones are to be learned on it, frozen. A plain LoRA of
+rank 16 on all its feed-forward layers does not reach the end of that in the steps of `SMALL`, so that arms of equal
+total rank can be told apart as well as arms of equal active rank.
+
 Tensor letters: B batch, T time, S symbols in a string, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.beds.pretrained import pretrained
 from workbench.errors import InputError, unknown
+from workbench.lib.core.adapt import Adapted, adapt
+from workbench.lib.core.experts import GLU
+from workbench.lib.core.models import DecoderLM
+from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Batch, device_of
+from workbench.lib.core.train import State, TrainConfig, train
 
 SYMBOLS = 10
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 256
 """Strings of each task in the validation and in the test split."""
+
+OLD, NEW, LENGTH = 6, 12, 6
+BATCH, LR = 64, 3e-3
+TARGETS = "*.ffn.*"
+SMOKE = {"base_steps": 30, "steps": 8, "seeds": 1}
+SMALL = {"base_steps": 600, "steps": 400, "seeds": 3}
+FULL = {"base_steps": 2000, "steps": 1500, "seeds": 5}
+"""Settings that studies on the frozen base share; a study adds its own, and may change those here for its time."""
 
 
 class SymbolMaps:
@@ -95,12 +115,9 @@ class SymbolMaps:
         logits = model(batch.inputs, context)[:, -self.length :]
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()), context
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
-        training = model.training
-        model.eval()
         right: dict[int, list[Tensor]] = {}
-        try:
+        with evaluating(model):
             for batch in self.batches(split, 64):
                 seen = right.setdefault(int(batch.domain[0]), [])
                 if max_batches is None or len(seen) < max_batches:
@@ -108,8 +125,6 @@ class SymbolMaps:
                     context = Context(domain=batch.domain.repeat_interleave(batch.inputs.shape[1]))
                     logits = model(batch.inputs, context)[:, -self.length :]
                     seen.append((logits.argmax(-1) == batch.targets).double().mean())
-        finally:
-            model.train(training)
         mean = {name: float(torch.stack(right[i]).mean()) for i, name in enumerate(self.domains)}
         return {self.metric: sum(mean.values()) / len(mean)} | {f"{self.metric}/{name}": v for name, v in mean.items()}
 
@@ -136,3 +151,38 @@ class SymbolMaps:
     def _fixed(self, split: str, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed + SPLITS.index(split))
         return self._strings(split, HELD_OUT, generator)
+
+
+def make_model() -> DecoderLM:
+    return DecoderLM(11 + OLD + NEW, 48, 2, 4, lambda layer: GLU(48, 96), 2 * LENGTH + 1)
+
+
+def base(settings: Mapping[str, Any]) -> DecoderLM:
+    """The decoder that knows the old maps: trained once, then from the cache."""
+    task = SymbolMaps(range(OLD), OLD + NEW, LENGTH)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return make_model()
+
+    def teach(model: nn.Module) -> State:
+        return train(model, task, TrainConfig(settings["base_steps"], BATCH))
+
+    recipe = {"steps": settings["base_steps"], "batch": BATCH, "data": task.manifest}
+    return pretrained("symbol-maps-base", recipe, build, teach, [sys.modules[__name__]])
+
+
+def new_maps(count: int = NEW) -> SymbolMaps:
+    """The first `count` of the new maps."""
+    return SymbolMaps(range(OLD, OLD + count), OLD + NEW, LENGTH)
+
+
+def adapt_and_train(
+    slug: str, options: Mapping[str, Any], settings: Mapping[str, Any], seed: int, task: SymbolMaps | None = None
+) -> tuple[Adapted, State]:
+    """Put a system on the base and train it on a task, by default on all new maps."""
+    model = base(settings)
+    torch.manual_seed(seed)
+    adapted = adapt(model, slug, TARGETS, **options)
+    config = TrainConfig(settings["steps"], BATCH, lr=LR, weight_decay=0.0, seed=seed)
+    return adapted, train(model, task or new_maps(), config, optimizer=adapted.optimizer(LR))

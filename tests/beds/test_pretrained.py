@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.lib.core import symbol_maps
-from workbench.lib.core.pretrained import cached_path, pretrained
+from workbench.beds import symbol_maps
+from workbench.beds.pretrained import cached_path, pretrained
 
 
 @pytest.fixture(autouse=True)

@@ -9,20 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workbench.lib.core.pretrained import pretrained
-from workbench.studies.lora_experts import glyph_scenes
-from workbench.studies.lora_experts.glyph_scenes import (
-    CLASSES,
-    LEVELS,
-    GlyphScenes,
-    Scenes,
-    add_noise,
-    draw_scenes,
-    signal,
-)
+from workbench.beds import glyph_scenes
+from workbench.beds.glyph_scenes import CLASSES, LEVELS, GlyphScenes, Scenes, add_noise, draw_scenes, signal
+from workbench.beds.pretrained import pretrained
+from workbench.lib.core.modes import evaluating
 
 
-@torch.no_grad()
 def inpaint(model: nn.Module, scenes: Scenes, steps: int, seed: int) -> Tensor:
     """Draw the two boxes of scenes whose rest is given: DDIM (Song et al. 2021, 2010.02502), eta 0, and after each step
     everything outside the boxes is put back at its level of noise. No guidance."""
@@ -31,14 +23,14 @@ def inpaint(model: nn.Module, scenes: Scenes, steps: int, seed: int) -> Tensor:
     inside = scenes.boxes().any(1, keepdim=True)
     times = torch.linspace(LEVELS, 0, steps + 1).round().long()
     x = noise.clone()
-    model.eval()
-    for now, after in pairwise(times):
-        time = now.expand(len(x))
-        known = add_noise(scenes.images, noise, time)
-        x = torch.where(inside, x, known)
-        predicted, share = model(x, time, scenes.condition), signal(now)
-        clean = ((x - (1 - share).sqrt() * predicted) / share.sqrt()).clamp(-1.5, 1.5)
-        x = add_noise(clean, (x - share.sqrt() * clean) / (1 - share).sqrt(), after.expand(len(x)))
+    with evaluating(model):
+        for now, after in pairwise(times):
+            time = now.expand(len(x))
+            known = add_noise(scenes.images, noise, time)
+            x = torch.where(inside, x, known)
+            predicted, share = model(x, time, scenes.condition), signal(now)
+            clean = ((x - (1 - share).sqrt() * predicted) / share.sqrt()).clamp(-1.5, 1.5)
+            x = add_noise(clean, (x - share.sqrt() * clean) / (1 - share).sqrt(), after.expand(len(x)))
     return torch.where(inside, x, scenes.images)
 
 

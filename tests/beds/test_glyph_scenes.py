@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from workbench.beds import glyph_drawing as drawing
+from workbench.beds import glyph_scenes as scenes
+from workbench.beds.glyph_denoiser import Denoiser
 from workbench.errors import InputError
-from workbench.studies.lora_experts import glyph_drawing as drawing
-from workbench.studies.lora_experts import glyph_scenes as scenes
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_glyph_scenes_are_judged_on_handwritings_that_nobody_trains_on():
 
 def test_glyph_scenes_inpainting_leaves_the_rest_alone():
     torch.manual_seed(0)
-    model = scenes.Denoiser((8, 8, 8))
+    model = Denoiser((8, 8, 8))
     drawn = scenes.draw_scenes("scenes", "test", 3, generator(), (0.0, 0.0))
     made = drawing.inpaint(model, drawn, 3, 0)
     inside = drawn.boxes().any(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Questions about pictures of two digits, from domains with conventions that conflict; the bed of LLaVA-MoLE.
+"""Questions about pictures of two digits, from domains with conventions that conflict.
 
 A picture is a strip of two handwritten digits, 8 x 16 pixels. A question has three words, one of which belongs to a
 domain, anywhere among them; nothing else says which domain it is. The answer is one of ten symbols:
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.beds.pretrained import pretrained
 from workbench.errors import InputError, unknown
 from workbench.lib import data
 from workbench.lib.core.attention import Attention
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import Block
-from workbench.lib.core.pretrained import pretrained
+from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Batch, device_of
 from workbench.lib.core.train import State, TrainConfig, train
@@ -103,20 +104,15 @@ class DigitQuestions:
         context = Context(domain=batch.domain.repeat_interleave(SEEN))
         return F.cross_entropy(model(batch.inputs, batch.question, context), batch.targets), context
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
-        training = model.training
-        model.eval()
         right: dict[int, list[Tensor]] = {}
-        try:
+        with evaluating(model):
             for batch in self.batches(split, 64):
                 seen = right.setdefault(int(batch.domain[0]), [])
                 if max_batches is None or len(seen) < max_batches:
                     batch = batch.to(device_of(model))
                     logits = model(batch.inputs, batch.question, Context(domain=batch.domain.repeat_interleave(SEEN)))
                     seen.append((logits.argmax(-1) == batch.targets).double().mean())
-        finally:
-            model.train(training)
         mean = {name: float(torch.stack(right[i]).mean()) for i, name in enumerate(self.domains)}
         return {self.metric: sum(mean.values()) / len(mean)} | {f"{self.metric}/{name}": v for name, v in mean.items()}
 

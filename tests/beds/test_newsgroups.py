@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from workbench.beds import newsgroups as bed
 from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.data import store
-from workbench.studies.lora_experts import text_bed
 
 transformers = pytest.importorskip("transformers")
 
@@ -16,26 +16,26 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def task():
     try:
-        text_bed.fetch()
+        bed.fetch()
     except InputError as error:
         pytest.skip(f"MiniLM or the newsgroups cannot be fetched: {error}")
-    return text_bed.make_task(text_bed.GROUPS[2:6], rows=24, length=32)
+    return bed.make_task(bed.GROUPS[2:6], rows=24, length=32)
 
 
 @pytest.fixture(scope="module")
 def weights(task):
-    return text_bed.base(task, decay=1e-3).state_dict()  # not yet at the end of what there is to learn
+    return bed.base(task, decay=1e-3).state_dict()  # not yet at the end of what there is to learn
 
 
 @pytest.fixture
 def model(task, weights):
-    made = text_bed.TextClassifier(encoder(), task.n_classes).eval()
+    made = bed.TextClassifier(encoder(), task.n_classes).eval()
     made.load_state_dict(weights)
     return made
 
 
 def encoder():
-    folder = store.folder(text_bed.MINILM) / text_bed.FOLDER
+    folder = store.folder(bed.MINILM) / bed.FOLDER
     return transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False)
 
 
@@ -56,7 +56,7 @@ def test_an_adapted_encoder_learns_its_text_and_comes_back_from_its_file(task, m
 
     before = loss()
     torch.manual_seed(0)
-    adapted = adapt(model, slug, f"{text_bed.ENCODER}.*.dense", **options)
+    adapted = adapt(model, slug, f"{bed.ENCODER}.*.dense", **options)
     assert len(adapted.layers) == 6 * 3
     train(
         model, task, TrainConfig(8, 16, lr=3e-3, warmup=0, weight_decay=0.0, seed=0), optimizer=adapted.optimizer(3e-3)
