@@ -92,7 +92,7 @@ def base(settings: Mapping[str, Any]) -> DecoderLM:
         return make_model(settings)
 
     def teach(model: nn.Module) -> object:
-        return train(model, task, TrainConfig(settings["public_steps"], settings["batch_size"], LR, eval_batches=1))
+        return train(model, task, TrainConfig(settings["public_steps"], settings["batch_size"], LR, eval_every=None))
 
     names = ("d_model", "d_hidden", "n_layers", "n_heads", "seq_len", "batch_size", "public_steps")
     recipe = {name: settings[name] for name in names} | {"lr": LR, "data": digests(source)}

@@ -108,7 +108,8 @@ def base(settings: Mapping[str, Any]) -> ChartToCode:
         return ChartToCode()
 
     def teach(model: nn.Module) -> State:
-        return train(model, task, TrainConfig(settings["base_steps"], settings["base_batch"], weight_decay=0.01))
+        config = TrainConfig(settings["base_steps"], settings["base_batch"], weight_decay=0.01, eval_every=None)
+        return train(model, task, config)
 
     recipe = {
         "steps": settings["base_steps"],

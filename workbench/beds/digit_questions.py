@@ -172,7 +172,7 @@ def base(settings: Mapping[str, Any]) -> nn.Module:
         return StripReader()
 
     def teach(model: nn.Module) -> State:
-        return train(model, task, TrainConfig(settings["base_steps"], settings["batch"]))
+        return train(model, task, TrainConfig(settings["base_steps"], settings["batch"], eval_every=None))
 
     recipe = {"steps": settings["base_steps"], "batch": settings["batch"], "data": task.manifest}
     return pretrained("digit-questions-base", recipe, build, teach, [sys.modules[__name__]])

@@ -97,7 +97,7 @@ def base(settings: Mapping[str, Any]) -> nn.Module:
         return Denoiser(channels)
 
     def teach(model: nn.Module) -> None:
-        train(model, GlyphScenes("pretraining"), TrainConfig(steps, 32, weight_decay=0.0, eval_batches=1))
+        train(model, GlyphScenes("pretraining"), TrainConfig(steps, 32, weight_decay=0.0, eval_every=None))
 
     recipe = {"steps": steps, "channels": list(channels), "data": GlyphScenes("pretraining").manifest}
     return pretrained("glyph-denoiser", recipe, build, teach, [glyph_scenes, sys.modules[__name__]])

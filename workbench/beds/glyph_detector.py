@@ -126,7 +126,9 @@ def base(settings: Mapping[str, Any]) -> GlyphDetector:
     task = GlyphDetection(settings["held_out"])
 
     def teach(model: nn.Module) -> None:
-        config = TrainConfig(settings["base_steps"], settings["batch_size"], lr=2e-3, weight_decay=1e-4, eval_batches=1)
+        config = TrainConfig(
+            settings["base_steps"], settings["batch_size"], lr=2e-3, weight_decay=1e-4, eval_every=None
+        )
         train(model, task, config)
 
     recipe = {name: settings[name] for name in ("base_steps", "batch_size", "layers")}

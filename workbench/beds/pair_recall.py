@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workbench.beds.python_text import text
 from workbench.beds.pretrained import pretrained
+from workbench.beds.python_text import text
 from workbench.lib.core.attention import Attention
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM

@@ -91,11 +91,21 @@ class SymbolMaps:
         self.rotations = torch.tensor(rotations)
         digest = hashlib.sha256(self.maps.numpy().tobytes() + self.rotations.numpy().tobytes()).hexdigest()
         self.manifest = {"name": self.name, "tasks": list(self.tasks), "length": length, "seed": seed, "sha256": digest}
+        self.shots: Batch | None = None
         self._held_out = {split: self._fixed(split, seed) for split in SPLITS[1:]}
+
+    def only(self, shots: int, seed: int) -> "SymbolMaps":
+        """The task itself, with no more rows to train on than these, drawn now; not where a domain is asked for."""
+        self.shots = self.batch("train", shots, torch.Generator().manual_seed(seed))
+        self.manifest |= {"shots": shots, "shots_seed": seed}
+        return self
 
     def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
         if size < 1:
             raise InputError(f"size is {size} but must be at least 1")
+        if self.shots is not None and split == "train" and domain is None:
+            pick = torch.randint(len(self.shots), (size,), generator=generator)
+            return Batch(self.shots.inputs[pick], self.shots.targets[pick], self.shots.domain[pick])
         if domain is None:
             domains = torch.randint(len(self.tasks), (size,), generator=generator)
         else:
@@ -166,7 +176,7 @@ def base(settings: Mapping[str, Any]) -> DecoderLM:
         return make_model()
 
     def teach(model: nn.Module) -> State:
-        return train(model, task, TrainConfig(settings["base_steps"], BATCH))
+        return train(model, task, TrainConfig(settings["base_steps"], BATCH, eval_every=None))
 
     recipe = {"steps": settings["base_steps"], "batch": BATCH, "data": task.manifest}
     return pretrained("symbol-maps-base", recipe, build, teach, [sys.modules[__name__]])
@@ -180,9 +190,9 @@ def new_maps(count: int = NEW) -> SymbolMaps:
 def adapt_and_train(
     slug: str, options: Mapping[str, Any], settings: Mapping[str, Any], seed: int, task: SymbolMaps | None = None
 ) -> tuple[Adapted, State]:
-    """Put a system on the base and train it on a task, by default on all new maps."""
+    """Put a system on the base and train it on a task, by default on all new maps; not yet evaluated."""
     model = base(settings)
     torch.manual_seed(seed)
     adapted = adapt(model, slug, TARGETS, **options)
-    config = TrainConfig(settings["steps"], BATCH, lr=LR, weight_decay=0.0, seed=seed)
+    config = TrainConfig(settings["steps"], BATCH, lr=LR, weight_decay=0.0, seed=seed, eval_every=None)
     return adapted, train(model, task or new_maps(), config, optimizer=adapted.optimizer(LR))

@@ -1,4 +1,4 @@
-"""The study of CharLuMA: its model writes scripts as it was trained to, its arms are what they are called, its rule."""
+"""The study of CharLuMA: it runs, its arms are what they are called, its rule."""
 
 import json
 
@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from workbench.beds.charts import ChartScripts
 from workbench.lib.charts import LANGUAGES
 from workbench.lib.lora_experts.charluma import PoolLayer
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
-from workbench.studies.lora_experts import charts_bed as bed
 from workbench.studies.lora_experts.charluma import (
     ABLATIONS,
     ARMS,
@@ -21,6 +20,8 @@ from workbench.studies.lora_experts.charluma import (
     build,
     judge,
 )
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.004, -0.003)
 F1 = {OURS: 0.8, "shared": 0.7, "shared-router": 0.75, "lora-active": 0.7, "lora-total": 0.72, "per-language": 0.71}
@@ -43,7 +44,7 @@ def judged(change=None, noise=None, seeds=3):
             extra = {name: by for name in ("executes", "f1", "value_f1", "colour_f1")}
             extra |= {"columns_of_all": 5, "columns_used": 14} if arm == OURS else {}
             rows.append(Row(arm, seed, 1, 1, 1, 1, metric, extra))
-    return judge(rows, {"arms": list(values)})
+    return judge(Rows(rows), {"arms": list(values)})
 
 
 def test_charluma_study_reproduces_if_ours_is_better_than_each_of_four():
@@ -69,10 +70,10 @@ def test_charluma_study_resolves_nothing_if_an_interval_includes_zero(arm):
 @pytest.mark.study
 def test_charluma_study_arms_are_what_they_are_called(home):
     trained, outputs = {}, {}
-    task = bed.ChartScripts(SMOKE["charts"])
+    task = ChartScripts(SMOKE["charts"])
     batch = task.batch("train", 6, torch.Generator().manual_seed(0))
     for arm in (*ARMS, *ABLATIONS):
-        model, parameters, _ = build(arm, 0, SMOKE)
+        model, parameters = build(arm, 0, SMOKE)
         trained[arm] = sum(p.numel() for p in parameters)
         with torch.no_grad():
             outputs[arm] = model(batch.inputs, batch.targets, batch.domain)
@@ -89,10 +90,10 @@ def test_charluma_study_arms_are_what_they_are_called(home):
 
 @pytest.mark.study
 def test_charluma_study_projector_is_told_the_language_of_each_row(home):
-    task = bed.ChartScripts(SMOKE["charts"])
+    task = ChartScripts(SMOKE["charts"])
     batch = task.batch("train", 6, torch.Generator().manual_seed(0))
     for arm in (OURS, "per-language", "shared-router"):
-        model, _, _ = build(arm, 0, SMOKE)
+        model, _ = build(arm, 0, SMOKE)
         layer = model.projector
         if isinstance(layer, PoolLayer):
             nn.init.normal_(layer.experts.columns)

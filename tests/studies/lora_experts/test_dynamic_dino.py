@@ -1,16 +1,17 @@
-"""The study of Dynamic-DINO and its detection bed: it runs, its arms start where they should, and its rule decides."""
+"""The study of Dynamic-DINO: it runs, its arms start where they should, and its rule decides."""
 
 import json
 
 import pytest
 import torch
 
+from workbench.beds import glyph_detection, glyph_detector
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.routing import Context
 from workbench.lib.lora_experts.dynamic_dino import SlicedFeedForward
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
-from workbench.studies.lora_experts import glyph_detection as bed
 from workbench.studies.lora_experts.dynamic_dino import FIRST, PRESETS, SMALL_ARMS, STUDY, build, judge, widen
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.004, -0.003)
 AP = {"dense": 0.4, "mixture": 0.43, "random": 0.3, "untied": 0.35, "wide": 0.42}
@@ -34,7 +35,7 @@ def judged(ap=None, first=None, noise=0.2, start=0.0, seeds=3):
             if arm in ("mixture", "random", "untied"):
                 extra |= {"same_copy": [[1.0], [0.4]], "partners": [[1.0], [3.0]], "partners_null": [9.0]}
             rows.append(Row(arm, seed, 1, 1, 1, 1, ap[arm] + NOISE[seed] + own, extra))
-    return judge(rows, {"arms": SMALL_ARMS})
+    return judge(Rows(rows), {"arms": SMALL_ARMS})
 
 
 def test_reproduced_if_it_starts_as_dense_and_ends_better():
@@ -95,8 +96,8 @@ def test_smoke_runs_twice_with_the_same_numbers(home):
 
 def test_all_arms_tune_the_same_parts_and_only_those(home):
     settings = PRESETS["smoke"]
-    image = bed.draw_scenes("train", 2, torch.Generator().manual_seed(0))[0]
-    before = bed.base(settings).state_dict()
+    image = glyph_detection.draw_scenes("train", 2, torch.Generator().manual_seed(0))[0]
+    before = glyph_detector.base(settings).state_dict()
     for arm in ("dense", "mixture"):
         adapted = build(arm, 0, settings)
         assert sum(isinstance(layer, SlicedFeedForward) for layer in adapted.layers.values()) == 3

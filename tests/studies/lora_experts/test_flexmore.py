@@ -1,15 +1,15 @@
-"""The study of FlexMoRE: it runs, its arms match, its data is split, and its rule says what it says."""
+"""The study of FlexMoRE: it runs, its arms match, and its rule says what it says."""
 
 import json
 
 import pytest
 
+from workbench.beds.byte_domains import DOMAINS, make_model
 from workbench.lib.core.adapt import adapt
 from workbench.lib.lora_experts.flexmore import break_even_rank, count_parameters
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.lora_experts.flexmore import (
+    ARMS,
     CHOICES,
-    DOMAINS,
     LORA,
     MARGIN,
     PRESETS,
@@ -17,15 +17,14 @@ from workbench.studies.lora_experts.flexmore import (
     STUDY,
     TARGETS,
     THIRD,
-    arms,
     chosen,
     judge,
-    make_model,
 )
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
-SPLITS = ("train", "validation", "test")
 NOISE = (0.0, 0.004, -0.002, 0.002)
-BITS = {arm: 3.0 for arm in arms({})} | {"public": 4.0}
+BITS = {arm: 3.0 for arm in ARMS} | {"public": 4.0}
 PAIR = {"public": 4.0, **{str(rank): 3.5 for rank in RANKS}, "8": 3.2, "32": 3.1, "full": 3.0}
 
 
@@ -46,7 +45,7 @@ def judged(seeds=4, noise=None, full=3.0, cut=3.0, public=4.0):
                 extra["pairs"] = {domain: {"validation": PAIR, "test": PAIR} for domain in DOMAINS}
                 extra["energy"] = {domain: [0.5] * len(RANKS) for domain in DOMAINS}
             rows.append(Row(arm, seed, 1, 1, 1, 1, value + NOISE[seed] + own, extra))
-    return judge(rows, {})
+    return judge(Rows(rows), {})
 
 
 def test_flexmore_study_reproduces_if_the_cut_costs_less_than_the_margin_and_the_mixture_has_learned():
@@ -96,7 +95,7 @@ def test_flexmore_study_runs_twice_the_same(home):
     for one, other in zip(*(result.rows for result in results), strict=True):
         assert (one.metric, one.extra, one.flops) == (other.metric, other.extra, other.flops)
     rows = {row.arm: row for row in results[0].rows}
-    assert list(rows) == arms({}) and set(PRESETS) == {"smoke", "small", "full"}
+    assert list(rows) == list(ARMS) and set(PRESETS) == {"smoke", "small", "full"}
     assert rows["full"].params > rows["rank 1"].params > rows["public"].params
     assert rows["full"].extra["share"] == 1 and rows[f"rank {THIRD}"].extra["share"] == pytest.approx(1 / 3)
     assert rows["chosen ranks"].extra["share"] <= 1 / 3 + 1e-9

@@ -1,14 +1,15 @@
-"""The study of LLaVA-MoLE: its domains conflict as they should, it runs, and its rule says what it says."""
+"""The study of LLaVA-MoLE: it runs, and its rule says what it says."""
 
 import json
 
 import pytest
 import torch
-from workbench.studies.lora_experts.digit_questions import DigitQuestions
 
+from workbench.beds.digit_questions import DigitQuestions
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.lora_experts.llava_mole import OURS, PRESETS, STUDY, ByDomain, build, judge, learn, run
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.004, -0.003)
 ACCURACY = {
@@ -34,7 +35,7 @@ def judged(change=None, noise=None, seeds=3):
                 v + NOISE[seed] * (1 + i + 0.1 * d) + noise.get(arm, (0, 0, 0))[seed] for d, v in enumerate(values)
             ]
             rows.append(Row(arm, seed, 1, 1, 1, 1, sum(moved) / 3, {"by_domain": moved}))
-    return judge(rows, {"arms": list(accuracy)})
+    return judge(Rows(rows), {"arms": list(accuracy)})
 
 
 def test_llava_mole_study_reproduces_if_the_mix_hurts_and_the_experts_undo_it():

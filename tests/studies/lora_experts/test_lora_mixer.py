@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
-from workbench.studies.lora_experts import bed
+from workbench.beds import symbol_maps as bed
 from workbench.studies.lora_experts.lora_mixer import (
     ARMS,
     ELSEWHERE,
     PRESETS,
     ROUTERS,
     STUDY,
-    Few,
     experts,
     judge,
 )
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.02, -0.01)
 ACCURACY = dict.fromkeys(ARMS, 0.5) | {"described, 1024": 0.9, "described, 256": 0.8, "balance only, 256": 0.7}
@@ -34,7 +34,7 @@ def judged(accuracy=None, seeds=3, noise=None):
             own = (noise or {}).get(arm, [0.05 * i * part for part in NOISE])[seed]
             extra = {"trained": 10} | dict.fromkeys(("entropy", "load_divergence", "task_information"), 0.5)
             rows.append(Row(arm, seed, 1, 1, 1, 1, value + NOISE[seed] + own, extra))
-    return judge(rows, {})
+    return judge(Rows(rows), {})
 
 
 def test_lora_mixer_study_reproduces_if_it_beats_mixlora_and_its_loss_helps():
@@ -57,7 +57,7 @@ def test_lora_mixer_study_resolves_nothing_if_an_interval_includes_zero():
 
 
 def test_lora_mixer_study_routers_learn_from_few_strings():
-    task, generator = Few(5, seed=1), torch.Generator().manual_seed(0)
+    task, generator = bed.new_maps(6).only(5, seed=1), torch.Generator().manual_seed(0)
     assert len({tuple(row.tolist()) for row in task.batch("train", 100, generator).inputs}) == 5
     assert len(task.batch("validation", 7, generator).inputs) == 7
 
@@ -106,4 +106,4 @@ def test_lora_mixer_study_runs_twice_the_same(home):
             for lora in experts(PRESETS["smoke"], 0):
                 for name, (a, b, scale) in lora.items():
                     model.get_submodule(name).weight += share * scale * b @ a
-        assert Few(5, seed=0).evaluate(model)["accuracy"] == pytest.approx(rows[arm].metric, abs=2e-3)
+        assert bed.new_maps(6).evaluate(model)["accuracy"] == pytest.approx(rows[arm].metric, abs=2e-3)

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
-from workbench.studies.lora_experts import bed
+from workbench.beds import symbol_maps as bed
 from workbench.studies.lora_experts.mhr import ARMS, COMBINED, HELD_OUT, SEEN, STUDY, TARGETS, PartMaps, judge
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.02, -0.01, 0.01)
 ACCURACY = dict.fromkeys(ARMS, 0.5) | {"mhr": 0.9, "poly": 0.8, "lora": 0.6, "lora-total": 0.7}
@@ -28,7 +29,7 @@ def judged(seeds=4, noise=None, **accuracy):
             few = {"all": [metric] * 5, "router": [metric - 0.1] * 5, "skills": [metric - 0.05] * 5}
             few = {"all": few["all"]} if arm.startswith("lora") else few
             rows.append(Row(arm, seed, 1, 1, 1, 1, metric, {"few": few, "seen": 1.0, "alignment": 0.1}))
-    return judge(rows, {"shots": 16})
+    return judge(Rows(rows), {"shots": 16})
 
 
 def test_mhr_study_reproduces_if_blocks_beat_wholes_and_both_shared_loras():
@@ -63,7 +64,7 @@ def test_mhr_study_tasks_share_their_parts_and_the_targets_are_new():
 
 
 def test_mhr_study_few_shots_are_few():
-    task = PartMaps(TARGETS[:1], 4, seed=3)
+    task = PartMaps(TARGETS[:1]).only(4, seed=3)
     generator = torch.Generator().manual_seed(0)
     rows = {tuple(row.tolist()) for _ in range(20) for row in task.batch("train", 8, generator).inputs}
     assert len(rows) == 4

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
 from workbench.studies.lora_experts.mixlora import ARMS, PRESETS, STUDY, judge, run
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.02, -0.01, 0.01)
 ACCURACY = {
@@ -32,7 +33,7 @@ def judged(seeds=4, noise=None, **accuracy):
             own = noise[arm][seed] if arm in noise else 0.05 * i * NOISE[seed]
             metric = value + NOISE[seed] + own
             rows.append(Row(arm, seed, 1, 1, 1, 1, metric, {"worst": metric - 0.1}))
-    return judge(rows, {})
+    return judge(Rows(rows), {})
 
 
 def test_mixlora_study_reproduces_if_it_gains_and_only_on_several_tasks():

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
-from workbench.studies.lora_experts import glyph_scenes as scenes
+from workbench.beds.glyph_scenes import PARTS
 from workbench.studies.lora_experts.mole_diffusion import ARMS, GATES, PRESETS, STUDY, experts, judge
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.002, -0.001)
 ERROR = {"base": 0.6, "tuned": 0.5, "joint": 0.52, "merged": 0.48, "local": 0.42, "global": 0.45, "mole": 0.4}
@@ -26,9 +27,9 @@ def judged(seeds=3, noise=None, background=0.05, **error):
             ground = (background if arm == "mole" else 0.05) + NOISE[seed] * (1 + i)
             extra = {"background": ground, "face": value, "hand": value, "box_auc": [0.9, 0.9], "absent": [0.0, 0.0]}
             extra |= {"drawn_right": 0.5, "drawn_distance": 1.0}
-            extra |= {"scales": (1.0, 1.0), "sweep": {part: [0.6, 0.5] for part in scenes.PARTS}}
+            extra |= {"scales": (1.0, 1.0), "sweep": {part: [0.6, 0.5] for part in PARTS}}
             rows.append(Row(arm, seed, 1, 1, 1, 1, value + NOISE[seed] + own, extra))
-    return judge(rows, {})
+    return judge(Rows(rows), {})
 
 
 def test_mole_diffusion_study_reproduces_if_gates_beat_merging_and_leave_the_background():

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
-from workbench.studies.lora_experts import bed
+from workbench.beds import symbol_maps as bed
 from workbench.studies.lora_experts.remix import ARMS, LORAS, PROMPT, STUDY, judge, put, row_losses
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.02, -0.01)
 ACCURACY = dict.fromkeys(ARMS, 0.5) | {"remix-4": 0.9, "softmax": 0.8, "random": 0.6}
@@ -31,7 +32,7 @@ def judged(seeds=3, weights=None, noise=None, **accuracy):
                 curve["weights"][-1] += 0.02 * seed
             extra = {} if arm in LORAS else {"support": curve, "subsets": 1.0}
             rows.append(Row(arm, seed, 1, 1, 1, 1, value + NOISE[seed] + own, extra))
-    return judge(rows, {})
+    return judge(Rows(rows), {})
 
 
 def test_remix_study_reproduces_if_weights_collapse_and_the_learned_choice_gains():

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from workbench.beds import symbol_maps as bed
 from workbench.lib.core.adapt import adapt
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Row
-from workbench.studies.lora_experts import bed
 from workbench.studies.lora_experts.smora import ARMS, BLOCKS, PRESETS, STUDY, judge
+from workbench.studies.rows import Row, Rows
+from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.02, -0.01, 0.01)
 ACCURACY = {
@@ -34,7 +35,7 @@ def judged(seeds=4, noise=None, **accuracy):
             own = (noise or {}).get(arm, [0.05 * i * part for part in NOISE])[seed]
             extra = {"worst": value - 0.1} | ({} if arm.startswith("lora-") else {"overlap": [0.5, 0.7]})
             rows.append(Row(arm, seed, 1, 1, 1, 1, value + NOISE[seed] + own, extra))
-    return judge(rows, {})
+    return judge(Rows(rows), {})
 
 
 def test_smora_study_reproduces_if_finer_is_better_and_beats_the_active_rank():

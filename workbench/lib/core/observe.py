@@ -45,6 +45,11 @@ class Announcing(nn.Module):
             observer(self, routing, context)
 
 
+def announcing(model: nn.Module) -> list[Announcing]:
+    """The modules of a model that announce, in its order."""
+    return [module for module in model.modules() if isinstance(module, Announcing)]
+
+
 def _decision(routing: Routing, context: Context) -> tuple[Routing, Context]:
     return routing, context
 
@@ -77,12 +82,12 @@ def outputs(module: nn.Module) -> Iterator[list]:
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Forward passes inside are seen by no observer of the model's modules; afterwards all observers are back."""
-    announcing = [module for module in model.modules() if isinstance(module, Announcing)]
-    observers = [module._observers for module in announcing]
-    for module in announcing:
+    modules = announcing(model)
+    observers = [module._observers for module in modules]
+    for module in modules:
         module._observers = OrderedDict()
     try:
         yield
     finally:
-        for module, kept in zip(announcing, observers, strict=True):
+        for module, kept in zip(modules, observers, strict=True):
             module._observers = kept

@@ -8,7 +8,6 @@ templates' grammar, whether or not their renderers are installed.
 """
 
 import copy
-import statistics
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,13 @@ from torch import Tensor, nn
 from workbench.beds.chart_to_code import WIDTH, ChartToCode, base
 from workbench.beds.charts import VALIDATION, ChartScripts, measures
 from workbench.lib.charts import LANGUAGES
-from workbench.lib.core.adapt import Adapted, adapt
-from workbench.lib.core.budget import measure_budget
+from workbench.lib.core.adapt import adapt
+from workbench.lib.core.observe import announcing, observing
 from workbench.lib.core.train import TrainConfig, train
-from workbench.lib.measures.statistics import paired_interval
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.lib.lora_experts.charluma import METHOD
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, trained_row, training_budget
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, all_above, any_below, decide
 
 OURS = "ours"
 DECISIVE = ("shared", "shared-router", "lora-active", "lora-total")
@@ -50,10 +51,6 @@ PRESETS = {
 }
 
 
-def arms(settings: Settings) -> list[str]:
-    return list(settings["arms"])
-
-
 class PerLanguage(nn.Module):
     """A projector for each language, all alike at first; told its language as adapted layers are."""
 
@@ -77,8 +74,8 @@ class PerLanguage(nn.Module):
         return every[torch.arange(len(h), device=h.device), self.language]
 
 
-def build(arm: str, seed: int, settings: Settings) -> tuple[ChartToCode, list[nn.Parameter], Adapted | None]:
-    """The base with the projector of an arm, the parameters trained in its projector, and the adaptation if any."""
+def build(arm: str, seed: int, settings: Settings) -> tuple[ChartToCode, list[nn.Parameter]]:
+    """The base with the projector of an arm, and the parameters trained in its projector."""
     model = base(settings)
     model.requires_grad_(False)
     torch.manual_seed(seed)
@@ -98,105 +95,82 @@ def build(arm: str, seed: int, settings: Settings) -> tuple[ChartToCode, list[nn
         adapted = adapt(model, "charluma", "projector.*", rank=RANK, pool=POOL, **options)
         if arm != "shared-router":
             model.tell = lambda language: adapted.given(language=language)
-    trained = list(model.projector.parameters()) if adapted is None else adapted.parameters()
-    return model, trained, adapted
+    return model, list(model.projector.parameters()) if adapted is None else adapted.parameters()
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    charts = settings["charts"]
-    third = (charts - VALIDATION) // len(LANGUAGES)
+    charts, lr = settings["charts"], settings["lr"]
     # In three languages a third of the charts make as many scripts as all of them in one each.
-    with_control = "unaligned" in settings["arms"]
-    task = ChartScripts(
-        charts, aligned=arm != "unaligned", train_charts=third if with_control and arm != "unaligned" else None
-    )
-    model, trained, adapted = build(arm, seed, settings)
+    fewer = "unaligned" in settings["arms"] and arm != "unaligned"
+    third = (charts - VALIDATION) // len(LANGUAGES)
+    task = ChartScripts(charts, aligned=arm != "unaligned", train_charts=third if fewer else None)
+    model, trained = build(arm, seed, settings)
+
+    def learn(parameters: list[nn.Parameter], steps: int, warmup: int, order: int) -> None:
+        config = TrainConfig(steps, settings["batch"], lr, warmup, weight_decay=0.0, seed=order, eval_every=None)
+        train(model, task, config, optimizer=torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0))
+
     alone = 0 if arm == "no-warm-up" else settings["warmup_steps"]
-    rest = settings["steps"] + settings["warmup_steps"] - alone
-    lr, batch = settings["lr"], settings["batch"]
+    steps = settings["steps"] + settings["warmup_steps"]
     if alone:
-        config = TrainConfig(alone, batch, lr, warmup=5, weight_decay=0.0, seed=2 * seed)
-        train(model, task, config, optimizer=torch.optim.AdamW(trained, lr=lr, weight_decay=0.0))
+        learn(trained, alone, 5, 2 * seed)
     model.decoder.requires_grad_(True)
-    both = [*trained, *model.decoder.parameters()]
-    config = TrainConfig(rest, batch, lr, warmup=10, weight_decay=0.0, seed=2 * seed + 1)
-    state = train(model, task, config, optimizer=torch.optim.AdamW(both, lr=lr, weight_decay=0.0))
-    found = measures(task.write(model))
-    budget = measure_budget(model, task, task.batch("train", batch, torch.Generator().manual_seed(0)))
-    extra = found | {"loss": state.metrics["loss"], "trained": sum(p.numel() for p in trained)}
-    if adapted is not None and adapted.adapter.slug == "charluma":
-        extra |= columns_by_language(model, task, adapted)
-    steps = alone + rest
-    return Row(
-        arm, seed, budget.params, budget.active_params, budget.flops * steps, steps, found["mean_f1"], extra
-    )  # fmt: skip
+    learn([*trained, *model.decoder.parameters()], steps - alone, 10, 2 * seed + 1)
+    with observing(announcing(model), lambda routing, context: routing.counts / routing.n_tokens) as seen:
+        loss = task.evaluate(model)["loss"]  # a batch of each language
+    extra = {"loss": loss, "trained": sum(p.numel() for p in trained)} | measures(task.write(model))
+    for columns in seen.values():
+        extra |= columns_by_language(torch.stack(columns))
+    budget = training_budget(model, task, settings["batch"])
+    return trained_row(arm, seed, budget, steps, extra["mean_f1"], **extra)
 
 
-@torch.no_grad()
-def columns_by_language(model: ChartToCode, task: ChartScripts, adapted: Adapted) -> dict:
+def columns_by_language(columns: Tensor) -> dict:
     """How often each language chooses each column for held-out pictures, and how many columns serve all languages."""
-    layer = next(iter(adapted.layers.values()))
-    tables = []
-    for batch in task.batches("validation", VALIDATION):
-        model.image_tokens(batch.inputs, batch.domain)
-        index, _ = layer.selection
-        tables.append(torch.bincount(index.flatten(), minlength=layer.n_experts) / len(index))
-    used = torch.stack(tables) > 0
+    used = columns > 0
     return {
-        "columns": torch.stack(tables).tolist(),
+        "columns": columns.tolist(),
         "columns_used": int(used.any(0).sum()),
         "columns_of_all": int(used.all(0).sum()),
     }
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    of = {arm: [row.metric for row in rows if row.arm == arm] for arm in settings["arms"]}
-    minus = {arm: paired_interval(of[OURS], values) for arm, values in of.items() if arm != OURS}
+    minus = {arm: rows.minus(OURS, arm) for arm in rows.arms if arm != OURS}
     decisive = [minus[arm] for arm in DECISIVE]
-    if all(interval.low > 0 for interval in decisive):
-        verdict = REPRODUCED
-    elif any(interval.high < 0 for interval in decisive):
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
+    verdict = decide((REPRODUCED, all_above(decisive)), (NOT_REPRODUCED, any_below(decisive)))
     reason = (
         "F1 of what the scripts draw, the projector with a router per language minus "
         + ", ".join(f"{name} {minus[name]}" for name in (*DECISIVE, "per-language"))
         + ". The effect is the difference to one shared projector."
     )
-    mean = {
+    details = {
         name: {
-            arm: {
-                language: statistics.fmean(row.extra[name][language] for row in rows if row.arm == arm)
-                for language in LANGUAGES
-            }
-            for arm in of
+            arm: {of: rows.mean(arm, lambda row, of=of, name=name: row.extra[name][of]) for of in LANGUAGES}
+            for arm in rows.arms
         }
         for name in ("executes", "f1", "value_f1", "colour_f1")
     }
-    used = {row.seed: [row.extra["columns_of_all"], row.extra["columns_used"]] for row in rows if row.arm == OURS}
-    details = mean | {
-        "mean_f1": {arm: statistics.fmean(values) for arm, values in of.items()},
-        "minus": {arm: interval.as_dict() for arm, interval in minus.items()},
-        "columns_of_all_and_used": {str(seed): counts for seed, counts in used.items()},
+    details |= {
+        "mean_f1": rows.means(),
+        "minus": minus,
+        "columns_of_all_and_used": {
+            str(row.seed): [row.extra["columns_of_all"], row.extra["columns_used"]] for row in rows.arm(OURS)
+        },
         "how": {"python": "executed", "r": "parsed", "latex": "parsed"},
     }
-    effect = minus["shared"]
-    return Judgement(verdict, effect.estimate, (effect.low, effect.high), reason, details)
+    return Judgement.on(minus["shared"], verdict, reason, details)
 
 
 STUDY = Study(
-    slug="charluma",
-    title="CharLuMA / Chart2NCode: Aligned Multi-View Scripts for Universal Chart-to-Code Generation",
-    claim="A low-rank projector with one router per programming language writes more correct chart code than a shared "
-    "projector.",
+    METHOD,
     metric="spec_f1",
     unit="fraction",
     higher_is_better=True,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
 )

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from workbench.beds import glyph_detector as bed
 from workbench.beds.glyph_detection import GlyphDetection
 from workbench.lib.core.adapt import Adapted, adapt
-from workbench.lib.core.budget import count_params, measure_budget
+from workbench.lib.core.budget import count_params
+from workbench.lib.core.observe import announcing, observing
 from workbench.lib.core.train import Hook, State, TrainConfig, train
-from workbench.lib.lora_experts.dynamic_dino import SlicedFeedForward, TunedLinear, same_copy_share
+from workbench.lib.lora_experts.dynamic_dino import METHOD, SlicedFeedForward, TunedLinear, same_copy_share
 from workbench.lib.measures.coactivation import coactivation_counts, effective_partners
 from workbench.lib.measures.curveball import coactivation_scores
-from workbench.lib.measures.statistics import paired_interval, tost
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.lib.measures.statistics import paired_interval
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, training_budget
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 COPIES = 8
 DENSE = {"experts": 1, "top_k": 1, "balance": 0.0}
@@ -32,6 +35,7 @@ ARMS = {
 }
 """Options of each arm. The detector of "wide" has blocks of COPIES times the hidden width, all of it active."""
 CONTROLS = ("random", "untied")
+KINDS = ("common", "rare", "unseen")  # of texts
 FIRST = 20  # steps whose loss is compared
 MARGIN = 0.01  # of average precision: the order of the paper's gain on COCO, 1.1 points
 EXACT = 1e-4  # relative difference of two losses in float32 that are the same function
@@ -56,10 +60,6 @@ PRESETS = {
     "full": COMMON
     | {"seeds": 5, "base_steps": 4000, "steps": 2000, "held_out": 2000, "arms": tuple(ARMS), "samples": 200},
 }
-
-
-def arms(settings: Settings) -> list[str]:
-    return list(settings["arms"])
 
 
 def widen(block: nn.Sequential, factor: int) -> nn.Sequential:
@@ -111,43 +111,36 @@ class Watch(Hook):
         """Note the co-selection now; the masks (N, E) of each layer."""
         masks = selections(self.adapted, self.images)
         counts = [coactivation_counts(mask) for mask in masks]
-        slices = [layer.experts.slices for layer in mixtures(self.adapted)]
+        slices = [layer.experts.slices for layer in announcing(self.adapted.model)]
         self.shares[step] = [same_copy_share(c, k) for c, k in zip(counts, slices, strict=True)]
         self.partners[step] = [float(effective_partners(c).nanmean()) for c in counts]
         return masks
 
 
-def mixtures(adapted: Adapted) -> list[SlicedFeedForward]:
-    return [layer for layer in adapted.layers.values() if isinstance(layer, SlicedFeedForward)]
-
-
-@torch.no_grad()
 def selections(adapted: Adapted, images: Tensor) -> list[Tensor]:
     """(N, E) of each layer: the experts chosen by every query of the images."""
-    masks: list[Tensor] = []
-    handles = [layer.observe(lambda _, routing, __: masks.append(routing.mask())) for layer in mixtures(adapted)]
-    adapted.model(images)
-    for handle in handles:
-        handle.remove()
-    return masks
+    with torch.no_grad(), observing(announcing(adapted.model), lambda routing, context: routing.mask()) as seen:
+        adapted.model(images)
+    return [mask for (mask,) in seen.values()]
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    task, steps = GlyphDetection(settings["held_out"]), settings["steps"]
+    task, steps, size = GlyphDetection(settings["held_out"]), settings["steps"], settings["batch_size"]
     adapted = build(arm, seed, settings)
-    model, layers = adapted.model, mixtures(adapted)
+    model = adapted.model
+    layers: list[SlicedFeedForward] = announcing(model)
     routed = layers[0].top_k > 1
     watched = next(task.batches("validation", 64)).inputs
     watch = Watch(adapted, watched, {steps * i // 4 for i in range(4)} if routed else set())
-    config = TrainConfig(*(steps, settings["batch_size"], settings["lr"]), weight_decay=0.0, seed=seed, eval_batches=1)
-    flops = measure_budget(model, task, task.batch("train", config.batch_size, torch.Generator().manual_seed(0))).flops
+    flops = training_budget(model, task, size).flops * steps
+    config = TrainConfig(steps, size, settings["lr"], weight_decay=0.0, seed=seed, eval_every=None)
     train(model, task, config, [watch], optimizer=adapted.optimizer(config.lr))
-    together = {}
+    extra = {"trained": adapted.report()["trained"], "first_losses": watch.losses}
     if routed:
         masks = watch.look(steps)
         generator = torch.Generator().manual_seed(seed)
         nulls = [coactivation_scores(mask, settings["samples"], generator).mean for mask in masks]
-        together = {
+        extra |= {
             "steps": list(watch.shares),
             "same_copy": list(watch.shares.values()),
             "partners": list(watch.partners.values()),
@@ -156,69 +149,48 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
             "counts": [coactivation_counts(mask).tolist() for mask in masks],
         }
     scores = task.evaluate(model, "test")
+    extra |= {name: scores[name] for name in KINDS}
     unused = sum(count_params(layer.base) for layer in layers)
     unused += sum(layer.weight.numel() for layer in adapted.layers.values() if isinstance(layer, TunedLinear))
     params = count_params(model) - unused
     idle = sum(count_params(layer.experts) * (1 - layer.top_k / layer.n_experts) for layer in layers)
-    return Row(
-        arm=arm,
-        seed=seed,
-        params=params,
-        active_params=round(params - idle),
-        flops=flops * steps,
-        steps=steps,
-        metric=scores[task.metric],
-        extra={
-            "trained": adapted.report()["trained"],
-            **{name: scores[name] for name in ("common", "rare", "unseen")},
-            "first_losses": watch.losses,
-            **together,
-        },
-    )
+    return Row(arm, seed, params, round(params - idle), flops, steps, scores[task.metric], extra)
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    of = {arm: [row for row in rows if row.arm == arm] for arm in settings["arms"]}
-    ap = {arm: [row.metric for row in found] for arm, found in of.items()}
-    first = {arm: [sum(row.extra["first_losses"]) / len(row.extra["first_losses"]) for row in of[arm]] for arm in of}
-    starts = [
-        abs(a.extra["first_losses"][0] / b.extra["first_losses"][0] - 1)
-        for a, b in zip(of["mixture"], of["dense"], strict=True)
-    ]
-    jumps = {arm: paired_interval(first["mixture"], first[arm]) for arm in CONTROLS}
-    gains = {arm: paired_interval(ap["mixture"], ap[arm]) for arm in of if arm != "mixture"}
-    gain, equal, exact = gains["dense"], tost(ap["mixture"], ap["dense"], MARGIN, paired=True), max(starts) <= EXACT
-    below = [interval.high < 0 for interval in jumps.values()]
-    if exact and all(below) and gain.low > 0:
-        verdict = REPRODUCED
-    elif not exact or any(i.low > 0 for i in jumps.values()) or gain.high < 0 or equal.equivalent:
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
-    rare = {
-        name: paired_interval(*([row.extra[name] for row in of[arm]] for arm in ("mixture", "dense")))
-        for name in ("common", "rare", "unseen")
-    }
+    losses = {arm: rows.of(arm, "first_losses") for arm in rows.arms}
+    starts = [abs(a[0] / b[0] - 1) for a, b in zip(losses["mixture"], losses["dense"], strict=True)]
+    early = {arm: [sum(first) / len(first) for first in losses[arm]] for arm in ("mixture", *CONTROLS)}
+    jumps = {arm: paired_interval(early["mixture"], early[arm]) for arm in CONTROLS}
+    gains = {arm: rows.minus("mixture", arm) for arm in rows.arms if arm != "mixture"}
+    gain, equal = gains["dense"], rows.tost("mixture", "dense", MARGIN)
+    exact, lower = max(starts) <= EXACT, all(interval.high < 0 for interval in jumps.values())
+    higher = any(interval.low > 0 for interval in jumps.values())
+    verdict = decide(
+        (REPRODUCED, exact and lower and gain.low > 0),
+        (NOT_REPRODUCED, not exact or higher or gain.high < 0 or equal.equivalent),
+    )
+    by_kind = {name: rows.minus("mixture", "dense", name) for name in KINDS}
     reason = (
         f"Average precision, mixture minus dense {gain}, {'' if equal.equivalent else 'not '}shown to be "
         f"equivalent within {MARGIN}; first loss of the two within {max(starts):.1e}; loss of the first {FIRST} steps, "
         "mixture minus "
         + ", ".join(f"{arm} {interval}" for arm, interval in jumps.items())
-        + f"; on rare texts {rare['rare']}. The effect is mixture minus dense."
+        + f"; on rare texts {by_kind['rare']}. The effect is mixture minus dense."
     )
     details = {
-        "ap50": {arm: interval.as_dict() for arm, interval in gains.items()},
-        "mixture_minus_dense": {name: interval.as_dict() for name, interval in rare.items()},
+        "ap50": gains,
+        "mixture_minus_dense": by_kind,
         "first_loss_differs_by": starts,
-        "first_losses": {arm: interval.as_dict() for arm, interval in jumps.items()},
+        "first_losses": jumps,
         "tost": {"margin": MARGIN, "p": equal.p, "ci90": equal.ci90, "equivalent": equal.equivalent},
-        "co_selection": {arm: together(of[arm]) for arm in of if "partners" in of[arm][0].extra},
+        "co_selection": {arm: together(rows.arm(arm)) for arm in rows.arms if "partners" in rows.arm(arm)[0].extra},
     }
-    return Judgement(verdict, gain.estimate, (gain.low, gain.high), reason, details)
+    return Judgement.on(gain, verdict, reason, details)
 
 
-def together(rows: list[Row]) -> dict:
+def together(rows: Rows) -> dict:
     """Of each layer, mean over seeds: at the start and at the end the share of pairs in one copy and the effective
     number of partners, and the latter if partners were drawn at random at the same loads."""
 
@@ -226,25 +198,20 @@ def together(rows: list[Row]) -> dict:
         return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
 
     return {
-        "same_copy_start": mean([row.extra["same_copy"][0] for row in rows]),
-        "same_copy_end": mean([row.extra["same_copy"][-1] for row in rows]),
-        "partners_start": mean([row.extra["partners"][0] for row in rows]),
-        "partners_end": mean([row.extra["partners"][-1] for row in rows]),
-        "partners_null": mean([row.extra["partners_null"] for row in rows]),
-    }
+        f"{name}_{when}": mean([row.extra[name][at] for row in rows])
+        for name in ("same_copy", "partners")
+        for when, at in (("start", 0), ("end", -1))
+    } | {"partners_null": mean([row.extra["partners_null"] for row in rows])}
 
 
 STUDY = Study(
-    slug="dynamic-dino",
-    title="Dynamic-DINO: Fine-Grained Mixture of Experts Tuning for Real-time Open-Vocabulary Object Detection",
-    claim="A trained detector tuned as a mixture of slices of its own feed-forward blocks starts where it was, and "
-    "ends with a higher average precision than the dense one tuned as long, at the same active cost.",
+    METHOD,
     metric="ap50",
     unit="fraction",
     higher_is_better=True,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
 )

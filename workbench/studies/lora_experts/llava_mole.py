@@ -4,7 +4,7 @@ A frozen reader of digit strips and three domains whose questions conflict, see 
 low-rank updates of the same active rank on attention and feed-forward layers, except the one LoRA of K times the rank.
 """
 
-import statistics
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -12,15 +12,16 @@ from torch.nn import functional as F
 
 from workbench.beds.digit_questions import DOMAINS, TARGETS, DigitQuestions, base
 from workbench.lib.core.adapt import Adapted, adapt
-from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
-from workbench.lib.core.budget import measure_budget
-from workbench.lib.core.routing import Context
+from workbench.lib.core.observe import announcing, observing
+from workbench.lib.core.routing import Context, Routing
 from workbench.lib.core.train import State, TrainConfig, train
-from workbench.lib.lora_experts.llava_mole import ROUTER_GRADS, Top1Router
+from workbench.lib.lora_experts.llava_mole import METHOD, ROUTER_GRADS, Top1Router
 from workbench.lib.measures.conflict import cosine_matrix
 from workbench.lib.measures.routing import counts_by_class
-from workbench.lib.measures.statistics import Interval, paired_interval
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.lib.measures.statistics import Interval
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, training_budget
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, any_below, decide
 
 EXPERTS = len(DOMAINS)
 LORAS = ("lora-single", "lora-mix", "lora-mix-2x", "lora-rank-k")
@@ -48,10 +49,6 @@ PRESETS = {
 }
 
 
-def arms(settings: Settings) -> list[str]:
-    return list(settings["arms"])
-
-
 class ByDomain(Top1Router):
     """The expert of the domain: what no router of this system is told."""
 
@@ -74,7 +71,7 @@ def build(arm: str, seed: int, settings: Settings) -> Adapted:
         options = {"router_grad": rule} if rule in ROUTER_GRADS else {}
         return adapt(model, "llava-mole", TARGETS, experts=EXPERTS, rank=rank, **options)
     adapted = adapt(model, "llava-mole", TARGETS, experts=EXPERTS, rank=rank, router_grad="balance_only", balance=0.0)
-    for layer in routed(adapted):
+    for layer in announcing(model):
         if rule == "oracle":
             layer.router = ByDomain(layer.block.d_model)
         layer.router.requires_grad_(False)
@@ -83,41 +80,36 @@ def build(arm: str, seed: int, settings: Settings) -> Adapted:
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
     steps = settings["steps"] * (2 if arm == "lora-mix-2x" else 1)
-    if arm == "lora-single":
-        # as many rows of each domain as in the mix
-        parts = [
-            learn(arm, seed, DigitQuestions((name,)), max(1, steps // EXPERTS), settings, seed * EXPERTS + i)
-            for i, name in enumerate(DOMAINS)
+    if arm == "lora-single":  # as many rows of each domain as in the mix
+        runs = [
+            (DigitQuestions((name,)), max(1, steps // EXPERTS), seed * EXPERTS + i) for i, name in enumerate(DOMAINS)
         ]
     else:
-        parts = [learn(arm, seed, DigitQuestions(shares=SHARES if arm in UNEVEN else None), steps, settings, seed)]
-    accuracy = {k: v for _, state in parts for k, v in state.metrics.items() if "/" in k}
+        runs = [(DigitQuestions(shares=SHARES if arm in UNEVEN else None), steps, seed)]
+    parts, accuracy = [], {}
+    for task, steps, order in runs:
+        adapted, state = learn(arm, seed, task, steps, settings, order)
+        with observing(announcing(adapted.model), likeliest) as seen:
+            accuracy |= task.evaluate(adapted.model)
+        parts.append((adapted, state))
     by_domain = [accuracy[f"accuracy/{name}"] for name in DOMAINS]
-    flops = 0
-    for adapted, state in parts:
-        batch = state.task.batch("train", settings["batch"], torch.Generator().manual_seed(0))
-        budget = measure_budget(adapted.model, state.task, batch)
-        flops += budget.flops * state.step
-    trained = sum(adapted.report()["trained"] for adapted, _ in parts)
-    done = sum(state.step for _, state in parts)
-    extra = {"by_domain": by_domain, "trained": trained}
+    budgets = [training_budget(state.model, state.task, settings["batch"]) for _, state in parts]
+    flops = sum(budget.flops * state.step for budget, (_, state) in zip(budgets, parts, strict=True))
+    extra = {"by_domain": by_domain, "trained": sum(adapted.report()["trained"] for adapted, _ in parts)}
     if arm in ("lora-mix", OURS):
         extra["gradient_cosine"] = gradient_cosine(*parts[0]).tolist()
-    if not arm.startswith("lora"):
-        extra["load_by_domain"] = load_by_domain(*parts[0])
-    return Row(arm, seed, budget.params, budget.active_params, flops, done, statistics.fmean(by_domain), extra)
+    if seen:
+        extra["load_by_domain"] = [load_by_domain(decisions) for decisions in seen.values()]
+    done = sum(state.step for _, state in parts)
+    return Row(arm, seed, budgets[-1].params, budgets[-1].active_params, flops, done, fmean(by_domain), extra)
 
 
 def learn(
     arm: str, seed: int, task: DigitQuestions, steps: int, settings: Settings, order: int
 ) -> tuple[Adapted, State]:
     adapted = build(arm, seed, settings)
-    config = TrainConfig(steps, settings["batch"], settings["lr"], weight_decay=0.0, seed=order)
+    config = TrainConfig(steps, settings["batch"], settings["lr"], weight_decay=0.0, seed=order, eval_every=None)
     return adapted, train(adapted.model, task, config, optimizer=adapted.optimizer(settings["lr"]))
-
-
-def routed(adapted: Adapted) -> list[RoutedFeedForward]:
-    return [layer for layer in adapted.layers.values() if isinstance(layer, RoutedFeedForward)]
 
 
 def gradient_cosine(adapted: Adapted, state: State) -> Tensor:
@@ -132,81 +124,65 @@ def gradient_cosine(adapted: Adapted, state: State) -> Tensor:
     return cosine_matrix(matrix @ matrix.T)
 
 
-@torch.no_grad()
-def load_by_domain(adapted: Adapted, state: State) -> list:
-    """(layers, domains, experts) share of a domain's tokens whose likeliest expert it is, on the validation split."""
-    layers = routed(adapted)
-    seen: dict[RoutedFeedForward, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-
-    def note(layer, routing, context):
-        seen[layer].append((routing.probs.argmax(-1), context.domain))
-
-    handles = [layer.observe(note) for layer in layers]
-    state.task.evaluate(adapted.model)
-    for handle in handles:
-        handle.remove()
-    tables = []
-    for layer in layers:
-        expert, domain = (torch.cat(part) for part in zip(*seen[layer], strict=True))
-        counts = counts_by_class(expert, domain, EXPERTS, EXPERTS)
-        tables.append((counts / counts.sum(1, keepdim=True)).tolist())
-    return tables
+def likeliest(routing: Routing, context: Context) -> tuple[Tensor, Tensor]:
+    return routing.probs.argmax(-1), context.domain
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def load_by_domain(decisions: list[tuple[Tensor, Tensor]]) -> list:
+    """(domains, experts) share of a domain's tokens whose likeliest expert it is, of one layer."""
+    counts = counts_by_class(*(torch.cat(part) for part in zip(*decisions, strict=True)), EXPERTS, EXPERTS)
+    return (counts / counts.sum(1, keepdim=True)).tolist()
+
+
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    of = {arm: [row.metric for row in rows if row.arm == arm] for arm in settings["arms"]}
-    by_domain = {
-        arm: [[row.extra["by_domain"][i] for row in rows if row.arm == arm] for i in range(EXPERTS)]
-        for arm in settings["arms"]
-    }
     level = 1 - 0.05 / EXPERTS
 
-    def domains(a: str, b: str) -> list[Interval]:
-        return [paired_interval(x, y, level) for x, y in zip(by_domain[a], by_domain[b], strict=True)]
+    def domains(a: str, b: str) -> dict[str, Interval]:
+        return {
+            name: rows.minus(a, b, lambda row, i=i: row.extra["by_domain"][i], level) for i, name in enumerate(DOMAINS)
+        }
 
-    drop, drops = paired_interval(of["lora-single"], of["lora-mix"]), domains("lora-single", "lora-mix")
-    gain, gains = paired_interval(of[OURS], of["lora-mix"]), domains(OURS, "lora-mix")
-    twice, wide = paired_interval(of[OURS], of["lora-mix-2x"]), paired_interval(of[OURS], of["lora-rank-k"])
-    harmed = any(interval.high < 0 for interval in gains)
-    if any(i.low > 0 for i in drops) and gain.low > 0 and not harmed and twice.low > 0 and wide.low > 0:
-        verdict = REPRODUCED
-    elif harmed or any(i.high < 0 for i in (drop, gain, twice, wide)):
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
+    drop, drops = rows.minus("lora-single", "lora-mix"), domains("lora-single", "lora-mix")
+    gain, gains = rows.minus(OURS, "lora-mix"), domains(OURS, "lora-mix")
+    twice, wide = rows.minus(OURS, "lora-mix-2x"), rows.minus(OURS, "lora-rank-k")
+    hurt, harmed = any(interval.low > 0 for interval in drops.values()), any_below(gains.values())
+    verdict = decide(
+        (REPRODUCED, hurt and gain.low > 0 and not harmed and twice.low > 0 and wide.low > 0),
+        (NOT_REPRODUCED, harmed or any_below([drop, gain, twice, wide])),
+    )
     reason = (
         "Accuracy, LoRAs of single domains minus one on the mix "
-        + ", ".join(f"{name} {i}" for name, i in zip(DOMAINS, drops, strict=True))
+        + ", ".join(f"{name} {i}" for name, i in drops.items())
         + f"; MoLE on the mix minus LoRA on the mix {gain} ("
-        + ", ".join(f"{name} {i}" for name, i in zip(DOMAINS, gains, strict=True))
+        + ", ".join(f"{name} {i}" for name, i in gains.items())
         + f"), minus LoRA on twice the samples {twice}, minus LoRA of {EXPERTS} times the rank {wide}. "
         "The effect is MoLE minus LoRA on the mix."
     )
-    others = [arm for arm in settings["arms"] if arm not in (OURS, *UNEVEN)]
     details = {
-        "accuracy": {arm: statistics.fmean(values) for arm, values in of.items()},
-        "by_domain": {arm: [statistics.fmean(v) for v in values] for arm, values in by_domain.items()},
-        "drop": drop.as_dict(),
-        "drop_by_domain": [i.as_dict() for i in drops],
-        "gain_by_domain": [i.as_dict() for i in gains],
-        "minus": {arm: paired_interval(of[OURS], of[arm]).as_dict() for arm in others},
+        "accuracy": rows.means(),
+        "by_domain": {
+            arm: [rows.mean(arm, lambda row, i=i: row.extra["by_domain"][i]) for i in range(EXPERTS)]
+            for arm in rows.arms
+        },
+        "drop": drop,
+        "drop_by_domain": list(drops.values()),
+        "gain_by_domain": list(gains.values()),
+        "minus": {arm: rows.minus(OURS, arm) for arm in rows.arms if arm not in (OURS, *UNEVEN)},
     }
-    if UNEVEN[0] in of:
-        details["uneven_gain"] = paired_interval(of[UNEVEN[1]], of[UNEVEN[0]]).as_dict()
-    return Judgement(verdict, gain.estimate, (gain.low, gain.high), reason, details)
+    if UNEVEN[0] in rows.arms:
+        details["uneven_gain"] = rows.minus(UNEVEN[1], UNEVEN[0])
+    return Judgement.on(gain, verdict, reason, details)
 
 
 STUDY = Study(
-    slug="llava-mole",
-    title="LLaVA-MoLE: Sparse Mixture of LoRA Experts for Mitigating Data Conflicts in Instruction Finetuning MLLMs",
-    claim="Top-1 LoRA experts undo the loss that mixing domains causes in one LoRA, at the cost of one LoRA per token.",
+    METHOD,
     metric="accuracy",
     unit="fraction",
     higher_is_better=True,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
 )

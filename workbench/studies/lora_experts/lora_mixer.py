@@ -11,9 +11,8 @@ LoRAs of the feed-forward layers, whose input has been through attention.
 """
 
 import math
-import statistics
 import sys
-from collections.abc import Iterator
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -21,18 +20,18 @@ from torch import nn
 from workbench.beds import symbol_maps as bed
 from workbench.beds.pretrained import pretrained
 from workbench.beds.symbol_maps import SymbolMaps
-from workbench.lib.core import low_rank, symbol_maps
+from workbench.lib.core import low_rank
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.adapt.peft import LoRAs
-from workbench.lib.core.task import Batch
+from workbench.lib.core.observe import observing
 from workbench.lib.core.train import State, TrainConfig, train
 from workbench.lib.lora_experts import lora_mixer
 from workbench.lib.measures.routing import counts_by_class, routing_information, token_entropy
-from workbench.lib.measures.statistics import paired_interval, tost
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, adapted_row
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 EXPERTS, RANK, TOP_K = 6, 4, 3
-LR = 3e-3
 TARGETS = "*.attention.*"
 ELSEWHERE = "feed-forward"  # in the name of an arm: the LoRAs are in the feed-forward layers
 MARGIN = 0.01
@@ -70,24 +69,6 @@ PRESETS = {
 }
 
 
-def arms(settings: Settings) -> list[str]:
-    return list(ARMS)
-
-
-class Few(SymbolMaps):
-    """The six maps with only n strings to train on, of any map."""
-
-    def __init__(self, n: int, seed: int):
-        super().__init__(range(bed.OLD, bed.OLD + EXPERTS), bed.OLD + bed.NEW, bed.LENGTH)
-        self.pool = super().batch("train", n, torch.Generator().manual_seed(seed))
-
-    def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
-        if split != "train" or domain is not None:
-            return super().batch(split, size, generator, domain)
-        pick = torch.randint(len(self.pool), (size,), generator=generator)
-        return Batch(*(part[pick] for part in (self.pool.inputs, self.pool.targets, self.pool.domain)))
-
-
 class Experts(nn.Module):
     """The factors of the LoRAs of all maps, by layer."""
 
@@ -121,71 +102,73 @@ def experts(settings: Settings, seed: int, targets: str = TARGETS) -> list[LoRAs
         for e in range(EXPERTS):
             task = SymbolMaps((bed.OLD + e,), bed.OLD + bed.NEW, bed.LENGTH)
             with adapted.given(task=e):
-                train(adapted.model, task, config(settings["expert_steps"], seed), optimizer=adapted.optimizer(LR))
+                train(adapted.model, task, config(settings["expert_steps"], seed), optimizer=adapted.optimizer(bed.LR))
         kept.load_state_dict(build().state_dict())
 
     recipe = {key: settings[key] for key in ("base_steps", "expert_steps")} | {"seed": seed, "batch": bed.BATCH}
     recipe["targets"] = targets
-    code = [symbol_maps, low_rank, lora_mixer, bed, sys.modules[__name__]]
+    code = [low_rank, lora_mixer, bed, sys.modules[__name__]]
     return pretrained("symbol-maps-loras", recipe, build, teach, code).loras()
 
 
 def config(steps: int, seed: int) -> TrainConfig:
-    return TrainConfig(steps, bed.BATCH, lr=LR, weight_decay=0.0, seed=seed)
+    return TrainConfig(steps, bed.BATCH, lr=bed.LR, weight_decay=0.0, seed=seed, eval_every=None)
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    n = ROUTERS[arm][0] if arm in ROUTERS else MORE
-    task = Few(n, seed)
+    model, task = bed.base(settings), bed.new_maps(EXPERTS)
     if arm in ("mixlora", "lora-total"):
-        model, steps = bed.base(settings), EXPERTS * settings["expert_steps"] + settings["router_steps"]
+        steps = EXPERTS * settings["expert_steps"] + settings["router_steps"]
         torch.manual_seed(seed)
         if arm == "mixlora":
             adapted = adapt(model, "mixlora", bed.TARGETS, experts=EXPERTS, rank=RANK)
         else:
             adapted = adapt(model, "lora", TARGETS, rank=EXPERTS * RANK)
-        state = train(model, bed.new_maps(EXPERTS), config(steps, seed), optimizer=adapted.optimizer(LR))
-        return bed.row(arm, seed, adapted, state)
-    model, loras = bed.base(settings), experts(settings, seed, bed.TARGETS if ELSEWHERE in arm else TARGETS)
+    else:
+        adapted, steps = mixture(arm, seed, model, settings), settings["router_steps"]
+    if arm in BOUNDS:
+        state = State(model, task, adapted.optimizer(bed.LR), config(1, seed))
+    else:
+        task = task.only(ROUTERS[arm][0], seed) if arm in ROUTERS else task
+        state = train(model, task, config(steps, seed), optimizer=adapted.optimizer(bed.LR))
+    if arm in ROUTERS:
+        return adapted_row(arm, seed, adapted, state, **measures(adapted, state))
+    state.metrics = task.evaluate(model)
+    return adapted_row(arm, seed, adapted, state, **({"trained": 0} if arm in ("average", "sum") else {}))
+
+
+def mixture(arm: str, seed: int, model: nn.Module, settings: Settings) -> Adapted:
+    """The frozen LoRAs on the base, under routers that are to be trained or under the fixed ones of a bound."""
+    loras = experts(settings, seed, bed.TARGETS if ELSEWHERE in arm else TARGETS)
     torch.manual_seed(seed)
-    _, balance, entropy, sign = ROUTERS.get(arm, (n, 0.0, 0.0, 1))
+    _, balance, entropy, sign = ROUTERS.get(arm, (0, 0.0, 0.0, 1))
     options = {"balance": balance, "entropy": entropy, "entropy_sign": sign}
     if arm.startswith("told the task"):
-        options["phase"], options["freeze_experts"] = "hard", False
+        options |= {"phase": "hard", "freeze_experts": False}
     if arm == "sum":  # E times the average
         loras = [{name: (a, b, EXPERTS * scale) for name, (a, b, scale) in lora.items()} for lora in loras]
     adapted = lora_mixer.from_loras(model, loras, top_k=EXPERTS if arm in ("average", "sum") else TOP_K, **options)
-    if arm in ROUTERS:
-        state = train(model, task, config(settings["router_steps"], seed), optimizer=adapted.optimizer(LR))
-    else:
+    if arm in BOUNDS:
         for layer in adapted.layers.values():
             nn.init.zeros_(layer.router.projection.weight)
-        state = State(model, task, adapted.optimizer(LR), config(1, seed), metrics=task.evaluate(model))
-    extra = measures(adapted, task) if arm in ROUTERS else {"trained": 0} if arm in ("average", "sum") else {}
-    return bed.row(arm, seed, adapted, state, **extra)
+    return adapted
 
 
-@torch.no_grad()
-def measures(adapted: Adapted, task: SymbolMaps) -> dict:
-    """On the validation split, means over the blocks: entropy of a token's routing as a share of log E, divergence
+def measures(adapted: Adapted, state: State) -> dict:
+    """Evaluates the state, with 1, 2 and then the 3 experts in use that it was trained with.
+
+    On the validation split, means over the blocks: entropy of a token's routing as a share of log E, divergence
     (Kullback-Leibler) of the top-K load from uniform in nats, and what the likeliest expert says of the task in nats
-    beyond chance; accuracy with 1, 2 and 3 experts in use; of the last block the load by task; the experts' sizes.
+    beyond chance; accuracy by the number of experts in use; of the last block the load by task; the experts' sizes.
     """
     in_use = {}
     deciding = list({layer.router: layer for layer in adapted.layers.values()}.values())
     for k in range(1, TOP_K + 1):
         for layer in deciding:
             layer.router.set_top_k(k)
-        if k < TOP_K:
-            in_use[str(k)] = task.evaluate(adapted.model)[task.metric]
-    seen: dict[int, list] = {}
-    handles = [
-        layer.observe(lambda layer, *seen_now, i=i: seen.setdefault(i, []).append(seen_now))
-        for i, layer in enumerate(deciding)
-    ]
-    in_use[str(TOP_K)] = task.evaluate(adapted.model)[task.metric]
-    for handle in handles:
-        handle.remove()
+        with observing(deciding) as seen:
+            state.metrics = state.task.evaluate(adapted.model)
+        in_use[str(k)] = state.metrics[state.task.metric]
     entropies, divergences, information = [], [], []
     for decisions in seen.values():
         probs = torch.cat([routing.probs for routing, _ in decisions])
@@ -195,70 +178,56 @@ def measures(adapted: Adapted, task: SymbolMaps) -> dict:
         entropies.append(float(token_entropy(probs)))
         divergences.append(math.log(EXPERTS) - float(torch.special.entr(load / load.sum()).sum()))
         information.append(float(routing_information(counts).corrected))
-    sizes = torch.stack(
-        [torch.stack([layer.experts.delta(e).norm() for e in range(EXPERTS)]) for layer in adapted.layers.values()]
-    )
+    with torch.no_grad():
+        sizes = torch.stack(
+            [torch.stack([layer.experts.delta(e).norm() for e in range(EXPERTS)]) for layer in adapted.layers.values()]
+        )
     return {
-        "entropy": statistics.fmean(entropies),
-        "load_divergence": statistics.fmean(divergences),
-        "task_information": statistics.fmean(information),
+        "entropy": fmean(entropies),
+        "load_divergence": fmean(divergences),
+        "task_information": fmean(information),
         "accuracy_in_use": in_use,
         "load_by_task": (counts / counts.sum(1, keepdim=True)).tolist(),
         "expert_norms": sizes.norm(dim=0).tolist(),
     }
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    of = {arm: [row.metric for row in rows if row.arm == arm] for arm in ARMS}
-    ours, few, plain = of[f"described, {MORE}"], of[f"described, {FEW}"], of[f"balance only, {FEW}"]
-    rivals, data = paired_interval(ours, of["mixlora"]), paired_interval(few, plain)
-    equivalent = len(few) > 1 and tost(few, plain, MARGIN, paired=True).equivalent
-    if rivals.low > 0 and data.low > 0:
-        verdict = REPRODUCED
-    elif rivals.high < 0 or data.high < 0 or equivalent:
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
-    printed = paired_interval(of[f"printed, {FEW}"], plain)
-    there = paired_interval(of[f"described, {ELSEWHERE}, {MORE}"], of["mixlora"])
-    less = paired_interval(few, of[f"balance only, {MORE}"])
+    ours, few, plain = f"described, {MORE}", f"described, {FEW}", f"balance only, {FEW}"
+    rivals, data = rows.minus(ours, "mixlora"), rows.minus(few, plain)
+    equivalent = rows.tost(few, plain, MARGIN).equivalent
+    verdict = decide(
+        (REPRODUCED, rivals.low > 0 and data.low > 0),
+        (NOT_REPRODUCED, rivals.high < 0 or data.high < 0 or equivalent),
+    )
+    printed = rows.minus(f"printed, {FEW}", plain)
     reason = (
         f"Accuracy, routed task LoRAs with {MORE} router strings minus MixLoRA {rivals}; with {FEW} strings, the "
         f"described sign minus balance alone {data}{', shown to be equivalent' if equivalent else ''}, the printed "
-        f"sign minus balance alone {printed}, the described sign minus balance alone with {MORE} strings {less}. With "
-        f"the LoRAs in the feed-forward layers the first difference is {there}. The effect is the first of these."
+        f"sign minus balance alone {printed}, the described sign minus balance alone with {MORE} strings "
+        f"{rows.minus(few, f'balance only, {MORE}')}. With the LoRAs in the feed-forward layers the first difference "
+        f"is {rows.minus(f'described, {ELSEWHERE}, {MORE}', 'mixlora')}. The effect is the first of these."
     )
-    trained = {arm: next(row.extra["trained"] for row in rows if row.arm == arm) for arm in ARMS}
     details = {
-        "accuracy": {arm: statistics.fmean(values) for arm, values in of.items()},
-        "minus": {arm: paired_interval(ours, of[arm]).as_dict() for arm in ARMS if of[arm] is not ours},
-        "data": data.as_dict(),
-        "printed": printed.as_dict(),
-        "trained": trained,
+        "accuracy": rows.means(),
+        "minus": {arm: rows.minus(ours, arm) for arm in ARMS if arm != ours},
+        "data": data,
+        "printed": printed,
+        "trained": {arm: rows.of(arm, "trained")[0] for arm in ARMS},
         "equivalent": equivalent,
-    } | {
-        name: {arm: statistics.fmean(_values(rows, arm, name)) for arm in ROUTERS}
-        for name in ("entropy", "load_divergence", "task_information")
-    }
-    return Judgement(verdict, rivals.estimate, (rivals.low, rivals.high), reason, details)
-
-
-def _values(rows: list[Row], arm: str, name: str) -> Iterator[float]:
-    return (row.extra[name] for row in rows if row.arm == arm)
+    } | {name: rows.means(name, ROUTERS) for name in ("entropy", "load_divergence", "task_information")}
+    return Judgement.on(rivals, verdict, reason, details)
 
 
 STUDY = Study(
-    slug="lora-mixer",
-    title="LoRA-Mixer: Coordinate Modular LoRA Experts Through Serial Attention Routing",
-    claim="Routing among task LoRAs inside the attention projections beats other mixtures of LoRAs with fewer "
-    "parameters and little router data.",
+    lora_mixer.METHOD,
     metric="accuracy",
     unit="fraction",
     higher_is_better=True,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=ARMS,
     run=run,
     judge=judge,
 )

@@ -7,8 +7,9 @@ has the rank of a task's update, and beside it there is one of the rank of all s
 """
 
 import hashlib
-import statistics
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from workbench.beds import symbol_maps as bed
 from workbench.beds.symbol_maps import SYMBOLS, SymbolMaps
 from workbench.lib.core.adapt import Adapted, adapt
-from workbench.lib.core.task import Batch
+from workbench.lib.core.modes import evaluating
 from workbench.lib.core.train import TrainConfig, train
-from workbench.lib.lora_experts.mhr import TUNE, allocations, monitors, to_new_tasks
+from workbench.lib.lora_experts.mhr import METHOD, TUNE, allocations, monitors, to_new_tasks
 from workbench.lib.measures.conflict import cosine_matrix
 from workbench.lib.measures.statistics import paired_interval
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, adapted_row
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, all_above, any_below, decide
 
 PARTS = 3
 COMBINED = tuple(range(bed.OLD, bed.OLD + PARTS * PARTS))
@@ -30,9 +33,9 @@ UNRELATED = tuple(range(bed.OLD + PARTS * PARTS, bed.OLD + bed.NEW))
 SEEN = tuple(task for task in COMBINED if task not in HELD_OUT)
 TARGETS = (*HELD_OUT, *UNRELATED)
 
-LR, ROUTER_LR = 3e-3, 0.1
+ROUTER_LR = 0.1
 RANK, SKILLS, HEADS, DROPOUT = 2, 6, 8, 0.2
-SHARED = {"experts": SKILLS, "rank": RANK, "alpha": RANK, "tasks": len(SEEN), "router_lr": ROUTER_LR / LR}
+SHARED = {"experts": SKILLS, "rank": RANK, "alpha": RANK, "tasks": len(SEEN), "router_lr": ROUTER_LR / bed.LR}
 
 #: Arm -> system and options.
 ARMS = {
@@ -61,34 +64,19 @@ PRESETS = {
 }
 
 
-def arms(settings: Settings) -> list[str]:
-    return list(ARMS)
-
-
 class PartMaps(SymbolMaps):
-    """Symbol maps of the test-bed's vocabulary in which the combined tasks share their parts.
-
-    Args:
-        shots: strings of each task there are to train on; None for no limit.
-    """
+    """Symbol maps of the test-bed's vocabulary in which the combined tasks share their parts."""
 
     name = "part-maps"
 
-    def __init__(self, tasks: Sequence[int], shots: int | None = None, seed: int = 0):
+    def __init__(self, tasks: Sequence[int]):
         super().__init__(tasks, bed.OLD + bed.NEW, bed.LENGTH)
         half, drawn = SYMBOLS // 2, torch.Generator().manual_seed(1)
         low, high = ([torch.randperm(half, generator=drawn) for _ in range(PARTS)] for _ in range(2))
         for i, task in enumerate(COMBINED):
             self.maps[task] = torch.cat([low[i // PARTS], half + high[i % PARTS]])
         digest = hashlib.sha256(self.maps.numpy().tobytes()).hexdigest()
-        self.manifest = self.manifest | {"name": self.name, "sha256": digest}
-        self.shots = None if shots is None else super().batch("train", shots, torch.Generator().manual_seed(seed))
-
-    def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
-        if split != "train" or self.shots is None or domain is not None:
-            return super().batch(split, size, generator, domain)
-        pick = torch.randint(len(self.shots), (size,), generator=generator)
-        return Batch(*(part[pick] for part in (self.shots.inputs, self.shots.targets, self.shots.domain)))
+        self.manifest |= {"name": self.name, "sha256": digest}
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
@@ -101,25 +89,24 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
             nn.init.normal_(layer.router.logits, std=2.0)
             layer.router.logits.requires_grad_(False)
     task = PartMaps(SEEN)
-    config = TrainConfig(settings["steps"], bed.BATCH, lr=LR, weight_decay=0.0, seed=seed)
-    state = train(model, task, config, optimizer=adapted.optimizer(LR))
+    config = TrainConfig(settings["steps"], bed.BATCH, lr=bed.LR, weight_decay=0.0, seed=seed)
+    state = train(model, task, config, optimizer=adapted.optimizer(bed.LR))
     extra = {"seen": state.metrics[task.metric], "alignment": alignment(adapted, task)}
     if slug == "mhr":
-        routers = [layer.router for layer in adapted.layers.values()]
-        extra["monitors"] = {k: statistics.fmean(monitors(r)[k] for r in routers) for k in monitors(routers[0])}
+        watched = [monitors(layer.router) for layer in adapted.layers.values()]
+        extra["monitors"] = {name: fmean(values[name] for values in watched) for name in watched[0]}
         extra["allocation"] = list(allocations(adapted).values())[-1].tolist()
-    row = bed.row(arm, seed, adapted, state, **extra)
+    row = adapted_row(arm, seed, adapted, state, **extra)
     tune = ("all",) if slug == "lora" else ("skills",) if arm == "average" else TUNE
     few = few_shots(adapted, tune, settings, seed)
-    metric = statistics.fmean(few[tune[0]])
-    return Row(**{**vars(row), "metric": metric, "extra": row.extra | {"few": few}})
+    return replace(row, metric=fmean(few[tune[0]]), extra=row.extra | {"few": few})
 
 
 def few_shots(adapted: Adapted, tune: Sequence[str], settings: Settings, seed: int) -> dict[str, list[float]]:
     """Accuracy on each target by what is tuned, always from the same trained adapters."""
     learned = {name: p.detach().clone() for name, p in adapted.named_parameters().items() if ".router." not in name}
     parameters = dict(adapted.model.named_parameters())
-    config = TrainConfig(settings["few_steps"], settings["shots"], lr=LR, weight_decay=0.0, seed=seed)
+    config = TrainConfig(settings["few_steps"], settings["shots"], lr=bed.LR, weight_decay=0.0, seed=seed)
     found: dict[str, list[float]] = {}
     for what in tune:
         for target in TARGETS:
@@ -129,8 +116,8 @@ def few_shots(adapted: Adapted, tune: Sequence[str], settings: Settings, seed: i
             if adapted.adapter.slug == "mhr":
                 torch.manual_seed(seed)
                 to_new_tasks(adapted, what)
-            task = PartMaps((target,), settings["shots"], seed)
-            state = train(adapted.model, task, config, optimizer=adapted.optimizer(LR))
+            task = PartMaps((target,)).only(settings["shots"], seed)
+            state = train(adapted.model, task, config, optimizer=adapted.optimizer(bed.LR))
             found.setdefault(what, []).append(state.metrics[task.metric])
     return found
 
@@ -138,30 +125,24 @@ def few_shots(adapted: Adapted, tune: Sequence[str], settings: Settings, seed: i
 def alignment(adapted: Adapted, task: SymbolMaps) -> float:
     """Mean cosine between the gradients of two tasks' losses by the adapters, without the routers; evaluation mode."""
     parameters = [p for name, p in adapted.named_parameters().items() if ".router." not in name]
-    adapted.model.eval()
     gradients: list[Tensor] = []
-    for domain in range(len(task.tasks)):
-        batch = task.batch("validation", bed.BATCH, torch.Generator().manual_seed(0), domain)
-        found = torch.autograd.grad(task.loss(adapted.model, batch)[0], parameters, allow_unused=True)
-        gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
+    with evaluating(adapted.model), torch.enable_grad():
+        for domain in range(len(task.tasks)):
+            batch = task.batch("validation", bed.BATCH, torch.Generator().manual_seed(0), domain)
+            found = torch.autograd.grad(task.loss(adapted.model, batch)[0], parameters, allow_unused=True)
+            gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
     matrix = torch.stack(gradients).double()
     cosine = cosine_matrix(matrix @ matrix.T)
     return float(cosine[~torch.eye(len(cosine), dtype=torch.bool)].nanmean())
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    of = {arm: [row.metric for row in rows if row.arm == arm] for arm in ARMS}
-    minus = {arm: paired_interval(of["mhr"], of[arm]) for arm in ARMS if arm != "mhr"}
+    minus = {arm: rows.minus("mhr", arm) for arm in ARMS if arm != "mhr"}
     judged = [minus[arm] for arm in ("poly", "lora", "lora-total")]
-    if all(interval.low > 0 for interval in judged):
-        verdict = REPRODUCED
-    elif any(interval.high < 0 for interval in judged):
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
+    verdict = decide((REPRODUCED, all_above(judged)), (NOT_REPRODUCED, any_below(judged)))
     router, average = (
-        paired_interval([statistics.fmean(row.extra["few"][what]) for row in rows if row.arm == "mhr"], of["mhr"])
+        paired_interval(rows.of("mhr", lambda row, what=what: fmean(row.extra["few"][what])), rows.of("mhr"))
         for what in ("router", "skills")
     )
     reason = (
@@ -169,36 +150,31 @@ def judge(rows: list[Row], settings: Settings) -> Judgement:
         f"rank of an update {judged[1]}, minus one of the rank of all skills {judged[2]}; of MHR, tuning the router "
         f"alone minus everything {router}, tuning the average minus everything {average}. The effect is MHR minus Poly."
     )
-    few = {
-        arm: {
-            what: [statistics.fmean(v) for v in zip(*(r.extra["few"][what] for r in rows if r.arm == arm), strict=True)]
-            for what in next(row.extra["few"] for row in rows if row.arm == arm)
-        }
-        for arm in ARMS
-    }
     details = {
-        "accuracy": {arm: statistics.fmean(values) for arm, values in of.items()},
-        "minus": {arm: interval.as_dict() for arm, interval in minus.items()},
-        "few": few,
-        "seen": {arm: statistics.fmean(row.extra["seen"] for row in rows if row.arm == arm) for arm in ARMS},
-        "alignment": {arm: statistics.fmean(row.extra["alignment"] for row in rows if row.arm == arm) for arm in ARMS},
-        "router_minus_all": router.as_dict(),
-        "average_minus_all": average.as_dict(),
+        "accuracy": rows.means(),
+        "minus": minus,
+        "few": {arm: by_target(rows.of(arm, "few")) for arm in ARMS},
+        "seen": rows.means("seen"),
+        "alignment": rows.means("alignment"),
+        "router_minus_all": router,
+        "average_minus_all": average,
     }
-    return Judgement(verdict, minus["poly"].estimate, (minus["poly"].low, minus["poly"].high), reason, details)
+    return Judgement.on(minus["poly"], verdict, reason, details)
+
+
+def by_target(few: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """What is tuned -> the accuracy on each target, means over the seeds."""
+    return {what: [fmean(v) for v in zip(*(seed[what] for seed in few), strict=True)] for what in few[0]}
 
 
 STUDY = Study(
-    slug="mhr",
-    title="MHR: Multi-Head Adapter Routing for Cross-Task Generalization",
-    claim="Routing blocks of an adapter per task adapts to new tasks from few examples better than routing whole "
-    "adapters or sharing one.",
+    METHOD,
     metric="few-shot accuracy",
     unit="fraction",
     higher_is_better=True,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=ARMS,
     run=run,
     judge=judge,
 )

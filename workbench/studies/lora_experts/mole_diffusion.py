@@ -9,25 +9,28 @@ Beside the rule every arm draws the two boxes of the test scenes anew, and a fix
 digits are the wanted ones, and how far they are from real ones.
 """
 
-import statistics
 import sys
 from itertools import product
+from statistics import fmean
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from workbench.beds import glyph_denoiser as bed
-from workbench.beds import glyph_drawing as drawing
+from workbench.beds import glyph_drawing, glyph_scenes
+from workbench.beds.glyph_denoiser import TARGETS, base
+from workbench.beds.glyph_scenes import JUDGED_LEVELS, PARTS, REGIONS, GlyphScenes, Scenes, add_noise
 from workbench.beds.pretrained import pretrained
 from workbench.lib.core import low_rank
 from workbench.lib.core.adapt import Adapted
 from workbench.lib.core.adapt.peft import LoRAs
-from workbench.lib.core.budget import measure_budget
+from workbench.lib.core.modes import evaluating
+from workbench.lib.core.observe import observing
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts import mole_diffusion
 from workbench.lib.lora_experts.mole_diffusion import attach_mole, scale_sweep, train_region_expert
-from workbench.lib.measures.statistics import paired_interval, tost
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, trained_row, training_budget
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 RANK, BATCH = 8, 32
 LORA_LR, GATE_LR, TUNE_LR = 2e-3, 1e-2, 1e-3
@@ -56,8 +59,8 @@ PRESETS = {
 }
 
 
-def arms(settings: Settings) -> list[str]:
-    return list(ARMS)
+def config(steps: int, lr: float, seed: int) -> TrainConfig:
+    return TrainConfig(steps, BATCH, lr=lr, weight_decay=0.0, seed=seed, eval_every=None)
 
 
 def experts(settings: Settings, seed: int) -> tuple[LoRAs, LoRAs]:
@@ -66,22 +69,21 @@ def experts(settings: Settings, seed: int) -> tuple[LoRAs, LoRAs]:
     def build() -> nn.ModuleDict:
         """A place for the factors, of the right shapes."""
         torch.manual_seed(seed)
-        adapted = mole_diffusion.adapt(bed.base(settings), "mole-diffusion", bed.TARGETS, experts=2, rank=RANK)
+        adapted = mole_diffusion.adapt(base(settings), "mole-diffusion", TARGETS, experts=2, rank=RANK)
         return nn.ModuleDict({name.replace(".", "/"): layer.experts for name, layer in adapted.layers.items()})
 
     def teach(banks: nn.ModuleDict) -> None:
         for e, kind in enumerate(("faces", "hands")):
-            config = TrainConfig(settings["expert_steps"], BATCH, lr=LORA_LR, weight_decay=0.0, seed=seed)
-            task = bed.GlyphScenes(kind, settings["held_out"])
-            lora = train_region_expert(bed.base(settings), task, config, bed.TARGETS, rank=RANK)
+            task, plan = GlyphScenes(kind), config(settings["expert_steps"], LORA_LR, seed)
+            lora = train_region_expert(base(settings), task, plan, TARGETS, rank=RANK)
             for name, (a, b, scale) in lora.items():
                 bank = banks[name.replace(".", "/")]
                 with torch.no_grad():
                     bank.a[e], bank.b[e], bank.scale[e] = a, b, scale
 
     recipe = {"channels": list(settings["channels"]), "base_steps": settings["base_steps"]}
-    recipe |= {"steps": settings["expert_steps"], "seed": seed, "data": bed.GlyphScenes("closeups").manifest}
-    code = [bed, low_rank, mole_diffusion, sys.modules[__name__]]
+    recipe |= {"steps": settings["expert_steps"], "seed": seed, "data": GlyphScenes("closeups").manifest}
+    code = [glyph_scenes, low_rank, mole_diffusion, sys.modules[__name__]]
     banks = pretrained("glyph-loras", recipe, build, teach, code)
     return tuple(
         {
@@ -99,7 +101,7 @@ def scaled(loras: tuple[LoRAs, ...], scales: tuple[float, ...]) -> list[LoRAs]:
 
 
 def merge(
-    denoiser: nn.Module, loras: tuple[LoRAs, ...], task: bed.GlyphScenes, scales: tuple[float, ...]
+    denoiser: nn.Module, loras: tuple[LoRAs, ...], task: GlyphScenes, scales: tuple[float, ...]
 ) -> tuple[Adapted, tuple[float, ...]]:
     """The LoRAs added at the fixed scales, of pairs of these, that are best on the validation scenes; and that pair."""
 
@@ -115,50 +117,44 @@ def merge(
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    task, denoiser = bed.GlyphScenes("scenes", settings["held_out"]), bed.base(settings)
+    task, denoiser = GlyphScenes("scenes", settings["held_out"]), base(settings)
     torch.manual_seed(seed)
     extra, trained, steps = {}, 0, settings["steps"]
     if arm == "base":
         steps = 0
     elif arm == "tuned":
-        train(denoiser, task, TrainConfig(steps, BATCH, lr=TUNE_LR, weight_decay=0.0, seed=seed, eval_batches=1))
+        train(denoiser, task, config(steps, TUNE_LR, seed))
         trained = sum(p.numel() for p in denoiser.parameters())
     elif arm == "joint":
         steps = settings["expert_steps"]
-        config = TrainConfig(steps, BATCH, lr=LORA_LR, weight_decay=0.0, seed=seed, eval_batches=1)
-        lora = train_region_expert(denoiser, bed.GlyphScenes("closeups"), config, bed.TARGETS, rank=2 * RANK)
+        plan = config(steps, LORA_LR, seed)
+        lora = train_region_expert(denoiser, GlyphScenes("closeups"), plan, TARGETS, rank=2 * RANK)
         attach_mole(denoiser, [lora], local_gate=False, global_gate=False)
         trained = sum(a.numel() + b.numel() for a, b, _ in lora.values())
+    elif arm == "merged":
+        steps, loras = 0, experts(settings, seed)
+        extra["sweep"] = {
+            part: list(
+                scale_sweep(denoiser, [lora], settings["scales"], lambda net, p=part: task.evaluate(net)[p]).values()
+            )
+            for part, lora in zip(PARTS, loras, strict=True)
+        }
+        extra["scales"] = merge(denoiser, loras, task, settings["scales"])[1]
     else:
-        loras = experts(settings, seed)
-        if arm == "merged":
-            steps = 0
-            extra["sweep"] = {
-                part: list(
-                    scale_sweep(
-                        denoiser, [lora], settings["scales"], lambda net, p=part: task.evaluate(net)[p]
-                    ).values()
-                )
-                for part, lora in zip(bed.PARTS, loras, strict=True)
-            }
-            extra["scales"] = merge(denoiser, loras, task, settings["scales"])[1]
-        else:
-            local, pooled = GATES[arm]
-            adapted = attach_mole(denoiser, loras, local_gate=local, global_gate=pooled)
-            config = TrainConfig(steps, BATCH, lr=GATE_LR, weight_decay=0.0, seed=seed, eval_batches=1)
-            train(denoiser, task, config, optimizer=adapted.optimizer(GATE_LR))
-            trained = adapted.report()["trained"]
-            extra |= gates(adapted, denoiser, task)
+        local, pooled = GATES[arm]
+        adapted = attach_mole(denoiser, experts(settings, seed), local_gate=local, global_gate=pooled)
+        train(denoiser, task, config(steps, GATE_LR, seed), optimizer=adapted.optimizer(GATE_LR))
+        trained = adapted.report()["trained"]
+        extra |= gates(adapted, denoiser, task)
     found = task.evaluate(denoiser, "test")
-    extra |= {region: found[region] for region in bed.REGIONS} | {"trained": trained}
-    extra["by_level"] = [found[f"face@{level}"] / 2 + found[f"hand@{level}"] / 2 for level in bed.JUDGED_LEVELS]
-    extra |= drawing.drawn(denoiser, drawing.classifier(settings), task, settings["drawing_steps"], seed)
-    budget = measure_budget(denoiser, task, task.batch("train", BATCH, torch.Generator().manual_seed(0)))
-    return Row(arm, seed, budget.params, budget.active_params, budget.flops * steps, steps, found[task.metric], extra)
+    extra |= {region: found[region] for region in REGIONS} | {"trained": trained}
+    extra["by_level"] = [found[f"face@{level}"] / 2 + found[f"hand@{level}"] / 2 for level in JUDGED_LEVELS]
+    judge_of_digits = glyph_drawing.classifier(settings)
+    extra |= glyph_drawing.drawn(denoiser, judge_of_digits, task, settings["drawing_steps"], seed)
+    return trained_row(arm, seed, training_budget(denoiser, task, BATCH), steps, found[task.metric], **extra)
 
 
-@torch.no_grad()
-def gates(adapted: Adapted, denoiser: nn.Module, task: bed.GlyphScenes) -> dict:
+def gates(adapted: Adapted, denoiser: nn.Module, task: GlyphScenes) -> dict:
     """Of the gates on the validation scenes, means over the layers that see 12 x 12 tokens.
 
     Returns:
@@ -166,19 +162,14 @@ def gates(adapted: Adapted, denoiser: nn.Module, task: bed.GlyphScenes) -> dict:
         token inside the expert's box has a stronger gate than one of the background, by expert; absent: strength of
         each expert in the same scenes without its part, minus in those with it.
     """
-    seen: list[torch.Tensor] = []
-    handles = [
-        layer.observe(lambda layer, routing, _: seen.append(routing.dense())) for layer in adapted.layers.values()
-    ]
     scenes, noise = task.fixed("validation")
-    level = torch.full((len(noise),), bed.JUDGED_LEVELS[1])
-    denoiser.eval()
+    level = torch.full((len(noise),), JUDGED_LEVELS[1])
 
-    def strength(scenes: bed.Scenes) -> torch.Tensor:
+    def strength(scenes: Scenes) -> Tensor:
         """(scenes, experts, 12, 12)."""
-        seen.clear()
-        denoiser(bed.add_noise(scenes.images, noise, level), level, scenes.condition)
-        maps = [w.view(len(noise), -1, 2) for w in seen]
+        with evaluating(denoiser), observing(adapted.layers.values(), lambda routing, context: routing.dense()) as seen:
+            denoiser(add_noise(scenes.images, noise, level), level, scenes.condition)
+        maps = [weights.view(len(noise), -1, 2) for (weights,) in seen.values()]
         wide = torch.stack([w for w in maps if w.shape[1] == 144]).mean(0)
         return wide.transpose(1, 2).unflatten(2, (12, 12))
 
@@ -189,75 +180,48 @@ def gates(adapted: Adapted, denoiser: nn.Module, task: bed.GlyphScenes) -> dict:
     for e in range(2):
         a, b = maps[:, e][inside[:, e]], maps[:, e][outside]
         areas.append(float((a[:, None] > b[None, torch.randperm(len(b))[:2000]]).double().mean()))
-        without = task.fixed("validation", missing=bed.PARTS[e])[0]
+        without = task.fixed("validation", missing=PARTS[e])[0]
         absent.append(float(strength(without)[:, e].mean() - maps[:, e].mean()))
-    for handle in handles:
-        handle.remove()
     return {"maps": maps[0].tolist(), "box_auc": areas, "absent": absent}
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    of = {arm: [row.metric for row in rows if row.arm == arm] for arm in ARMS}
-    ground = {arm: [row.extra["background"] for row in rows if row.arm == arm] for arm in ARMS}
-    minus = {arm: paired_interval(of["mole"], of[arm]) for arm in ARMS if arm != "mole"}
-    background = paired_interval(ground["mole"], ground["merged"])
-    margin = MARGIN * statistics.fmean(of["base"])
-    equivalent = len(of["mole"]) > 1 and tost(of["mole"], of["merged"], margin, paired=True).equivalent
-    if minus["base"].high < 0 and minus["merged"].high < 0 and background.low <= 0:
-        verdict = REPRODUCED
-    elif minus["base"].low > 0 or minus["merged"].low > 0 or background.low > 0 or equivalent:
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
-    reason = (
-        f"Error in the parts, MoLE minus the frozen denoiser {minus['base']}, minus the LoRAs merged at their best "
-        f"fixed scales {minus['merged']}{', shown to be equivalent' if equivalent else ''}, minus the denoiser tuned "
-        f"in full {minus['tuned']}; on the background, minus merged {background}. The effect is MoLE minus merged."
+    minus = {arm: rows.minus("mole", arm) for arm in ARMS if arm != "mole"}
+    frozen, merged, background = minus["base"], minus["merged"], rows.minus("mole", "merged", "background")
+    equivalent = rows.tost("mole", "merged", MARGIN * rows.mean("base")).equivalent
+    verdict = decide(
+        (REPRODUCED, frozen.high < 0 and merged.high < 0 and background.low <= 0),
+        (NOT_REPRODUCED, frozen.low > 0 or merged.low > 0 or background.low > 0 or equivalent),
     )
+    reason = (
+        f"Error in the parts, MoLE minus the frozen denoiser {frozen}, minus the LoRAs merged at their best fixed "
+        f"scales {merged}{', shown to be equivalent' if equivalent else ''}, minus the denoiser tuned in full "
+        f"{minus['tuned']}; on the background, minus merged {background}. The effect is MoLE minus merged."
+    )
+    sweeps = rows.of("merged", "sweep")
     details = {
-        "error": {arm: statistics.fmean(values) for arm, values in of.items()},
-        "by_region": {
-            arm: {
-                region: statistics.fmean(row.extra[region] for row in rows if row.arm == arm) for region in bed.REGIONS
-            }
-            for arm in ARMS
-        },
-        "minus": {arm: interval.as_dict() for arm, interval in minus.items()},
-        "background_minus_merged": background.as_dict(),
-        "drawn": {
-            arm: {
-                name: statistics.fmean(row.extra[name] for row in rows if row.arm == arm)
-                for name in ("drawn_right", "drawn_distance")
-            }
-            for arm in ARMS
-        },
-        "scales": [row.extra["scales"] for row in rows if row.arm == "merged"],
-        "sweep": {
-            part: [
-                statistics.fmean(v)
-                for v in zip(*(r.extra["sweep"][part] for r in rows if r.arm == "merged"), strict=True)
-            ]
-            for part in bed.PARTS
-        },
-        "box_auc": {arm: [row.extra["box_auc"] for row in rows if row.arm == arm] for arm in GATES},
-        "absent": {arm: [row.extra["absent"] for row in rows if row.arm == arm] for arm in GATES},
+        "error": rows.means(),
+        "by_region": {arm: {region: rows.mean(arm, region) for region in REGIONS} for arm in ARMS},
+        "minus": minus,
+        "background_minus_merged": background,
+        "drawn": {arm: {name: rows.mean(arm, name) for name in ("drawn_right", "drawn_distance")} for arm in ARMS},
+        "scales": rows.of("merged", "scales"),
+        "sweep": {part: [fmean(v) for v in zip(*(s[part] for s in sweeps), strict=True)] for part in PARTS},
+        "box_auc": {arm: rows.of(arm, "box_auc") for arm in GATES},
+        "absent": {arm: rows.of(arm, "absent") for arm in GATES},
     }
-    merged = minus["merged"]
-    return Judgement(verdict, merged.estimate, (merged.low, merged.high), reason, details)
+    return Judgement.on(merged, verdict, reason, details)
 
 
 STUDY = Study(
-    slug="mole-diffusion",
-    title="MoLE: Enhancing Human-centric Text-to-image Diffusion via Mixture of Low-rank Experts",
-    claim="Frozen LoRAs for face and hand, gated per token and per image, improve these parts beyond what merging the "
-    "two does.",
+    mole_diffusion.METHOD,
     metric="error in the parts",
     unit="mean square",
     higher_is_better=False,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=ARMS,
     run=run,
     judge=judge,
 )

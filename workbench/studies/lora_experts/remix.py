@@ -6,7 +6,9 @@ and its control select for a whole sequence, by the part of it that is not to be
 for each token, as they usually do.
 """
 
-import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +16,22 @@ from torch.nn import functional as F
 
 from workbench.beds import symbol_maps as bed
 from workbench.beds.symbol_maps import SymbolMaps
-from workbench.lib.core.adapt import Adapted, Adapter, RoutedLinear
+from workbench.lib.core.adapt import Adapted, Adapter, RoutedLinear, adapt
 from workbench.lib.core.adapt.put import match_targets
 from workbench.lib.core.low_rank import LowRankExperts
+from workbench.lib.core.observe import announcing, observing
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.core.task import Batch
 from workbench.lib.core.train import Hook, State, TrainConfig, train
-from workbench.lib.lora_experts.remix import ReMixTrainer
+from workbench.lib.lora_experts.remix import METHOD, ReMixTrainer
 from workbench.lib.measures.routing import effective_support_size
 from workbench.lib.measures.statistics import mean_interval, paired_interval
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, adapted_row
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 EXPERTS, RANK, TOP_K = 8, 1, 4
-LR = 3e-3
 PROMPT = bed.LENGTH + 2  # the task, the symbols to map, and the sign behind them
 COLLAPSED = (1 + TOP_K) / 2
 
@@ -55,10 +59,6 @@ PRESETS = {
 }
 
 
-def arms(settings: Settings) -> list[str]:
-    return list(ARMS)
-
-
 class SoftmaxMixture(Adapter):
     """The usual mixture of LoRAs on a linear layer: top K of a softmax, renormalised, times K.
 
@@ -80,33 +80,27 @@ class SoftmaxMixture(Adapter):
 class Support(Hook):
     """The effective support sizes of weights and of probabilities, mean over tokens and layers, every few steps.
 
-    Attributes:
-        steps, weights, probabilities: what was recorded.
+    Args:
+        seen: the `support_sizes` of the step, by layer.
     """
 
-    def __init__(self, adapted: Adapted, every: int):
-        self.every, self.seen = every, []
-        self.steps: list[int] = []
-        self.weights: list[float] = []
-        self.probabilities: list[float] = []
-        for layer in adapted.layers.values():
-            layer.observe(self._see)
-
-    @torch.no_grad()
-    def _see(self, layer: RoutedLinear, routing: Routing, context: Context) -> None:
-        if layer.training:
-            sizes = (effective_support_size(part).mean().item() for part in (routing.weights, routing.probs))
-            self.seen.append(tuple(sizes))
-
-    def before_step(self, state: State) -> None:
-        self.seen = []
+    def __init__(self, seen: dict[nn.Module, list], every: int):
+        self.seen, self.every = seen, every
+        self.curve: dict[str, list] = {"steps": [], "weights": [], "probabilities": []}
 
     def after_step(self, state: State) -> None:
+        weights, probabilities = zip(*(pair for pairs in self.seen.values() for pair in pairs), strict=True)
+        for pairs in self.seen.values():
+            pairs.clear()
         if state.step % self.every == 0 or state.step == state.config.steps - 1:
-            weights, probabilities = zip(*self.seen, strict=True)
-            self.steps.append(state.step)
-            self.weights.append(statistics.fmean(weights))
-            self.probabilities.append(statistics.fmean(probabilities))
+            now = state.step, fmean(weights), fmean(probabilities)
+            for values, value in zip(self.curve.values(), now, strict=True):
+                values.append(value)
+
+
+@torch.no_grad()
+def support_sizes(routing: Routing, context: Context) -> tuple[float, float]:
+    return tuple(effective_support_size(part).mean().item() for part in (routing.weights, routing.probs))
 
 
 def put(arm: str, model: nn.Module) -> Adapted:
@@ -118,10 +112,10 @@ def put(arm: str, model: nn.Module) -> Adapted:
             adapted.put(name, layer, adapter.linear(layer, name))
         return adapted
     if arm in LORAS:
-        return bed.adapt(model, "lora", bed.TARGETS, rank=LORAS[arm])
+        return adapt(model, "lora", bed.TARGETS, rank=LORAS[arm])
     options = {"experts": EXPERTS, "rank": RANK, "top_k": TOP_K, "weight": 1.0}
     options["prompt"] = 1 if "task token" in arm else PROMPT
-    return bed.adapt(model, "remix", bed.TARGETS, **options)
+    return adapt(model, "remix", bed.TARGETS, **options)
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
@@ -130,25 +124,23 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     adapted = put(arm, model)
     samples = SAMPLES.get(arm.partition(",")[0], 1)
     steps = max(1, settings["steps"] // samples) if "compute" in arm else settings["steps"]
-    config = TrainConfig(steps, bed.BATCH, lr=LR, weight_decay=0.0, seed=seed)
+    config = TrainConfig(steps, bed.BATCH, lr=bed.LR, weight_decay=0.0, seed=seed, eval_every=None)
     learned = ReMixTrainer(task, samples, rows=row_losses) if samples > 1 else task
-    support = [] if arm in LORAS else [Support(adapted, settings["record_every"])]
-    state = train(model, learned, config, support, optimizer=adapted.optimizer(LR))
-    state.task = task
-    extra = {}
-    if support:
-        extra["support"] = {
-            "steps": support[0].steps,
-            "weights": support[0].weights,
-            "probabilities": support[0].probabilities,
-        }
+    layers = announcing(model)
+    with observing(layers, support_sizes) as seen:
+        support = Support(seen, settings["record_every"])
+        state = train(model, learned, config, [support] if layers else [], optimizer=adapted.optimizer(bed.LR))
+    state.task, extra = task, {"support": support.curve} if layers else {}
+    with observing(layers, lambda routing, context: routing.mask()) as masks:
+        state.metrics = task.evaluate(model)
     if arm not in SOFTMAX and arm not in LORAS:
         extra["likeliest"], extra["drawn"] = state.metrics[task.metric], drawn(adapted, task)
-        extra["subsets"] = subsets(adapted, task)
+        # how many different selections a layer has in use on the validation split
+        extra["subsets"] = fmean(len(torch.cat(found).unique(dim=0)) for found in masks.values())
         if arm == "random":  # a policy that never learned is judged by the better of the two
             state.metrics[task.metric] = max(extra["likeliest"], extra["drawn"])
-    row = bed.row(arm, seed, adapted, state, **extra)
-    return Row(**{**vars(row), "flops": row.flops * samples})
+    row = adapted_row(arm, seed, adapted, state, **extra)
+    return replace(row, flops=row.flops * samples)
 
 
 def row_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -170,71 +162,53 @@ def drawn(adapted: Adapted, task: SymbolMaps) -> float:
             layer.router.always_sample = False
 
 
-@torch.no_grad()
-def subsets(adapted: Adapted, task: SymbolMaps) -> float:
-    """How many different selections a layer has in use on the validation split, the mean over layers."""
-    seen: dict[nn.Module, list] = {layer: [] for layer in adapted.layers.values()}
-    handles = [layer.observe(lambda layer, routing, _: seen[layer].append(routing.mask())) for layer in seen]
-    task.evaluate(adapted.model)
-    for handle in handles:
-        handle.remove()
-    return statistics.fmean(len(torch.cat(masks).unique(dim=0)) for masks in seen.values())
-
-
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    of = {arm: [row.metric for row in rows if row.arm == arm] for arm in ARMS}
-    curves = {arm: [row.extra["support"] for row in rows if row.arm == arm] for arm in ARMS if arm not in LORAS}
-    first = {arm: [curve["weights"][0] for curve in found] for arm, found in curves.items()}
-    last = {arm: [_end(curve["weights"]) for curve in found] for arm, found in curves.items()}
-    fall = paired_interval(last["softmax"], first["softmax"])
-    end = mean_interval(last["softmax"])
-    gain, learned = paired_interval(of["remix-4"], of["softmax"]), paired_interval(of["remix-4"], of["random"])
-    if fall.high < 0 and end.high < COLLAPSED and gain.low > 0 and learned.low > 0:
-        verdict = REPRODUCED
-    elif fall.low > 0 or end.low > COLLAPSED or gain.high < 0 or learned.high < 0:
-        verdict = NOT_REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
-    compute = paired_interval(of["remix-4, equal compute"], of["softmax"])
+    mixtures = [arm for arm in ARMS if arm not in LORAS]
+    first = rows.of("softmax", lambda row: row.extra["support"]["weights"][0])
+    last = rows.of("softmax", end_of("weights"))
+    fall, end = paired_interval(last, first), mean_interval(last)
+    gain, learned = rows.minus("remix-4", "softmax"), rows.minus("remix-4", "random")
+    verdict = decide(
+        (REPRODUCED, fall.high < 0 and end.high < COLLAPSED and gain.low > 0 and learned.low > 0),
+        (NOT_REPRODUCED, fall.low > 0 or end.low > COLLAPSED or gain.high < 0 or learned.high < 0),
+    )
+    compute = rows.minus("remix-4, equal compute", "softmax")
     reason = (
         f"Effective support of the top-{TOP_K} softmax weights at the end {end}, minus at the start {fall}; accuracy, "
         f"ReMix with M = 4 minus softmax {gain}, minus random choices {learned}; at equal compute, minus softmax "
         f"{compute}. The effect is ReMix minus softmax at equal steps."
     )
     details = {
-        "accuracy": {arm: statistics.fmean(values) for arm, values in of.items()},
-        "minus": {arm: paired_interval(of["remix-4"], of[arm]).as_dict() for arm in ARMS if arm != "remix-4"},
-        "equal_compute_minus_softmax": compute.as_dict(),
-        "task_token_minus_softmax": paired_interval(of["remix-4, task token"], of["softmax"]).as_dict(),
-        "support_end": {arm: statistics.fmean(values) for arm, values in last.items()},
-        "probability_support_end": {
-            arm: statistics.fmean(_end(curve["probabilities"]) for curve in found) for arm, found in curves.items()
-        },
-        "subsets": {
-            arm: statistics.fmean(row.extra["subsets"] for row in rows if row.arm == arm)
-            for arm in ("random", *SAMPLES, "remix-4, task token")
-        },
+        "accuracy": rows.means(),
+        "minus": {arm: rows.minus("remix-4", arm) for arm in ARMS if arm != "remix-4"},
+        "equal_compute_minus_softmax": compute,
+        "task_token_minus_softmax": rows.minus("remix-4, task token", "softmax"),
+        "support_end": rows.means(end_of("weights"), mixtures),
+        "probability_support_end": rows.means(end_of("probabilities"), mixtures),
+        "subsets": rows.means("subsets", ("random", *SAMPLES, "remix-4, task token")),
     }
-    return Judgement(verdict, gain.estimate, (gain.low, gain.high), reason, details)
+    return Judgement.on(gain, verdict, reason, details)
 
 
-def _end(values: list[float]) -> float:
-    """The mean over the last tenth of the records, one at least."""
-    return statistics.fmean(values[-max(1, len(values) // 10) :])
+def end_of(name: str) -> Callable[[Row], float]:
+    """Of a row's curve of support sizes, the mean over the last tenth of the records, one at least."""
+
+    def end(row: Row) -> float:
+        values = row.extra["support"][name]
+        return fmean(values[-max(1, len(values) // 10) :])
+
+    return end
 
 
 STUDY = Study(
-    slug="remix",
-    title="ReMix: Reinforcement Routing for Mixtures of LoRAs in LLM Finetuning",
-    claim="Learned softmax weights collapse to one LoRA; equal weights with a selection trained by leave-one-out "
-    "policy gradients keep all k useful.",
+    METHOD,
     metric="accuracy",
     unit="fraction",
     higher_is_better=True,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=ARMS,
     run=run,
     judge=judge,
 )

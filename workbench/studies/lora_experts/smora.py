@@ -8,16 +8,19 @@ ranks does not reach the end of the task.
 """
 
 import math
-import statistics
+from itertools import chain
+from statistics import fmean
 
 import torch
 
 from workbench.beds import symbol_maps as bed
-from workbench.beds.symbol_maps import SymbolMaps
-from workbench.lib.core.adapt import Adapted, RoutedLinear
+from workbench.lib.core.adapt import RoutedLayer
+from workbench.lib.core.observe import announcing, observing
+from workbench.lib.lora_experts.smora import METHOD
 from workbench.lib.measures.routing import counts_by_class, effective_support_size
-from workbench.lib.measures.statistics import paired_interval
-from workbench.studies.core import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, Row, Settings, Study
+from workbench.studies.core import Settings, Study
+from workbench.studies.rows import Row, Rows, adapted_row
+from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, any_below, decide
 
 RANKS, ACTIVE, ROUTER_DIM = 16, 4, 8
 BLOCKS = (4, 2, 1)  # b, from whole LoRAs of rank 4 to single ranks
@@ -31,6 +34,7 @@ ARMS = {
     **{f"b={b}": ("smora", SHARED | {"block_size": b, "router_dim": ROUTER_DIM}) for b in BLOCKS},
     "b=1, whole router": ("smora", SHARED),
 }
+MIXTURES = [arm for arm, (slug, _) in ARMS.items() if slug == "smora"]
 COARSE, FINE = f"b={BLOCKS[0]}", f"b={BLOCKS[-1]}"
 
 RULE = (
@@ -48,92 +52,67 @@ PRESETS = {
 }
 
 
-def arms(settings: Settings) -> list[str]:
-    return list(ARMS)
-
-
 def run(arm: str, seed: int, settings: Settings) -> Row:
     slug, options = ARMS[arm]
     adapted, state = bed.adapt_and_train(slug, options, settings, seed)
-    return bed.row(arm, seed, adapted, state, **(ranks_used(adapted, state.task) if slug == "smora" else {}))
+    with observing(announcing(adapted.model)) as seen:
+        state.metrics = state.task.evaluate(adapted.model)
+    return adapted_row(arm, seed, adapted, state, **(ranks_used(seen) if seen else {}))
 
 
-@torch.no_grad()
-def ranks_used(adapted: Adapted, task: SymbolMaps) -> dict:
+def ranks_used(seen: dict[RoutedLayer, list]) -> dict:
     """Of each layer on the validation split: entropy of the load over blocks as a share of the largest, effective
     support size of the gates, and the mean overlap of two tasks' rank sets; of the last layer the load by task.
 
     A task's rank set is the distribution of its active ranks, and the overlap of two is the sum of their minima.
     """
-    layers: list[RoutedLinear] = list(adapted.layers.values())
-    seen: dict[RoutedLinear, list] = {layer: [] for layer in layers}
-    handles = [layer.observe(lambda layer, *decision: seen[layer].append(decision)) for layer in layers]
-    task.evaluate(adapted.model)
-    for handle in handles:
-        handle.remove()
     found: dict[str, list] = {"load_entropy": [], "support": [], "overlap": []}
-    for layer in layers:
-        n, k = layer.n_experts, layer.top_k
-        expert = torch.cat([routing.expert for routing, _ in seen[layer]])
-        label = torch.cat([context.domain.repeat_interleave(k) for _, context in seen[layer]])
-        counts = counts_by_class(expert, label, len(task.tasks), n).double()
+    for layer, decisions in seen.items():
+        expert = torch.cat([routing.expert for routing, _ in decisions])
+        task = torch.cat([context.domain[routing.token] for routing, context in decisions])
+        counts = counts_by_class(expert, task, bed.NEW, layer.n_experts).double()
         load, by_task = counts.sum(0) / counts.sum(), counts / counts.sum(1, keepdim=True)
-        weights = torch.cat([routing.weights for routing, _ in seen[layer]])
+        weights = torch.cat([routing.weights for routing, _ in decisions])
         pairs = torch.minimum(by_task[:, None], by_task[None]).sum(-1)
         off = ~torch.eye(len(pairs), dtype=torch.bool)
-        found["load_entropy"].append(float(torch.special.entr(load).sum() / math.log(n)))
+        found["load_entropy"].append(float(torch.special.entr(load).sum() / math.log(layer.n_experts)))
         found["support"].append(float(effective_support_size(weights).mean()))
         found["overlap"].append(float(pairs[off].mean()))
     return found | {"load_by_task": by_task.tolist()}
 
 
-def judge(rows: list[Row], settings: Settings) -> Judgement:
+def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
-    of = {arm: [row.metric for row in rows if row.arm == arm] for arm in ARMS}
-    gain = paired_interval(of[FINE], of[COARSE])
-    halvings = {
-        f"b={b // 2} minus b={b}": paired_interval(of[f"b={b // 2}"], of[f"b={b}"])
-        for b in BLOCKS
-        if f"b={b // 2}" in of
-    }
-    active, total = paired_interval(of[FINE], of["lora-active"]), paired_interval(of[FINE], of["lora-total"])
-    worse = [name for name, interval in halvings.items() if interval.high < 0]
-    if gain.high < 0 or active.high < 0 or worse:
-        verdict = NOT_REPRODUCED
-    elif gain.low > 0 and active.low > 0:
-        verdict = REPRODUCED
-    else:
-        verdict = NOT_RESOLVED
+    gain, active = rows.minus(FINE, COARSE), rows.minus(FINE, "lora-active")
+    halvings = {f"b={b} minus b={2 * b}": rows.minus(f"b={b}", f"b={2 * b}") for b in BLOCKS[1:]}
+    verdict = decide(
+        (NOT_REPRODUCED, any_below([gain, active, *halvings.values()])),
+        (REPRODUCED, gain.low > 0 and active.low > 0),
+    )
     reason = (
         f"Accuracy, single ranks minus whole LoRAs of rank {BLOCKS[0]} {gain} ("
         + ", ".join(f"{name} {interval}" for name, interval in halvings.items())
-        + f"), minus a LoRA of the active rank {active}, minus a LoRA of all ranks {total}. The effect is the first."
+        + f"), minus a LoRA of the active rank {active}, minus a LoRA of all ranks {rows.minus(FINE, 'lora-total')}. "
+        "The effect is the first."
     )
-    others = [arm for arm in ARMS if arm != FINE]
     details = {
-        "accuracy": {arm: statistics.fmean(values) for arm, values in of.items()},
-        "worst_task": {arm: statistics.fmean(row.extra["worst"] for row in rows if row.arm == arm) for arm in ARMS},
-        "halvings": {name: interval.as_dict() for name, interval in halvings.items()},
-        "minus": {arm: paired_interval(of[FINE], of[arm]).as_dict() for arm in others},
-        "overlap": {
-            arm: statistics.fmean(value for row in rows if row.arm == arm for value in row.extra["overlap"])
-            for arm in ARMS
-            if ARMS[arm][0] == "smora"
-        },
+        "accuracy": rows.means(),
+        "worst_task": rows.means("worst"),
+        "halvings": halvings,
+        "minus": {arm: rows.minus(FINE, arm) for arm in ARMS if arm != FINE},
+        "overlap": {arm: fmean(chain.from_iterable(rows.of(arm, "overlap"))) for arm in MIXTURES},
     }
-    return Judgement(verdict, gain.estimate, (gain.low, gain.high), reason, details)
+    return Judgement.on(gain, verdict, reason, details)
 
 
 STUDY = Study(
-    slug="smora",
-    title="SMoRA: Each Rank Could be an Expert: Single-Ranked Mixture of Experts LoRA for Multi-Task Learning",
-    claim="Routing single ranks of one LoRA beats routing whole LoRAs at equal total and active parameters.",
+    METHOD,
     metric="accuracy",
     unit="fraction",
     higher_is_better=True,
     rule=RULE,
     presets=PRESETS,
-    arms=arms,
+    arms=ARMS,
     run=run,
     judge=judge,
 )
