@@ -68,7 +68,7 @@ def test_the_data_is_aligned_or_in_one_language_each_and_wrong_input_is_named():
             pairs.setdefault(image.numpy().tobytes(), set()).add(view)
     assert max(map(len, pairs.values())) == 1  # each chart in one language
     held_out = torch.cat([b.inputs for b in task.batches("validation", 7)])
-    assert held_out.shape[0] == 3 * bed.VALIDATION
+    assert held_out.shape[0] == 3 * 40
     with pytest.raises(InputError, match="view 'pyton' is unknown"):
         bed.ChartScripts(CHARTS, ("pyton",))
     with pytest.raises(InputError, match="train_charts is 99"):

@@ -62,6 +62,7 @@ def test_the_metric_is_the_share_of_right_symbols_of_each_task():
         (lambda: SymbolMaps([], 3), "tasks is"),
         (lambda: SymbolMaps([3], 3), "tasks is"),
         (lambda: SymbolMaps([0], 3, length=0), "length is 0 but must be at least 1"),
+        (lambda: SymbolMaps([0], 3, held_out=0), "held_out is 0 but must be at least 1"),
         (lambda: SymbolMaps([0], 3, maps=[0, 1]), "maps and rotations have 2 and 3 entries but must have 3"),
         (lambda: draw(SymbolMaps([0], 1), "tran"), "split 'tran' is unknown; did you mean 'train'"),
         (lambda: draw(SymbolMaps([0], 1), size=0), "size is 0 but must be at least 1"),
@@ -84,5 +85,5 @@ def test_an_arm_trains_its_adapters_on_the_new_maps_alone_and_the_same_each_time
         assert all(torch.equal(value, base[name]) for name, value in adapted.remove().state_dict().items())
     assert rows[0] == rows[1]
     row = rows[0]
-    assert row.steps == 8 and row.flops > 0 and len(row.extra["by_task"]) == bed.NEW
+    assert row.steps == 4 and row.flops > 0 and len(row.extra["by_task"]) == bed.NEW
     assert row.extra["trained"] == 2 * 2 * (48 + 192 + 96 + 48) and row.extra["worst"] == min(row.extra["by_task"])

@@ -27,8 +27,6 @@ from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Batch, device_of
 
-VALIDATION = 40
-"""Held-out charts: the last ones."""
 PAD, END = 0, 1
 START = {"python": 2, "r": 3, "latex": 4, "json": 5}
 UNKNOWN = 6
@@ -87,7 +85,7 @@ class ChartScripts:
     """Scripts of pictures; metric: nats per token (what is written freely is judged by `write`).
 
     Args:
-        charts: how many are drawn; the last `VALIDATION` are held out.
+        charts: how many are drawn; the last `held_out` are kept for the validation split.
         views: languages, or ("json",).
         aligned: whether each chart comes in every language. Otherwise chart i comes in language i modulo their number.
         train_charts: how many of the charts to train on; default all.
@@ -97,15 +95,20 @@ class ChartScripts:
     name = "chart-scripts"
 
     def __init__(
-        self, charts: int, views: Sequence[str] = LANGUAGES, aligned: bool = True, train_charts: int | None = None
+        self,
+        charts: int,
+        views: Sequence[str] = LANGUAGES,
+        aligned: bool = True,
+        train_charts: int | None = None,
+        held_out: int = 40,
     ):
         for view in views:
             if view not in VIEWS:
                 raise unknown("view", view, VIEWS)
-        n = charts - VALIDATION
+        n = charts - held_out
         train_charts = n if train_charts is None else train_charts
         if not 1 <= train_charts <= n:
-            raise InputError(f"train_charts is {train_charts} but must be between 1 and charts - {VALIDATION} = {n}")
+            raise InputError(f"train_charts is {train_charts} but must be between 1 and charts - {held_out} = {n}")
         self.data, self.domains, self.aligned = build_aligned_dataset(charts), tuple(views), aligned
         self.rows = {"train": (0, train_charts), "validation": (n, charts)}
         self.manifest = {"charts": charts, "views": list(views), "aligned": aligned, "train": train_charts}
@@ -135,7 +138,7 @@ class ChartScripts:
     def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
         values = {}
         with evaluating(model):
-            for batch in self.batches(split, VALIDATION):
+            for batch in self.batches(split, len(self.data.specs)):
                 values[f"loss/{self.domains[int(batch.domain[0])]}"] = self.loss(model, batch)[0].item()
         return {"loss": fmean(values.values())} | values
 

@@ -41,8 +41,6 @@ KINDS = (*OLD, *DOMAINS)
 VOCAB = SYMBOLS + WORDS * (len(KINDS) + 1)
 QUESTION, PATCHES = 3, 16
 SEEN = QUESTION + PATCHES
-HELD_OUT = 256
-"""Strips of each domain in the validation and in the test split."""
 TARGETS = ("blocks.*.ffn.*", "blocks.*.attention.*")
 CODE = (3, 7, 0, 9, 5, 1, 8, 2, 6, 4)
 
@@ -63,24 +61,27 @@ class DigitQuestions:
     Args:
         domains: of `KINDS`.
         shares: of the training rows, one for each domain; default equal ones.
+        held_out: strips of each domain in the validation and in the test split.
     """
 
     metric, unit, higher_is_better = "accuracy", "fraction", True
     name = "digit-questions"
 
-    def __init__(self, domains: Sequence[str] = DOMAINS, shares: Sequence[float] | None = None):
+    def __init__(self, domains: Sequence[str] = DOMAINS, shares: Sequence[float] | None = None, held_out: int = 256):
         for domain in domains:
             if domain not in KINDS:
                 raise unknown("domain", domain, KINDS)
         shares = [1.0] * len(domains) if shares is None else [float(share) for share in shares]
         if len(shares) != len(domains) or min(shares) <= 0:
             raise InputError(f"shares is {shares} but must hold a number above 0 for each of {len(domains)} domains")
+        if held_out < 1:
+            raise InputError(f"held_out is {held_out} but must be at least 1")
         source = data.load("digits")
         self.domains, self.shares, self.images = tuple(domains), torch.tensor(shares), source.splits
         self.manifest = {"name": self.name, "domains": list(domains), "shares": shares} | source.manifest
         strips, _ = self._strips("train", 4096, torch.Generator().manual_seed(0))
         self.ink = strips.sum((1, 2)).quantile(torch.tensor([0.25, 0.5, 0.75]))
-        self._fixed = {split: self._strips(split, HELD_OUT, torch.Generator().manual_seed(1)) for split in self.images}
+        self._fixed = {split: self._strips(split, held_out, torch.Generator().manual_seed(1)) for split in self.images}
 
     def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Asked:
         if size < 1:

@@ -31,15 +31,13 @@ from workbench.lib.core.train import State, TrainConfig, train
 
 SYMBOLS = 10
 SPLITS = ("train", "validation", "test")
-HELD_OUT = 256
-"""Strings of each task in the validation and in the test split."""
-
 OLD, NEW, LENGTH = 6, 12, 6
-BATCH, LR = 64, 3e-3
+LR = 3e-3
 TARGETS = "*.ffn.*"
-SMOKE = {"base_steps": 30, "steps": 8, "seeds": 1}
-SMALL = {"base_steps": 600, "steps": 400, "seeds": 3}
-FULL = {"base_steps": 2000, "steps": 1500, "seeds": 5}
+COMMON = {"batch": 64, "held_out": 256}
+SMOKE = {"base_steps": 20, "steps": 4, "batch": 16, "held_out": 32, "seeds": 1}
+SMALL = COMMON | {"base_steps": 600, "steps": 400, "seeds": 3}
+FULL = COMMON | {"base_steps": 2000, "steps": 1500, "seeds": 5}
 """Settings that studies on the frozen base share; a study adds its own, and may change those here for its time."""
 
 
@@ -56,6 +54,7 @@ class SymbolMaps:
         seed: of the maps. The same seed gives the same maps whatever `tasks` are chosen.
         maps, rotations: which map and which rotation each task of `n_tasks` takes, for tasks made of parts they
             share; default: map i for task i, and no rotation.
+        held_out: strings of each task in the validation and in the test split.
     """
 
     metric, unit, higher_is_better = "accuracy", "fraction", True
@@ -69,13 +68,15 @@ class SymbolMaps:
         seed: int = 0,
         maps: Sequence[int] | None = None,
         rotations: Sequence[int] | None = None,
+        held_out: int = 256,
     ):
         if not tasks or min(tasks) < 0 or max(tasks) >= n_tasks:
             raise InputError(
                 f"tasks is {list(tasks)} but must be one or more numbers from 0 to n_tasks - 1 = {n_tasks - 1}"
             )
-        if length < 1:
-            raise InputError(f"length is {length} but must be at least 1")
+        for name, value in (("length", length), ("held_out", held_out)):
+            if value < 1:
+                raise InputError(f"{name} is {value} but must be at least 1")
         maps, rotations = maps or list(range(n_tasks)), rotations or [0] * n_tasks
         if len(maps) != n_tasks or len(rotations) != n_tasks or min(maps) < 0:
             raise InputError(
@@ -92,7 +93,7 @@ class SymbolMaps:
         digest = hashlib.sha256(self.maps.numpy().tobytes() + self.rotations.numpy().tobytes()).hexdigest()
         self.manifest = {"name": self.name, "tasks": list(self.tasks), "length": length, "seed": seed, "sha256": digest}
         self.shots: Batch | None = None
-        self._held_out = {split: self._fixed(split, seed) for split in SPLITS[1:]}
+        self._held_out = {split: self._fixed(split, held_out, seed) for split in SPLITS[1:]}
 
     def only(self, shots: int, seed: int) -> "SymbolMaps":
         """The task itself, with no more rows to train on than these, drawn now; not where a domain is asked for."""
@@ -158,9 +159,9 @@ class SymbolMaps:
             parts.append(drawn[(number - 7).clamp(min=0) == SPLITS.index(split)])
         return torch.cat(parts)[:size]
 
-    def _fixed(self, split: str, seed: int) -> Tensor:
+    def _fixed(self, split: str, size: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed + SPLITS.index(split))
-        return self._strings(split, HELD_OUT, generator)
+        return self._strings(split, size, generator)
 
 
 def make_model() -> DecoderLM:
@@ -176,15 +177,15 @@ def base(settings: Mapping[str, Any]) -> DecoderLM:
         return make_model()
 
     def teach(model: nn.Module) -> State:
-        return train(model, task, TrainConfig(settings["base_steps"], BATCH, eval_every=None))
+        return train(model, task, TrainConfig(settings["base_steps"], settings["batch"], eval_every=None))
 
-    recipe = {"steps": settings["base_steps"], "batch": BATCH, "data": task.manifest}
+    recipe = {"steps": settings["base_steps"], "batch": settings["batch"], "data": task.manifest}
     return pretrained("symbol-maps-base", recipe, build, teach, [sys.modules[__name__]])
 
 
-def new_maps(count: int = NEW) -> SymbolMaps:
-    """The first `count` of the new maps."""
-    return SymbolMaps(range(OLD, OLD + count), OLD + NEW, LENGTH)
+def new_maps(settings: Mapping[str, Any] = SMALL, which: Sequence[int] = range(NEW)) -> SymbolMaps:
+    """The task of some of the new maps, by default of all."""
+    return SymbolMaps([OLD + i for i in which], OLD + NEW, LENGTH, held_out=settings["held_out"])
 
 
 def adapt_and_train(
@@ -194,5 +195,5 @@ def adapt_and_train(
     model = base(settings)
     torch.manual_seed(seed)
     adapted = adapt(model, slug, TARGETS, **options)
-    config = TrainConfig(settings["steps"], BATCH, lr=LR, weight_decay=0.0, seed=seed, eval_every=None)
-    return adapted, train(model, task or new_maps(), config, optimizer=adapted.optimizer(LR))
+    config = TrainConfig(settings["steps"], settings["batch"], lr=LR, weight_decay=0.0, seed=seed, eval_every=None)
+    return adapted, train(model, task or new_maps(settings), config, optimizer=adapted.optimizer(LR))

@@ -64,10 +64,8 @@ class Study:
             raise InputError(f"seed is {seed} but must be between 0 and 2**31 - 1")
         settings = self.presets[preset]
         seeds = list(range(seed, seed + int(settings["seeds"])))
-        from joblib import cpu_count  # heavy enough to wait for a study
-
-        if jobs is None:  # starting a worker takes longer than a smoke run
-            jobs = 1 if preset == "smoke" else cpu_count()
+        if jobs is None:
+            jobs = 1 if preset == "smoke" else _cores()  # starting a worker takes longer than a smoke run
         if jobs < 1:
             raise InputError(f"jobs is {jobs} but must be at least 1")
         began = time.perf_counter()
@@ -185,6 +183,12 @@ def load_study(slug: str) -> Study:
     if row.status != "ready":
         raise InputError(f"slug {slug!r} is {row.status}: it has no study yet")
     return importlib.import_module(f"workbench.studies.{row.family}.{slug.replace('-', '_')}").STUDY
+
+
+def _cores() -> int:
+    from joblib import cpu_count  # heavy enough to wait until it is needed
+
+    return cpu_count()
 
 
 def _run_one(run, arm: str, seed: int, settings: Settings) -> Row:

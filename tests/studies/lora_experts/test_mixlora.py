@@ -82,7 +82,7 @@ def test_mixlora_study_runs_twice_the_same_and_its_main_arms_train_as_many_param
     assert list(rows) == list(ARMS)
     trained = {arm: row.extra["trained"] for arm, row in rows.items()}
     assert trained["mixlora"] == trained["lora-equal"] == trained["single-mixlora"] > trained["lora-active"]
-    assert rows["mixlora"].steps == 8 and rows["single-mixlora"].steps == 1
+    assert rows["mixlora"].steps == 4 and rows["single-mixlora"].steps == 1
     extra = rows["mixlora"].extra
     assert [len(table) for table in extra["load_by_task"]] == [12, 12]
     assert all(sum(shares) == pytest.approx(1) for table in extra["load_by_task"] for shares in table)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy import stats
+import scipy  # its parts are imported when first used, and that of statistics is slow
 
 from workbench.errors import InputError
 
@@ -135,9 +135,9 @@ def tost(a: Values, b: Values, margin: float, paired: bool = False) -> TostResul
     if np.isnan(se):
         nan, reason = float("nan"), "undefined: one value per arm has no spread"
         return TostResult(diff, nan, nan, nan, nan, nan, (-np.inf, np.inf), False, reason)
-    p_lower = float(stats.t.sf(_ratio(diff + margin, se), df))
-    p_upper = float(stats.t.cdf(_ratio(diff - margin, se), df))
-    half = float(stats.t.ppf(0.95, df)) * se
+    p_lower = float(scipy.stats.t.sf(_ratio(diff + margin, se), df))
+    p_upper = float(scipy.stats.t.cdf(_ratio(diff - margin, se), df))
+    half = float(scipy.stats.t.ppf(0.95, df)) * se
     p = max(p_lower, p_upper)
     return TostResult(diff, se, df, p_lower, p_upper, p, (diff - half, diff + half), p < 0.05)
 
@@ -208,8 +208,8 @@ def bootstrap_interval(
     if np.ptp(x) == 0:  # every resample is the sample
         return Interval(estimate, estimate, estimate, len(x), level)
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # answered by the percentiles below
-        result = stats.bootstrap(
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # answered by the percentiles below
+        result = scipy.stats.bootstrap(
             (x,), statistic, confidence_level=level, n_resamples=samples, method="BCa", rng=np.random.default_rng(seed)
         )
     low, high = result.confidence_interval
@@ -229,10 +229,10 @@ def spearman(x: Values, y: Values, level: float = 0.95) -> Interval:
     _check_level(level)
     n = len(a)
     varies = n > 1 and np.ptp(a) > 0 and np.ptp(b) > 0
-    rho = float(stats.spearmanr(a, b).statistic) if varies else float("nan")
+    rho = float(scipy.stats.spearmanr(a, b).statistic) if varies else float("nan")
     if n < SPEARMAN_AT_LEAST or not varies:
         return Interval(rho, -1.0, 1.0, n, level)
-    half = stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
+    half = scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
     nearest = 1 - 12 / (n * (n**2 - 1))  # rho with two neighbouring ranks exchanged
     z = np.arctanh(np.clip(rho, -nearest, nearest))
     return Interval(rho, min(rho, float(np.tanh(z - half))), max(rho, float(np.tanh(z + half))), n, level)
@@ -294,5 +294,5 @@ def _ratio(value: float, se: float) -> float:
 
 def _interval(estimate: float, se: float, df: float, n: int, level: float) -> Interval:
     _check_level(level)
-    half = float(stats.t.ppf((1 + level) / 2, df)) * se if not np.isnan(se) else np.inf
+    half = float(scipy.stats.t.ppf((1 + level) / 2, df)) * se if not np.isnan(se) else np.inf
     return Interval(estimate, estimate - half, estimate + half, n, level)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.beds.chart_to_code import WIDTH, ChartToCode, base
-from workbench.beds.charts import VALIDATION, ChartScripts, measures
+from workbench.beds.charts import ChartScripts, measures
 from workbench.lib.charts import LANGUAGES
 from workbench.lib.core.adapt import adapt
 from workbench.lib.core.observe import announcing, observing
@@ -42,9 +42,10 @@ RULE = (
     "them lies below 0, not resolved otherwise. One projector per language is reported beside them."
 )
 
-COMMON = {"batch": 24, "base_batch": 32, "lr": 3e-3, "arms": ARMS}
+COMMON = {"held_out": 40, "batch": 24, "base_batch": 32, "lr": 3e-3, "arms": ARMS}
 PRESETS = {
-    "smoke": COMMON | {"charts": 96, "base_steps": 10, "warmup_steps": 2, "steps": 4, "seeds": 1, "batch": 6},
+    "smoke": COMMON
+    | {"charts": 64, "held_out": 8, "base_steps": 10, "warmup_steps": 2, "steps": 4, "seeds": 1, "batch": 6},
     "small": COMMON | {"charts": 1040, "base_steps": 1600, "warmup_steps": 25, "steps": 100, "seeds": 3},
     "full": COMMON
     | {"charts": 6040, "base_steps": 8000, "warmup_steps": 250, "steps": 3000, "seeds": 5, "arms": (*ARMS, *ABLATIONS)},
@@ -99,11 +100,11 @@ def build(arm: str, seed: int, settings: Settings) -> tuple[ChartToCode, list[nn
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    charts, lr = settings["charts"], settings["lr"]
+    charts, held_out, lr = settings["charts"], settings["held_out"], settings["lr"]
     # In three languages a third of the charts make as many scripts as all of them in one each.
     fewer = "unaligned" in settings["arms"] and arm != "unaligned"
-    third = (charts - VALIDATION) // len(LANGUAGES)
-    task = ChartScripts(charts, aligned=arm != "unaligned", train_charts=third if fewer else None)
+    third = (charts - held_out) // len(LANGUAGES)
+    task = ChartScripts(charts, aligned=arm != "unaligned", train_charts=third if fewer else None, held_out=held_out)
     model, trained = build(arm, seed, settings)
 
     def learn(parameters: list[nn.Parameter], steps: int, warmup: int, order: int) -> None:

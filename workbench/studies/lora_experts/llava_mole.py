@@ -41,9 +41,9 @@ RULE = (
     "or one domain in (b), or the difference in (c) or (d) lies below 0. Not resolved otherwise."
 )
 
-COMMON = {"batch": 48, "rank": 4, "lr": 3e-3, "arms": (*LORAS, *MOLES)}
+COMMON = {"batch": 48, "held_out": 256, "rank": 4, "lr": 3e-3, "arms": (*LORAS, *MOLES)}
 PRESETS = {
-    "smoke": COMMON | {"base_steps": 15, "steps": 6, "seeds": 1, "batch": 12},
+    "smoke": COMMON | {"base_steps": 15, "steps": 6, "seeds": 1, "batch": 12, "held_out": 16},
     "small": COMMON | {"base_steps": 800, "steps": 330, "seeds": 3},
     "full": COMMON | {"base_steps": 2000, "steps": 1500, "seeds": 5, "arms": (*LORAS, *MOLES, *UNEVEN)},
 }
@@ -79,15 +79,15 @@ def build(arm: str, seed: int, settings: Settings) -> Adapted:
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    steps = settings["steps"] * (2 if arm == "lora-mix-2x" else 1)
+    held_out, steps = settings["held_out"], settings["steps"] * (2 if arm == "lora-mix-2x" else 1)
     if arm == "lora-single":  # as many rows of each domain as in the mix
-        runs = [
-            (DigitQuestions((name,)), max(1, steps // EXPERTS), seed * EXPERTS + i) for i, name in enumerate(DOMAINS)
-        ]
+        tasks, steps = [DigitQuestions((name,), held_out=held_out) for name in DOMAINS], max(1, steps // EXPERTS)
+        orders = [seed * EXPERTS + i for i in range(EXPERTS)]
     else:
-        runs = [(DigitQuestions(shares=SHARES if arm in UNEVEN else None), steps, seed)]
+        tasks = [DigitQuestions(shares=SHARES if arm in UNEVEN else None, held_out=held_out)]
+        orders = [seed]
     parts, accuracy = [], {}
-    for task, steps, order in runs:
+    for task, order in zip(tasks, orders, strict=True):
         adapted, state = learn(arm, seed, task, steps, settings, order)
         with observing(announcing(adapted.model), likeliest) as seen:
             accuracy |= task.evaluate(adapted.model)

@@ -19,7 +19,6 @@ from torch import nn
 
 from workbench.beds import symbol_maps as bed
 from workbench.beds.pretrained import pretrained
-from workbench.beds.symbol_maps import SymbolMaps
 from workbench.lib.core import low_rank
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.adapt.peft import LoRAs
@@ -63,7 +62,7 @@ RULE = (
 )
 
 PRESETS = {
-    "smoke": bed.SMOKE | {"expert_steps": 3, "router_steps": 3},
+    "smoke": bed.SMOKE | {"expert_steps": 12, "router_steps": 3},
     "small": bed.SMALL | {"expert_steps": 120, "router_steps": 150},
     "full": bed.FULL | {"expert_steps": 400, "router_steps": 400},
 }
@@ -100,23 +99,23 @@ def experts(settings: Settings, seed: int, targets: str = TARGETS) -> list[LoRAs
 
     def teach(kept: Experts) -> None:
         for e in range(EXPERTS):
-            task = SymbolMaps((bed.OLD + e,), bed.OLD + bed.NEW, bed.LENGTH)
+            task, plan = bed.new_maps(settings, [e]), config(settings, settings["expert_steps"], seed)
             with adapted.given(task=e):
-                train(adapted.model, task, config(settings["expert_steps"], seed), optimizer=adapted.optimizer(bed.LR))
+                train(adapted.model, task, plan, optimizer=adapted.optimizer(bed.LR))
         kept.load_state_dict(build().state_dict())
 
-    recipe = {key: settings[key] for key in ("base_steps", "expert_steps")} | {"seed": seed, "batch": bed.BATCH}
+    recipe = {key: settings[key] for key in ("base_steps", "expert_steps", "batch")} | {"seed": seed}
     recipe["targets"] = targets
     code = [low_rank, lora_mixer, bed, sys.modules[__name__]]
     return pretrained("symbol-maps-loras", recipe, build, teach, code).loras()
 
 
-def config(steps: int, seed: int) -> TrainConfig:
-    return TrainConfig(steps, bed.BATCH, lr=bed.LR, weight_decay=0.0, seed=seed, eval_every=None)
+def config(settings: Settings, steps: int, seed: int) -> TrainConfig:
+    return TrainConfig(steps, settings["batch"], lr=bed.LR, weight_decay=0.0, seed=seed, eval_every=None)
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    model, task = bed.base(settings), bed.new_maps(EXPERTS)
+    model, task = bed.base(settings), bed.new_maps(settings, range(EXPERTS))
     if arm in ("mixlora", "lora-total"):
         steps = EXPERTS * settings["expert_steps"] + settings["router_steps"]
         torch.manual_seed(seed)
@@ -127,10 +126,10 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     else:
         adapted, steps = mixture(arm, seed, model, settings), settings["router_steps"]
     if arm in BOUNDS:
-        state = State(model, task, adapted.optimizer(bed.LR), config(1, seed))
+        state = State(model, task, adapted.optimizer(bed.LR), config(settings, 1, seed))
     else:
         task = task.only(ROUTERS[arm][0], seed) if arm in ROUTERS else task
-        state = train(model, task, config(steps, seed), optimizer=adapted.optimizer(bed.LR))
+        state = train(model, task, config(settings, steps, seed), optimizer=adapted.optimizer(bed.LR))
     if arm in ROUTERS:
         return adapted_row(arm, seed, adapted, state, **measures(adapted, state))
     state.metrics = task.evaluate(model)

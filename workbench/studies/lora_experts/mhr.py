@@ -69,8 +69,8 @@ class PartMaps(SymbolMaps):
 
     name = "part-maps"
 
-    def __init__(self, tasks: Sequence[int]):
-        super().__init__(tasks, bed.OLD + bed.NEW, bed.LENGTH)
+    def __init__(self, tasks: Sequence[int], held_out: int = 256):
+        super().__init__(tasks, bed.OLD + bed.NEW, bed.LENGTH, held_out=held_out)
         half, drawn = SYMBOLS // 2, torch.Generator().manual_seed(1)
         low, high = ([torch.randperm(half, generator=drawn) for _ in range(PARTS)] for _ in range(2))
         for i, task in enumerate(COMBINED):
@@ -88,10 +88,10 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
         for layer in adapted.layers.values():
             nn.init.normal_(layer.router.logits, std=2.0)
             layer.router.logits.requires_grad_(False)
-    task = PartMaps(SEEN)
-    config = TrainConfig(settings["steps"], bed.BATCH, lr=bed.LR, weight_decay=0.0, seed=seed)
+    task = PartMaps(SEEN, settings["held_out"])
+    config = TrainConfig(settings["steps"], settings["batch"], lr=bed.LR, weight_decay=0.0, seed=seed)
     state = train(model, task, config, optimizer=adapted.optimizer(bed.LR))
-    extra = {"seen": state.metrics[task.metric], "alignment": alignment(adapted, task)}
+    extra = {"seen": state.metrics[task.metric], "alignment": alignment(adapted, task, settings["batch"])}
     if slug == "mhr":
         watched = [monitors(layer.router) for layer in adapted.layers.values()]
         extra["monitors"] = {name: fmean(values[name] for values in watched) for name in watched[0]}
@@ -116,19 +116,19 @@ def few_shots(adapted: Adapted, tune: Sequence[str], settings: Settings, seed: i
             if adapted.adapter.slug == "mhr":
                 torch.manual_seed(seed)
                 to_new_tasks(adapted, what)
-            task = PartMaps((target,)).only(settings["shots"], seed)
+            task = PartMaps((target,), settings["held_out"]).only(settings["shots"], seed)
             state = train(adapted.model, task, config, optimizer=adapted.optimizer(bed.LR))
             found.setdefault(what, []).append(state.metrics[task.metric])
     return found
 
 
-def alignment(adapted: Adapted, task: SymbolMaps) -> float:
+def alignment(adapted: Adapted, task: SymbolMaps, rows: int) -> float:
     """Mean cosine between the gradients of two tasks' losses by the adapters, without the routers; evaluation mode."""
     parameters = [p for name, p in adapted.named_parameters().items() if ".router." not in name]
     gradients: list[Tensor] = []
     with evaluating(adapted.model), torch.enable_grad():
         for domain in range(len(task.tasks)):
-            batch = task.batch("validation", bed.BATCH, torch.Generator().manual_seed(0), domain)
+            batch = task.batch("validation", rows, torch.Generator().manual_seed(0), domain)
             found = torch.autograd.grad(task.loss(adapted.model, batch)[0], parameters, allow_unused=True)
             gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
     matrix = torch.stack(gradients).double()

@@ -53,9 +53,9 @@ PRESETS = {
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
     if not arm.startswith("single"):
-        return learn(arm, seed, settings, bed.new_maps())
+        return learn(arm, seed, settings, bed.new_maps(settings))
     fewer = {**settings, "steps": max(1, settings["steps"] // settings["single_share"])}
-    tasks = [SymbolMaps((bed.OLD + i,), bed.OLD + bed.NEW, bed.LENGTH) for i in range(settings["single_tasks"])]
+    tasks = [bed.new_maps(settings, [i]) for i in range(settings["single_tasks"])]
     rows = [learn(arm, seed, fewer, task) for task in tasks]
     values = [row.metric for row in rows]
     return replace(

@@ -119,12 +119,12 @@ def put(arm: str, model: nn.Module) -> Adapted:
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    task, model = bed.new_maps(), bed.base(settings)
+    task, model = bed.new_maps(settings), bed.base(settings)
     torch.manual_seed(seed)
     adapted = put(arm, model)
     samples = SAMPLES.get(arm.partition(",")[0], 1)
     steps = max(1, settings["steps"] // samples) if "compute" in arm else settings["steps"]
-    config = TrainConfig(steps, bed.BATCH, lr=bed.LR, weight_decay=0.0, seed=seed, eval_every=None)
+    config = TrainConfig(steps, settings["batch"], lr=bed.LR, weight_decay=0.0, seed=seed, eval_every=None)
     learned = ReMixTrainer(task, samples, rows=row_losses) if samples > 1 else task
     layers = announcing(model)
     with observing(layers, support_sizes) as seen:
