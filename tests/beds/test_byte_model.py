@@ -21,12 +21,12 @@ def test_it_beats_bigrams_and_needs_its_ranks():
 
 
 def test_it_is_trained_once(monkeypatch):
-    trained = byte_model.model(byte_model.SMOKE)
+    trained = byte_model.base(byte_model.SMOKE)
     monkeypatch.setattr(byte_model, "train", None)
-    again = byte_model.model(byte_model.SMOKE)
+    again = byte_model.base(byte_model.SMOKE)
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
     with pytest.raises(TypeError):
-        byte_model.model(byte_model.SMOKE, seed=1)
+        byte_model.base(byte_model.SMOKE, seed=1)
 
 
 def test_cut_ranks_are_the_best_approximation_of_that_rank():

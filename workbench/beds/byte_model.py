@@ -42,7 +42,7 @@ def make_task(settings: Mapping[str, Any] = SMALL) -> LanguageModelling:
     return LanguageModelling(data.load("text-domains", domains=DOMAINS, cap=settings["cap"]), settings["length"])
 
 
-def model(settings: Mapping[str, Any] = SMALL, seed: int = 0) -> DecoderLM:
+def base(settings: Mapping[str, Any] = SMALL, seed: int = 0) -> DecoderLM:
     """The trained decoder: from its file, or trained now."""
     task = make_task(settings)
 
@@ -105,17 +105,17 @@ def lzma_bits(texts: TextDomains, split: str = "test") -> dict[str, float]:
 
 
 def prepare(settings: Mapping[str, Any] = SMALL) -> DecoderLM:
-    return model(settings)
+    return base(settings)
 
 
 def measure(settings: Mapping[str, Any] = SMALL) -> list[Measured]:
     """The decoder whole, and with every matrix cut to a half and a quarter of its rank."""
     task, rows = make_task(settings), []
     bigram, best = (sum(bits.values()) / len(bits) for bits in (bigram_bits(task.data), lzma_bits(task.data)))
-    weights = sum(p.numel() for p in model(settings).parameters())
+    weights = sum(p.numel() for p in base(settings).parameters())
     size = f"{len(DOMAINS)} x {settings['cap'] // 1024} KiB, {weights:,} weights"
     for share in (1.0, 0.5, 0.25):
-        made = model(settings)
+        made = base(settings)
         cut_ranks(made, share)
         reached = task.evaluate(made, "test")["bits_per_byte"]
         case = "whole" if share == 1 else f"ranks cut to {share:g}"

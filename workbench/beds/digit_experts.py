@@ -163,5 +163,5 @@ def measure(settings: Mapping[str, Any] = SMALL) -> list[Measured]:
         judged = task(name)
         scores = [judged.evaluate(model, "test")["accuracy"] for model in (start, merged, own)]
         size = " / ".join(f"{size:,}" for size in next(iter(judged.manifest.values()))["splits"].values())
-        rows.append(Measured(name, size, "average of 8 experts (trivial: base, best: expert)", "accuracy", *scores))
+        rows.append(Measured(name, size, "average of the experts (trivial: base, best: expert)", "accuracy", *scores))
     return rows

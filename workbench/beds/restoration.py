@@ -12,8 +12,8 @@ For systems with several experts or outputs for several ways of spoiling an imag
 Which photograph, where, and how it is spoiled comes from the digest of the crop's number, and is in the manifest's
 sha256. Splits are by PHOTOGRAPH: 13 to train, 2 to validate, 5 to test, among them a face and printed text.
 
-Judged by PSNR, whose ceiling is not known. One small network for all ways gains 14 dB on masks and 4 on noise in 400
-steps, and nothing on the others, some of which it spoils further: it has to see first what is wrong with a crop.
+Judged by PSNR, whose ceiling is not known. One small network for all ways gains 11 dB on masks and 4 on noise in 400
+steps, and half a dB or less on the others, some of which it spoils further: it has to see first what is wrong.
 
 Tensor letters: B batch, C channels, H height, W width.
 """

@@ -5,7 +5,7 @@ a damaged row does not say, is id 0.
 """
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from zipfile import ZipFile
 
@@ -23,6 +23,13 @@ from workbench.lib.data.types import Table
 WAYS = ("random", "time")
 """How a table is split: by the digest of a row's name, or training before validation before test."""
 FOLDER = "recbole/dataset_example/ml-100k/ml-100k"
+MOVIELENS = {
+    "inter": ("user_id", "item_id", "rating", "timestamp"),
+    "user": ("user_id", "age", "gender", "occupation", "zip_code"),
+    "item": ("item_id", "release_year", "class"),
+}
+"""Columns of its three files."""
+TIMETABLE = ("carrier", "flight", "tailnum", "origin", "dest", "hour")
 LATE = 15
 """Minutes after the scheduled arrival from which on a flight counts as late."""
 
@@ -42,7 +49,7 @@ def movielens_100k(by: str = "random") -> Table:
     """
 
     def read(files: Mapping[str, bytes]) -> tuple[Columns, np.ndarray, list[str], np.ndarray]:
-        seen, user, item = (_columns(files[f"{FOLDER}.{part}"], "\t") for part in ("inter", "user", "item"))
+        seen, user, item = (_columns(files[f"{FOLDER}.{part}"], "\t", names) for part, names in MOVIELENS.items())
         rating = seen["rating"].astype(float)
         seen = {name: values[rating != 3] for name, values in seen.items()}
         at = _position(user["user_id"], seen["user_id"])
@@ -83,12 +90,12 @@ def flights(by: str = "time") -> Table:
     def read(files: Mapping[str, bytes]) -> tuple[Columns, np.ndarray, list[str], np.ndarray]:
         (content,) = files.values()
         with ZipFile(io.BytesIO(content)) as archive:
-            seen = _columns(archive.read("flights.csv"), ",")
+            seen = _columns(archive.read("flights.csv"), ",", ("month", "day", "arr_delay", *TIMETABLE))
         arrived = np.flatnonzero(seen["arr_delay"] != "NA")
         seen = {name: values[arrived] for name, values in seen.items()}
         month, day = seen["month"].astype(int), seen["day"].astype(int)
         days = (np.array("2013-01", "M8[M]") + month - 1).astype("M8[D]") + day - 1
-        fields = {name: seen[name] for name in ("carrier", "flight", "tailnum", "origin", "dest", "hour")}
+        fields = {name: seen[name] for name in TIMETABLE}
         fields["tailnum"] = np.where(fields["tailnum"] == "NA", "", fields["tailnum"])
         fields["weekday"] = np.array(["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"])[(days.astype(int) + 3) % 7]
         late = seen["arr_delay"].astype(float) > LATE
@@ -130,10 +137,13 @@ def _table(row: DataSet, by: str, read: Read) -> Table:
     return Table(row.name, tuple(manifest["sizes"]), tuple(manifest["sizes"].values()), splits, {row.name: manifest})
 
 
-def _columns(content: bytes, delimiter: str) -> Columns:
-    """The columns of a table as text, by the part of their name before any colon; a missing value stays as written."""
+def _columns(content: bytes, delimiter: str, wanted: Sequence[str]) -> Columns:
+    """These columns of a table as text, by the part of their name before any colon; what is missing stays so."""
     header = content.split(b"\n", 1)[0].decode().rstrip("\r").split(delimiter)
-    quiet = csv.ConvertOptions(column_types=dict.fromkeys(header, "string"), strings_can_be_null=False)
+    header = [name for name in header if name.split(":")[0] in wanted]
+    quiet = csv.ConvertOptions(
+        column_types=dict.fromkeys(header, "string"), strings_can_be_null=False, include_columns=header
+    )
     # a quotation mark is a letter of a title, not a quotation
     parse = csv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == "\t" else '"')
     table = csv.read_csv(io.BytesIO(content), parse_options=parse, convert_options=quiet)
