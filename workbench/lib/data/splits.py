@@ -7,6 +7,8 @@ TEXT_SHARES = (90, 5, 5)
 """Percent of the documents of a text domain in each split."""
 ARRAY_SHARES = (70, 10, 20)
 """Percent of the rows of an array set in each split: small sets need a test split that can tell two methods apart."""
+TABLE_SHARES = (80, 10, 10)
+"""Percent of the rows of a table, and of the characters of a set of glyphs, in each split."""
 
 
 def digest(item: str) -> int:
