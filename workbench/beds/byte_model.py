@@ -25,7 +25,7 @@ from workbench.errors import InputError
 from workbench.lib import data
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
-from workbench.lib.core.pretrained import pretrained
+from workbench.beds.pretrained import pretrained
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.data.types import TextDomains
