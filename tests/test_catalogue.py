@@ -54,6 +54,17 @@ def test_the_numbers_of_the_preprints_differ_and_fit_the_years():
 
 
 @pytest.mark.parametrize("row", READY, ids=lambda row: row.slug)
+def test_a_ready_row_has_every_file_that_the_readme_names(row: Method):
+    """README's list is written for one system; its files are there for each of them."""
+    text = (ROOT / "README.md").read_text().partition("## Adding a method")[2].partition("\n## ")[0]
+    files = re.findall(r"`([\w./]+\.(?:py|csv|ipynb|md|json))`", text)
+    assert len(files) >= 10 and "workbench/lib/routing/rmoe.py" in files
+    for file in files:
+        file = file.replace("rmoe", row.path.stem).replace("01_routing", Path(row.notebook).stem)
+        assert (ROOT / file.replace("/routing/", f"/{row.family}/")).is_file()
+
+
+@pytest.mark.parametrize("row", READY, ids=lambda row: row.slug)
 def test_every_part_of_a_ready_row_resolves(row: Method):
     module = importlib.import_module(row.module)
     assert row == module.METHOD, "the literal arguments and the imported METHOD differ"

@@ -20,7 +20,7 @@ from workbench.cli.progress import progress_bar
 from workbench.live.recipe import Recipe
 from workbench.live.store import RunStopped, RunWriter
 
-COMMANDS = ("methods", "method", "study", "bench", "live", "run", "runs", "resume", "export", "data", "doctor")
+COMMANDS = ("methods", "method", "study", "bench", "live", "run", "runs", "resume", "export", "data", "where", "doctor")
 
 
 @pytest.fixture
@@ -89,6 +89,7 @@ def test_no_command_is_missing_from_the_help(shell):
         ("data describe dogits", "data set 'dogits' is unknown; did you mean 'digits'"),
         ("data describe digits mnist-1d", "takes one NAME"),
         ("data list digits", "data list takes no name"),
+        ("where aps", "what 'aps' is unknown; did you mean 'apps'"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(shell, two_runs: Path, argv: str, message: str):
@@ -391,6 +392,14 @@ def test_progress_is_a_bar_on_a_terminal():
     seen = os.read(leader, 65536).decode()
     os.close(leader)
     assert done.stdout == b"" and "halfway there" in seen and "3/7" in seen
+
+
+def test_where_prints_folders_that_a_shell_can_use(shell, home: Path):
+    places = json.loads(shell("where", "--json")[1])
+    assert list(places) == ["notebooks", "apps", "home"] and places["home"] == str(home)
+    for what, path in places.items():
+        assert shell("where", what)[:2] == (0, f"{path}\n") and path in shell("where")[1]
+    assert (Path(places["notebooks"]) / "00_tour.ipynb").is_file() and (Path(places["apps"]) / "live.py").is_file()
 
 
 def test_results_and_json_are_never_mixed():

@@ -26,8 +26,9 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from workbench.errors import InputError, unknown
+from workbench.paths import shipped
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"  # the workbench's own, in its checkout
+FOLDER = shipped("notebooks")  # the workbench's own
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 ANY = {"int": "a whole number", "float": "a finite number", "str": "text", "bool": "true or false"}
 

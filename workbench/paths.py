@@ -1,4 +1,4 @@
-"""Where a person's own files are kept: runs, cached data and models, all below one folder."""
+"""Where files are: a person's own, all below one folder, and the notebooks and apps that come with the workbench."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,13 @@ def home() -> Path:
     can be made again), ``native/`` (compiled kernels, likewise) and ``bench/`` (records of timings).
     """
     return Path(os.environ.get("WORKBENCH_HOME") or "~/.workbench").expanduser().absolute()
+
+
+def shipped(folder: str) -> Path:
+    """The workbench's own "notebooks" or "apps": within the package where a wheel is installed, else beside it.
+
+    An installed package looks nowhere else, because what lies beside it belongs to other packages.
+    """
+    package = Path(__file__).resolve().parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder

@@ -86,5 +86,5 @@ def test_experts_that_compute_something_else_are_refused():
 
 def test_without_transformers_it_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers.integrations.moe", None)
-    with pytest.raises(InputError, match=r"needs transformers 5.0 or newer"):
+    with pytest.raises(InputError, match=r"needs transformers 5.7 or newer"):
         register_transformers()

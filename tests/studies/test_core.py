@@ -72,6 +72,7 @@ def test_the_result_prints_itself_with_the_verdict_and_the_rule():
     assert "reproduced: The method is higher." in str(result) and "2 seeds" in str(result)
     assert "**reproduced**" in result._repr_markdown_() and STUDY.rule in result._repr_markdown_()
     assert str(result).startswith("toy: One is more than zero.\n") and "Tested" not in str(result)
+    assert "Seconds a run: method " in str(result) and "Seconds" not in repr(result) + result._repr_markdown_()
 
 
 def test_title_and_claim_are_the_catalogue_s_and_what_is_tested_of_it_is_shown():

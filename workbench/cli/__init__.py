@@ -119,6 +119,9 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     )
     sub.add_argument("names", nargs="*", metavar="NAME", help="data sets")
 
+    sub = command("where", "say where the notebooks, the apps and the kept files are")
+    sub.add_argument("what", nargs="?", metavar="WHAT", help="only the path of one: notebooks, apps or home")
+
     command("doctor", "check that this machine has what the workbench needs")
     return parser
 

@@ -211,6 +211,20 @@ def data(args: argparse.Namespace) -> None:
     {"list": _data_list, "get": _data_get, "describe": _data_describe}[args.action](args)
 
 
+def where(args: argparse.Namespace) -> None:
+    from workbench.paths import home, shipped
+
+    places = {"notebooks": str(shipped("notebooks")), "apps": str(shipped("apps")), "home": str(home())}
+    if args.what is not None and args.what not in places:
+        raise unknown("what", args.what, places)
+    if args.json:
+        as_json(places if args.what is None else places[args.what])
+    elif args.what is None:
+        show(list(places.items()), ("what", "where"))
+    else:
+        print(places[args.what])
+
+
 def doctor(args: argparse.Namespace) -> int:
     from workbench.doctor import FAIL, OK, examine
 

@@ -1,4 +1,4 @@
-"""`moe_mlp` inside the mixture-of-experts models of Hugging Face transformers (5.0 or newer)."""
+"""`moe_mlp` inside the mixture-of-experts models of Hugging Face transformers (5.7 or newer)."""
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def register_transformers() -> None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise InputError(
-            f"register_transformers needs transformers 5.0 or newer (pip install 'transformers>=5'): {error}"
+            f"register_transformers needs transformers 5.7 or newer (pip install 'transformers>=5.7'): {error}"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 

@@ -26,12 +26,11 @@ from workbench.errors import InputError
 from workbench.live.recipe import Recipe
 from workbench.live.records import LOSS
 from workbench.live.store import Run, new_folder
+from workbench.paths import shipped
 
 HOST = "127.0.0.1"
 FIRST_PORT, PORTS = 5006, 100
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (ROOT / "apps", ROOT / "workbench" / "apps")
-"""Where the pages are: in a checkout, in an installed wheel."""
 
 LOG = "trainer.log"
 START_SECONDS = 300.0  # for the first step: imports and, the first time, reading the data
@@ -94,10 +93,10 @@ def live(
 
 def app_files() -> dict[str, Path]:
     """The pages by their name in the address."""
-    folder = next((folder for folder in FOLDERS if folder.is_dir()), None)
-    if folder is None:
-        raise InputError(f"the live pages are not there: no folder {' or '.join(map(str, FOLDERS))}")
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    found = {path.stem: path for path in sorted(shipped("apps").glob("*.py"))}
+    if "live" not in found:
+        raise InputError(f"the live pages are not there: no live.py in {shipped('apps')}")
+    return found
 
 
 def free_port(port: int | None) -> int:

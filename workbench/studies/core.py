@@ -130,12 +130,11 @@ class StudyResult:
                     "active": f"{rows[0].active_params:,}",
                     "GFLOP": f"{rows[0].flops / 1e9:,.1f}",
                     "steps": f"{rows[0].steps:,}",
-                    "s/run": f"{statistics.fmean(row.seconds for row in rows):.1f}",
                 }
             )
         return lines
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = self.table()
         widths = {key: max(len(key), *(len(line[key]) for line in lines)) for key in lines[0]}
         text = ["  ".join(key.ljust(widths[key]) for key in widths)]
@@ -145,7 +144,10 @@ class StudyResult:
             head.append(f"Tested here: {self.study.tested}")
         return "\n".join([*head, "", *text, "", self._verdict_line()])
 
-    __repr__ = __str__
+    def __str__(self) -> str:
+        """With what a run took, which a notebook (it keeps the repr) would store as noise."""
+        means = {arm: statistics.fmean(row.seconds for row in self.rows.arm(arm)) for arm in self.rows.arms}
+        return f"{self!r}\nSeconds a run: {', '.join(f'{arm} {seconds:.1f}' for arm, seconds in means.items())}."
 
     def _repr_markdown_(self) -> str:
         lines = self.table()

@@ -1,0 +1,55 @@
+"""What is stored in the notebooks is the same when they are run again elsewhere: no seconds and no dates."""
+
+import re
+from collections.abc import Iterator
+
+import nbformat
+import pytest
+
+from workbench import notebook
+
+TIME = re.compile(
+    r"\d\s?(?:ns|us|µs|ms|s|sec|min|h)\b(?!=)|\bs/\w+|\bseconds\b|\bminutes?\b|\bhours?\b|\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d",
+    re.IGNORECASE,
+)
+PLOTLY = "application/vnd.plotly.v1+json"
+DATA = {"bdata", "source", "x", "y", "z"}  # of a figure: arrays in base64, pictures, numbers
+
+
+def outputs(name: str) -> Iterator[nbformat.NotebookNode]:
+    for cell in nbformat.read(notebook.FOLDER / f"{name}.ipynb", as_version=4).cells:
+        yield from cell.get("outputs", ())
+
+
+def texts(value: object) -> Iterator[str]:
+    """Every text that a reader sees in an output, from its data by kind down to the labels of a figure."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key not in DATA and not key.startswith("image/"):
+                yield from texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from texts(part)
+
+
+@pytest.mark.parametrize("text", ["12.3 s", "4ms", "s/run", "Seconds a run: 3", "2026-11-26-1322-tour", "at 13:22:01"])
+def test_a_time_is_recognised(text: str):
+    assert TIME.search(text)
+
+
+@pytest.mark.parametrize("name", notebook.names())
+def test_no_output_holds_a_time(name: str):
+    found = [found.group() for output in outputs(name) for text in texts(output) for found in TIME.finditer(text)]
+    assert not found
+
+
+@pytest.mark.parametrize("name", notebook.names())
+def test_figures_of_timings_show_ratios(name: str):
+    layouts = [
+        o.data["application/vnd.plotly.v1+json"]["layout"] for o in outputs(name) if "plotly" in str(o.get("data"))
+    ]
+    timed = [layout for layout in layouts if re.match(r"<b>(Time|Speed)", layout["title"]["text"])]
+    assert all("÷" in layout["yaxis"]["title"]["text"] for layout in timed)
+    assert len(timed) >= (4 if name == "17_kernels" else 0)
