@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from workbench.beds.baseline import Measured, seeded
+from workbench.beds.pretrained import pretrained
 from workbench.errors import InputError
 from workbench.lib import data
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
-from workbench.beds.pretrained import pretrained
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.data.types import TextDomains

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.beds.baseline import Measured, seeded
+from workbench.beds.pretrained import pretrained
 from workbench.errors import unknown
 from workbench.lib import data
-from workbench.beds.pretrained import pretrained
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import Classification
 from workbench.lib.core.train import TrainConfig, train
