@@ -8,6 +8,7 @@ arguments of the kernels, so that one compilation serves several shapes of a mod
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -109,6 +110,7 @@ class Figures:
             tiles, asynchronous copies; None where the target has no such thing.
         occupancy: warps resident on a multiprocessor over the most it holds, by registers and shared memory; None
             where it is not modelled.
+        code: `digest` of what was compiled; with it, the target and Triton's version the other figures are decided.
     """
 
     kernel: str
@@ -125,6 +127,7 @@ class Figures:
     tma: int | None
     cp_async: int | None
     occupancy: float | None
+    code: str
 
 
 def launches(operators: Iterable[str] = OPERATORS) -> list[Launch]:
@@ -162,16 +165,53 @@ def compiled(launch: Launch, target: str) -> Any:
     Raises:
         InputError: unknown target, or Triton interprets its kernels in this process.
     """
+    _may_compile(target)
+    import triton
+
+    source, gpu, options = _parts(launch, TARGETS[target])
+    return triton.compile(source, target=gpu, options=options)
+
+
+def intermediate(launch: Launch, target: str) -> str:
+    """The "ttir" stage of `compiled` alone: all of a kernel's own code, at a twentieth of the time. Raises as that.
+
+    Triton has no public way to stop after a stage, so this follows `triton.compile` of the version in the snapshot.
+    """
+    _may_compile(target)
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    source, gpu, options = _parts(launch, TARGETS[target])
+    backend, context, stages = make_backend(gpu), ir.context(), {}
+    options = backend.parse_options(options | source.parse_options())
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    codegen = backend.get_codegen_implementation(options)
+    module = source.make_ir(gpu, options, codegen, backend.get_module_map(), context)
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+def digest(launch: Launch, target: str, ttir: str) -> str:
+    """Of all that decides what the compiler makes of a kernel: its code, less places in files, target and launch."""
+    code = re.sub(r" loc\((#loc\d*|\"[^\"]*\"\(#loc\d*\))\)", "", re.sub(r"(?m)^#loc.*\n", "", ttir))
+    parts = [code, target, launch.num_warps, _stages(launch, TARGETS[target])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _may_compile(target: str) -> None:
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError(
             "TRITON_INTERPRET is 1 but must be unset to compile: the kernels of this process are interpreted"
         )
-    kind = TARGETS[target]
     # without it Triton warns that its default will change
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    import triton
+
+
+def _parts(launch: Launch, kind: Target) -> tuple[Any, Any, dict[str, int]]:
+    """(source, target, options) as Triton's compiler takes them."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -183,7 +223,7 @@ def compiled(launch: Launch, target: str) -> Any:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
     options = {"num_warps": launch.num_warps, "num_stages": _stages(launch, kind)}
-    return triton.compile(source, target=GPUTarget(kind.backend, kind.arch, kind.warp), options=options)
+    return source, GPUTarget(kind.backend, kind.arch, kind.warp), options
 
 
 def _stages(launch: Launch, kind: Target) -> int:
@@ -218,6 +258,7 @@ def figures(launch: Launch, target: str) -> Figures:
         spills,
         shared,
         occupancy=occupancy(kind, launch.num_warps, registers, shared),
+        code=digest(launch, target, code.asm["ttir"]),
         **counts,
     )
 
