@@ -1,4 +1,4 @@
-"""The numerics of every Triton kernel, by Triton's interpreter: file by file, each in a process of its own."""
+"""The numerics of every Triton kernel, by Triton's interpreter, in a process of its own."""
 
 import sys
 from pathlib import Path
@@ -11,12 +11,15 @@ from interpret import CASES, run_interpreted
 from workbench.kernels.static import OPERATORS
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("interpreter")  # the run is shared
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_are_right_under_the_interpreter(name: str):
-    assert run_interpreted(name) >= 3
+    outcome = run_interpreted()[name]
+    assert not outcome.wrong, "\n\n".join(outcome.wrong)
+    assert outcome.passed >= 3
 
 
 def test_every_operator_with_a_triton_path_has_its_cases():
