@@ -1,11 +1,11 @@
-"""What all tests share: shapes checked at run time, one thread, a home of their own, and a browser."""
+"""What all tests share: shapes checked at run time, one thread, homes, the order of the workers, and a browser."""
 
 import os
 import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +30,65 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
+SHARED = ("data", "models")
+"""Folders of the home that hold what can be made again from its recipe; made once for all tests."""
+
+LONGEST = (
+    "tests/notebooks/test_notebooks.py",
+    "tests/studies/",
+    "tests/kernels/test_interpreter.py",
+    "tests/apps/",
+    "tests/lib/core/adapt/test_pretrained_text.py",
+    "tests/kernels/test_static.py",
+)
+"""Where the tests are that take longest. They begin first, so that the workers end together."""
+
+SPLIT = ("tests/notebooks/test_notebooks.py", "tests/studies/test_studies.py", "tests/kernels/test_static.py")
+"""Files that several workers may share: what their tests have in common is theirs by parameter."""
+
+
+def group(nodeid: str) -> str:
+    """Tests of one group run in one worker, which has their fixtures: those of a file, those of a study."""
+    file, _, test = nodeid.partition("::")
+    parameter = test[test.index("[") :] if "[" in test else ""
+    name = parameter.strip("[]") if file in SPLIT else Path(file).stem.removeprefix("test_").replace("_", "-")
+    if file.startswith("tests/studies/"):
+        return f"study {name}"  # the file of one study, and what test_studies.py asks of it
+    return f"{file} {name}" if file in SPLIT else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """`--dist loadgroup` by the groups above, in the order of the collection.
+
+    xdist's own writes the name of a group into the name of a test by an attribute that pytest 9.2 no longer reads, and
+    then deals out the tests one by one.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+
+    items.sort(key=place)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One home for the whole session; parallel workers inherit it from the process that starts them."""
     if not hasattr(config, "workerinput"):
         os.environ["WORKBENCH_HOME"] = tempfile.mkdtemp(prefix="workbench-tests-")
+        for name in SHARED:
+            (Path(os.environ["WORKBENCH_HOME"]) / name).mkdir()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -50,11 +105,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A ``WORKBENCH_HOME`` of the test's own, empty."""
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ``WORKBENCH_HOME`` of the test's own, which does not exist yet."""
     folder = tmp_path / "home"
     monkeypatch.setenv("WORKBENCH_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def furnish() -> Callable[[Path], Path]:
+    """Makes a folder a home without runs, in which the data and models of the session are there."""
+    session = Path(os.environ["WORKBENCH_HOME"])
+
+    def furnished(folder: Path) -> Path:
+        folder.mkdir()
+        for name in SHARED:
+            (folder / name).symlink_to(session / name, target_is_directory=True)
+        return folder
+
+    return furnished
+
+
+@pytest.fixture
+def home(empty_home: Path, furnish: Callable[[Path], Path]) -> Path:
+    """A ``WORKBENCH_HOME`` of the test's own, without runs; data and trained models are shared with all tests."""
+    return furnish(empty_home)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from workbench import catalogue
@@ -81,9 +80,9 @@ def test_every_part_of_a_ready_row_resolves(row: Method):
     study = importlib.import_module(row.study).STUDY
     assert study.slug == row.slug
 
-    notebook = nbformat.read(ROOT / row.notebook, as_version=4)
-    headings = [line for cell in notebook.cells if cell.cell_type == "markdown"
-                for line in cell.source.splitlines() if line.startswith("#")]  # fmt: skip
+    cells = json.loads((ROOT / row.notebook).read_text())["cells"]
+    headings = [line for cell in cells if cell["cell_type"] == "markdown"
+                for line in "".join(cell["source"]).splitlines() if line.startswith("#")]  # fmt: skip
     assert any(f"`{row.slug}`" in line for line in headings), f"no heading of {row.notebook} names `{row.slug}`"
 
 

@@ -9,16 +9,16 @@ from workbench import doctor
 from workbench.doctor import FAIL, OK, WARN
 
 
-def test_a_machine_that_runs_these_tests_is_well(home: Path):
+def test_a_machine_that_runs_these_tests_is_well(empty_home: Path):
     checks = doctor.examine()
     names = ["python", "packages", "torch", "compiler", "kernel", "browser", "folder", "disk", "sqlite", "data", "port"]
     assert [check.name for check in checks] == names
     assert [check for check in checks if check.state == FAIL] == []
-    assert home.is_dir() and list(home.iterdir()) == [], "the checks leave nothing behind"
+    assert empty_home.is_dir() and list(empty_home.iterdir()) == [], "the checks leave nothing behind"
 
 
-def test_a_home_that_cannot_be_written_is_found(home: Path):
-    home.write_text("a file where a folder should be")
+def test_a_home_that_cannot_be_written_is_found(empty_home: Path):
+    empty_home.write_text("a file where a folder should be")
     assert doctor.folder().state == FAIL and "WORKBENCH_HOME" in doctor.folder().mend
     by_name = {check.name: check for check in doctor.examine()}
     assert by_name["sqlite"].state == FAIL, "a check that breaks is a finding"

@@ -9,9 +9,9 @@ from workbench.beds.pretrained import cached_path, pretrained
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
-    return tmp_path
+def home(empty_home):
+    empty_home.mkdir()
+    return empty_home
 
 
 def test_a_recipe_is_trained_once_and_another_one_anew():

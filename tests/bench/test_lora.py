@@ -6,8 +6,13 @@ import torch
 from workbench import bench
 from workbench.bench import lora
 
-pytest.importorskip("peft")
 SHAPE = (12, 16, 4, 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _peft():
+    """Only the process that runs these tests pays for the import."""
+    pytest.importorskip("peft")
 
 
 def test_contestants_compute_the_same():

@@ -11,7 +11,6 @@ from interpret import CASES, run_interpreted
 from workbench.kernels.static import OPERATORS
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("interpreter")  # the run is shared
 
 
 @pytest.mark.timeout(1800)

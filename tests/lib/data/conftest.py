@@ -14,8 +14,9 @@ from workbench.lib.data.sets import Source
 
 
 @pytest.fixture(autouse=True)
-def empty_home(home):
-    """No test of data sees, or changes, what is on this machine."""
+def home(empty_home):
+    """No test of data sees, or changes, what is there for the other tests."""
+    return empty_home
 
 
 @dataclass

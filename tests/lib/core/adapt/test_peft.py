@@ -12,7 +12,12 @@ from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt
 from workbench.lib.core.adapt.peft import CONFIG, TENSORS, read_loras, read_peft, write_peft
 
-peft = pytest.importorskip("peft")
+
+@pytest.fixture(autouse=True, scope="module")
+def _peft():
+    """Only the process that runs these tests pays for the import."""
+    global peft
+    peft = pytest.importorskip("peft")
 
 
 class Net(nn.Module):
