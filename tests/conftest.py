@@ -4,12 +4,14 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from beartype import BeartypeConf, beartype
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 pytest.register_assert_rewrite("tests.kinds")  # its checks say what they found, like a test
@@ -29,6 +31,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
 )
 
+
+# No example is judged by its time, which is that of a busy machine, and every run tries the same ones.
+settings.register_profile("workbench", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("workbench")
+
+PATIENCE = 300.0
+"""Seconds that a test waits for what must come. A busy machine is slow, and no test is about speed."""
 
 SHARED = ("data", "models")
 """Folders of the home that hold what can be made again from its recipe; made once for all tests."""
@@ -130,6 +139,25 @@ def furnish() -> Callable[[Path], Path]:
 def home(empty_home: Path, furnish: Callable[[Path], Path]) -> Path:
     """A ``WORKBENCH_HOME`` of the test's own, without runs; data and trained models are shared with all tests."""
     return furnish(empty_home)
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[[Callable[[], object]], None]:
+    """Waits for what comes by itself: until(condition). A run that is not one yet, an InputError, is no answer yet."""
+    from workbench.errors import InputError
+
+    def wait(condition: Callable[[], object]) -> None:
+        deadline, said = time.monotonic() + PATIENCE, None
+        while time.monotonic() < deadline:
+            try:
+                if condition():
+                    return
+            except InputError as error:
+                said = error
+            time.sleep(0.02)
+        raise AssertionError(f"it did not come within {PATIENCE:.0f} seconds; last error: {said}")
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -294,14 +293,13 @@ def test_a_failing_notebook_is_kept_and_status_1(shell, tmp_path: Path):
 
 
 @pytest.mark.notebook
-def test_ctrl_c_ends_a_notebook_with_one_line_and_130(tmp_path: Path):
-    path = write_notebook(tmp_path / "nb.ipynb", "open('started', 'w').close(); import time; time.sleep(60)")
+def test_ctrl_c_ends_a_notebook_with_one_line_and_130(tmp_path: Path, until):
+    path = write_notebook(tmp_path / "nb.ipynb", "open('started', 'w').close(); import time; time.sleep(600)")
     command = [sys.executable, "-m", "workbench", "run", str(path), "-o", "out.ipynb"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "started").exists() and process.poll() is None:
-        time.sleep(0.05)
+    until(lambda: (tmp_path / "started").exists() or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everything in the foreground
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate()
     assert (process.returncode, err) == (130, "workbench: interrupted\n")
 
 

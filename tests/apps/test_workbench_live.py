@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -13,7 +12,7 @@ from workbench.live.store import Run
 pytestmark = pytest.mark.browser
 SMALL = "--n-layers 2 --d-model 32 --n-heads 2 --seq-len 32 --batch-size 8 --cap 65536 --steps 100000 --eval-every 20"
 VIEWS = ("Imbalance", "Co-activation", "Spectra", "Conflict")
-PATIENCE = 60_000  # milliseconds
+PATIENCE = 300_000  # milliseconds; a busy machine is slow, and this is not about speed
 
 
 @pytest.fixture
@@ -32,14 +31,7 @@ def shown_step(page) -> int:
     return int(page.locator(".step b").first.inner_text().replace(",", ""))
 
 
-def wait_until(true, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def test_a_real_training_is_watched_steered_and_ended(started, browser):
+def test_a_real_training_is_watched_steered_and_ended(started, browser, until):
     process, address, run = started
     page, wrong, asked = browser.new_page(viewport={"width": 1280, "height": 800}), [], []
     page.set_default_timeout(PATIENCE)
@@ -51,10 +43,11 @@ def test_a_real_training_is_watched_steered_and_ended(started, browser):
         page.locator(".js-plotly-plot .main-svg:visible").first.wait_for()
 
     before = shown_step(page)
-    wait_until(lambda: shown_step(page) > before + 5)
+    until(lambda: shown_step(page) > before + 5)
     page.get_by_role("button", name="Pause").click()
     page.get_by_text("pause applied at step").wait_for()
     stopped = run.last_step
+    until(lambda: shown_step(page) == stopped)
     page.wait_for_timeout(800)
     assert run.last_step == stopped == shown_step(page)
 
@@ -62,7 +55,7 @@ def test_a_real_training_is_watched_steered_and_ended(started, browser):
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Continue").click()
     page.get_by_text("continue applied").wait_for()
-    wait_until(lambda: run.last_step >= stopped + 20)
+    until(lambda: run.last_step >= stopped + 20)
     layer = run.meta["model"]["layers"][0]["name"]
     _, loads = run.tensors(f"load/{layer}", start=stopped + 10)
     assert loads[-1].sum() == 8 * 32  # one expert for each token, where there were two
@@ -72,5 +65,5 @@ def test_a_real_training_is_watched_steered_and_ended(started, browser):
 
     process.send_signal(signal.SIGINT)
     said = process.stdout.read()
-    assert process.wait(60) in (0, 130) and str(run.folder) in said and "resume" in said
+    assert process.wait() in (0, 130) and str(run.folder) in said and "resume" in said
     assert run.status.state == "stopped"

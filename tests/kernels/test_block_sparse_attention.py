@@ -245,7 +245,7 @@ for path in ("cpu", "native") if native.compiler() else ("cpu",):
     for one, two in zip(*found):
         assert torch.equal(one, two) if path == "native" else torch.allclose(one, two, atol=1e-6), path
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # the index
@@ -365,7 +365,7 @@ for block in (8, 16, 37):
     clean, filled = (
         subprocess.run(
             [sys.executable, "-c", code],
-            check=True, capture_output=True, text=True, timeout=120, env={**os.environ, **more},
+            check=True, capture_output=True, text=True, env={**os.environ, **more},
         ).stdout
         for more in ({}, {"MALLOC_PERTURB_": "128"})
     )  # fmt: skip
@@ -491,7 +491,7 @@ def test_importing_the_operator_does_not_import_triton():
     code = "import sys, workbench.kernels.block_sparse_attention, torch; print('triton.language' in sys.modules)"
     plain = "import sys, torch.utils.flop_counter; print('triton.language' in sys.modules)"
     found, before = (
-        subprocess.run([sys.executable, "-c", c], check=True, capture_output=True, text=True, timeout=120).stdout
+        subprocess.run([sys.executable, "-c", c], check=True, capture_output=True, text=True).stdout
         for c in (code, plain)
     )
     assert found == before

@@ -103,4 +103,4 @@ assert {'workbench.kernels.moe_mlp.cpu', 'workbench.kernels.moe_mlp.native'} & s
 wrong = [name for name in sys.modules if name.startswith('workbench.lib') or name.endswith('.triton')]
 assert not [name for name in wrong if name.startswith('workbench')], wrong
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)

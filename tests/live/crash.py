@@ -45,12 +45,13 @@ def check(run: Run) -> int:
 
 
 def live(folder: Path, ready: int) -> None:
-    """One life: go on from a step before the last one, until killed; a byte into ``ready`` when it starts to write."""
+    """One life: go on from a step before the last one, until killed; a byte into ``ready`` before each step."""
     writer = RunWriter.open(folder)
     writer.truncate(max(writer.last_step - 3, -1))
     writer._db.execute("PRAGMA wal_autocheckpoint = 60").fetchall()  # so that kills fall into checkpoints too
-    os.write(ready, b".")
-    write(writer, range(writer.last_step + 1, 10**9))
+    for step in range(writer.last_step + 1, 10**9):
+        os.write(ready, b".")
+        write(writer, [step])
 
 
 def killed(folder: Path, times: str) -> None:
@@ -63,8 +64,9 @@ def killed(folder: Path, times: str) -> None:
         if child == 0:
             live(folder, ready)
         if moments.random() < 0.8:  # the others die while they open and truncate
-            os.read(heard, 1)
-        time.sleep(moments.uniform(0.0, 0.04))
+            for _ in range(moments.randint(1, 20)):  # counted in steps, which a busy machine makes, too, if later
+                os.read(heard, 1)
+        time.sleep(moments.uniform(0.0, 0.01))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(heard), os.close(ready)
@@ -88,9 +90,9 @@ def orphan(folder: Path) -> None:
                 writer.event(3, "note", "from the helper")
         except RuntimeError as error:
             print(json.dumps({"child": os.getpid(), "error": str(error)}), flush=True)
-        time.sleep(60)
+        time.sleep(3600)
         os._exit(0)
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def full(folder: Path) -> None:

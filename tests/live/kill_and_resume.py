@@ -42,7 +42,7 @@ def life(folder: Path, recipe: Recipe) -> int:
 
 def ended(child: int, wanted: Callable[[], bool]) -> bool:
     """Wait until the child has ended by itself (True) or `wanted` holds; a life that fails ends this process, too."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:

@@ -126,8 +126,8 @@ def test_stop_ends_it_and_refuses_the_rest(live):
 class Training:
     """A trainer in a thread: it counts the steps that the controller lets through."""
 
-    def __init__(self, controller: Controller):
-        self.controller, self.done = controller, 0
+    def __init__(self, controller: Controller, until):
+        self.controller, self.done, self.until = controller, 0, until
         self.thread = threading.Thread(target=self.train, daemon=True)
         self.thread.start()
 
@@ -136,20 +136,14 @@ class Training:
             self.done += 1
             time.sleep(0.001)
 
-    def until(self, condition) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen"
-            time.sleep(0.002)
-
 
 def answered(run: Run, id_: int) -> bool:
     return next(answer for answer in run.answers() if answer.id == id_).step is not None
 
 
-def test_pause_step_continue_stop(live):
+def test_pause_step_continue_stop(live, until):
     run, _, controller = live
-    training = Training(controller)
+    training = Training(controller, until)
     training.until(lambda: training.done > 3)
     paused = run.send("pause")
     training.until(lambda: answered(run, paused))
@@ -176,31 +170,30 @@ def test_pause_step_continue_stop(live):
     run.send("pause")
     training.until(lambda: run.status.state == "paused")
     run.send("stop")  # ends a paused run too
-    training.thread.join(20)
-    assert not training.thread.is_alive()
+    training.thread.join()
 
 
-def test_step_from_full_speed_lets_one_through_and_waits(live):
+def test_step_from_full_speed_lets_one_through_and_waits(live, until):
     run, _, controller = live
     run.send("step")
-    training = Training(controller)
+    training = Training(controller, until)
     training.until(lambda: training.done == 1)
     time.sleep(0.1)
     assert training.done == 1 and run.status.state == "paused"
     run.send("stop")
-    training.thread.join(20)
+    training.thread.join()
 
 
-def test_pause_takes_back_the_steps_that_were_owed(live):
+def test_pause_takes_back_the_steps_that_were_owed(live, until):
     run, _, controller = live
     for name in ("pause", "step", "step", "pause", "step"):
         run.send(name)
-    training = Training(controller)
+    training = Training(controller, until)
     training.until(lambda: training.done == 1)
     time.sleep(0.1)
     assert training.done == 1
     run.send("stop")
-    training.thread.join(20)
+    training.thread.join()
 
 
 def test_a_resumed_run_keeps_its_settings_and_goes(live):

@@ -49,7 +49,7 @@ class Program:
             self._lines.put(line.rstrip())
         self._lines.put("(the end)")
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> re.Match:
+    def wait_for(self, pattern: str, seconds: float = 300) -> re.Match:
         while not self.said or self.said[-1] != "(the end)":
             try:
                 self.said.append(self._lines.get(timeout=seconds))
@@ -62,7 +62,7 @@ class Program:
     def end(self) -> int:
         self.process.send_signal(signal.SIGINT)
         self.wait_for(r"\(the end\)")
-        return self.process.wait(60)
+        return self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def program(home: Path) -> Iterator[tuple[Program, int, str]]:
 
 
 def get(port: int, path: str, **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
     answer = connection.getresponse()
     text = answer.read().decode(errors="replace")
@@ -144,7 +144,7 @@ def test_a_trainer_that_refuses_says_why(home: Path):
     started = Program(SMALL.replace('"docs"', '"abc"'))
     found = started.wait_for("refused: (.*)")
     assert "'abc' is not on this machine" in found[1] and "workbench data get abc" in found[1]
-    assert started.process.wait(60) == 1
+    assert started.process.wait() == 1
 
 
 def test_a_wrong_recipe_or_port_is_refused_before_anything_starts(home: Path):

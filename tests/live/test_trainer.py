@@ -120,30 +120,21 @@ def test_commands_reach_the_next_step(whole: Path, tmp_path: Path):
         assert [answer.step for answer in run.answers()] == [5, 8, 9]
 
 
-def test_a_paused_run_waits_steps_when_told_and_goes_on(whole: Path, tmp_path: Path):
+def test_a_paused_run_waits_steps_when_told_and_goes_on(whole: Path, tmp_path: Path, until):
     folder = tmp_path / "run"
     training = threading.Thread(target=train_run, args=(recipe(), folder, commanding(folder, {3: ("pause",)})))
     training.start()
-    while not (folder / "run.sqlite").exists():
-        time.sleep(0.01)
+    until(lambda: Run(folder).status.state == "paused")
     with Run(folder) as run:
-
-        def wait(condition) -> None:
-            deadline = time.monotonic() + 60
-            while not condition():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-
-        wait(lambda: run.status.state == "paused")
         assert run.last_step == 2
         time.sleep(0.2)
         assert run.last_step == 2
         for last in (3, 4):
             run.send("step")
-            wait(lambda last=last: run.last_step == last)
+            until(lambda last=last: run.last_step == last)
         assert run.status.state == "paused"
         run.send("continue")
-        training.join(60)
+        training.join()
         assert run.status.state == "finished"
         with Run(whole) as undisturbed:
             assert run.meta["weights_sha256"] == undisturbed.meta["weights_sha256"]
@@ -254,35 +245,21 @@ def process(*arguments: object, **options) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
-def wait_for_step(folder: Path, step: int, trainer: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert trainer.poll() is None, trainer.stderr.read()
-        if (folder / "run.sqlite").exists():
-            try:
-                with Run(folder) as run:
-                    if run.last_step >= step:
-                        return
-            except InputError:  # in the moment it is made
-                pass
-        time.sleep(0.02)
-    raise AssertionError("the trainer made no step")
-
-
-def test_a_trainer_stops_on_sigterm_and_with_its_parent(tmp_path: Path):
+def test_a_trainer_stops_on_sigterm_and_with_its_parent(tmp_path: Path, until):
     long = recipe(steps=100_000, checkpoint_every=0).to_json()
     folders = tmp_path / "terminated", tmp_path / "attached"
     first = process(folders[0], "--recipe", long)
     second = process(folders[1], "--recipe", long, "--attached", stdin=subprocess.PIPE)
     for folder, trainer in zip(folders, (first, second), strict=True):
-        wait_for_step(folder, 3, trainer)
+        until(lambda folder=folder, trainer=trainer: trainer.poll() is not None or Run(folder).last_step >= 3)
+        assert trainer.poll() is None, trainer.stderr.read()
     # what a page watches gives way to the page; a run nobody waits for does not
     here = os.getpriority(os.PRIO_PROCESS, 0)
     assert [os.getpriority(os.PRIO_PROCESS, each.pid) for each in (first, second)] == [here, min(here + 10, 19)]
     first.send_signal(signal.SIGTERM)
     second.stdin.close()
     for folder, trainer in zip(folders, (first, second), strict=True):
-        assert trainer.wait(60) == 0
+        assert trainer.wait() == 0
         trainer.stderr.close()
         with Run(folder) as run:
             made = run.last_step + 1

@@ -371,4 +371,4 @@ for time in (16, 13, 11):
 
 def test_moa_compiles_without_a_graph_break():
     """In a process of its own, because the checks of shapes in the tests are what cannot be compiled."""
-    subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)

@@ -143,7 +143,7 @@ layer, x = example(), torch.randn(2, 40, 32)
 compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
 assert torch.allclose(compiled(x), layer(x), atol=1e-6)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_one_token():
