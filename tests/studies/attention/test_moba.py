@@ -9,14 +9,12 @@ from workbench.beds.fact_recall import fact_recall
 from workbench.lib.core.budget import count_params
 from workbench.studies.attention.moba import (
     PRESETS,
-    STUDY,
     Finder,
     RandomFinder,
     arms,
     build,
     held_out,
     judge,
-    run,
     theory,
 )
 from workbench.studies.rows import Row, Rows
@@ -154,16 +152,3 @@ def test_block_recall_is_a_count():
     chance = held_out(build("random-4", SMOKE | {"keys": 16}), task(test_rows=300))["block_recall"]
     expected = sum(3 / block for block in (12, 13, 14, 15)) / 4
     assert chance == pytest.approx(expected, abs=0.03)
-
-
-def test_a_run_repeats_itself():
-    for arm in ("moba-4-kconv", "random-4"):
-        assert run(arm, 3, SMOKE) == run(arm, 3, SMOKE)
-
-
-@pytest.mark.study
-def test_the_smoke_preset_runs():
-    result = STUDY.execute("smoke")
-    assert result.rows.arms == arms(SMOKE) and len(result.rows) == 10
-    assert result.verdict in str(result)
-    json.dumps(result.to_dict(), allow_nan=False)

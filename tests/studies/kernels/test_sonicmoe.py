@@ -9,7 +9,7 @@ from workbench.kernels.memory import saved_bytes
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.experts import GLUExperts
 from workbench.lib.kernels.sonicmoe import SonicRouter, padded_fraction, predicted_saved_bytes, topk_routing
-from workbench.studies.kernels.sonicmoe import PRESETS, STUDY, arms, build, judge, run, waste, waste_table
+from workbench.studies.kernels.sonicmoe import PRESETS, arms, build, judge, waste, waste_table
 from workbench.studies.kernels.sonicmoe_memory import layers, memory
 from workbench.studies.rows import Row, Rows
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
@@ -171,9 +171,9 @@ def test_the_gathering_and_the_scattering_layer_keep_what_their_design_says():
 # runs
 
 
-def test_a_run_repeats_itself_and_reports_its_loads():
-    first, second = (run("tc E=8 K=4", 3, PRESETS["smoke"]) for _ in range(2))
-    assert first == second
+@pytest.mark.study
+def test_a_run_reports_its_loads(smoke):
+    first = smoke("sonicmoe").rows.arm("tc E=8 K=4")[0]
     assert first.extra["pairs_per_token"] == 4 and first.extra["tokens_without_expert"] == 0
     assert first.extra["waste"]["n_tokens"] == 64 * PRESETS["smoke"]["seq_len"]  # a batch of the evaluation
     table = waste_table([first])
@@ -189,11 +189,3 @@ def test_the_waste_is_that_of_the_loads():
     expected = padded_fraction(torch.stack([routing.counts for routing in routings[:3]]), 32).mean().item()
     assert found["tiles"]["32"]["tc"] == pytest.approx(expected) and found["n_tokens"] == 64
     assert found["tiles"]["32"]["rounding"] == 0
-
-
-@pytest.mark.study
-def test_the_smoke_preset_runs():
-    result = STUDY.execute("smoke")
-    assert result.rows.arms == arms(PRESETS["smoke"]) and len(result.rows) == 2 * len(result.rows.arms)
-    assert result.verdict in str(result)
-    json.dumps(result.to_dict(), allow_nan=False)

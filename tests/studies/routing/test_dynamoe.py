@@ -12,7 +12,7 @@ from workbench.lib.core.schedules import SCHEDULES
 from workbench.lib.core.task import Classification
 from workbench.lib.data.types import Arrays
 from workbench.lib.routing.dynamoe import PercentileGate, percentile_count
-from workbench.studies.routing.dynamoe import PRESETS, STUDY, Classifier, arms, judge, p_value, run, schedule_of
+from workbench.studies.routing.dynamoe import PRESETS, Classifier, arms, judge, p_value, run, schedule_of
 from workbench.studies.rows import Row, Rows
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
@@ -144,11 +144,12 @@ def test_arms_of_further_data_sets_are_named_after_them():
     assert names == ["uniform", "descending", "uniform@mnist-1d", "descending@mnist-1d"]
 
 
-def test_a_run_repeats_itself_and_shows_what_the_gates_do():
+@pytest.mark.study
+def test_a_run_shows_what_the_gates_do():
     settings = PRESETS["smoke"]
-    first, second = (run("relative", 6, settings) for _ in range(2))
-    assert first == second and first.extra["fold"] == 1
-    assert any(sum(n > 0 for n in histogram) > 1 for histogram in first.extra["active_histogram"])
+    row = run("relative", 6, settings)
+    assert row.extra["fold"] == 1
+    assert any(sum(n > 0 for n in histogram) > 1 for histogram in row.extra["active_histogram"])
     published = run("descending", 6, settings)
     for n, histogram in zip(published.extra["schedule"], published.extra["active_histogram"], strict=True):
         assert [k + 1 for k, count in enumerate(histogram) if count] == [percentile_count(n, settings["tau"])]
@@ -156,9 +157,6 @@ def test_a_run_repeats_itself_and_shows_what_the_gates_do():
 
 
 @pytest.mark.study
-def test_the_smoke_preset_runs():
-    result = STUDY.execute("smoke")
-    assert result.rows.arms == list(PRESETS["smoke"]["arms"]) and len(result.rows) == 5
-    assert result.verdict == NOT_RESOLVED and result.verdict in str(result)
-    assert len({row.params for row in result.rows}) == 1
-    json.dumps(result.to_dict(), allow_nan=False)
+def test_the_smoke_preset_resolves_nothing_at_equal_parameters(smoke):
+    result = smoke("dynamoe")
+    assert result.verdict == NOT_RESOLVED and len({row.params for row in result.rows}) == 1
