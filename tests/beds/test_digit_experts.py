@@ -37,7 +37,7 @@ def test_every_expert_is_good_at_its_task_and_their_average_is_not():
     assert mean["trivial"] + 0.03 < mean["reached"] < mean["best"] - 0.2
 
 
-def test_the_head_stays_and_the_kept_weights_are_those_that_were_trained(home, monkeypatch):
+def test_the_head_stays_and_the_kept_weights_are_those_that_were_trained(empty_home, monkeypatch):
     tiny = SMOKE | {"width": 8, "base_steps": 3, "expert_steps": 3}
     with pytest.raises(InputError, match="workbench data get mnist-5k"):
         base(tiny)

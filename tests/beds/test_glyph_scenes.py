@@ -10,11 +10,6 @@ from workbench.beds.glyph_denoiser import Denoiser
 from workbench.errors import InputError
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -145,7 +140,7 @@ def test_glyph_scenes_distance_of_two_gaussians():
 
 
 @pytest.mark.study
-def test_glyph_scenes_classifier_reads_the_crops(home):
+def test_glyph_scenes_classifier_reads_the_crops():
     model = drawing.classifier({"classifier_steps": 150})
     drawn = scenes.draw_scenes("scenes", "test", 60, generator(), (0.0, 0.0))
     right = model(drawn.crops().flatten(0, 1)).argmax(-1) == drawn.condition.flatten()

@@ -10,11 +10,11 @@ from workbench.beds import dynamics
 from workbench.beds.baseline import Measured
 
 
-def test_a_bed_is_made_twice_in_a_home_of_its_own(home):
+def test_a_bed_is_made_twice_in_a_home_of_its_own(empty_home):
     first, again, rows = beds.report(dynamics, "smoke")
     assert 0 < again < first
     assert [row.metric for row in rows] == ["nmse"] * 4
-    assert os.environ["WORKBENCH_HOME"] == str(home) and not home.exists()
+    assert os.environ["WORKBENCH_HOME"] == str(empty_home) and not empty_home.exists()
 
 
 def test_every_bed_says_what_the_table_needs():

@@ -30,7 +30,8 @@ def test_every_arm_runs_at_every_seed_and_the_rule_gives_a_verdict(slug, smoke):
     arms = study.arms_of(study.presets["smoke"])
     assert [(row.arm, row.seed) for row in result.rows] == [(arm, seed) for seed in result.seeds for arm in arms]
     assert len(arms) >= 2 and result.seeds == list(range(study.presets["smoke"]["seeds"]))
-    assert all(row.params > 0 and row.flops > 0 and row.steps >= 0 and row.seconds > 0 for row in result.rows)
+    assert all(row.params > 0 and row.seconds > 0 for row in result.rows)
+    assert all((row.flops > 0) == (row.steps > 0) for row in result.rows), "an arm that makes no step costs nothing"
     assert result.verdict in VERDICTS and result.verdict in str(result)
     json.dumps(result.to_dict(), allow_nan=False)
 

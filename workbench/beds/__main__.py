@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, f"{error}\n")
 
 
-def _show(names: tuple[str, ...], preset: str) -> None:
+def _show(names: Sequence[str], preset: str) -> None:
     _line("bed", "first s", "again s", "case", "size", "plain model", "metric", "trivial", "reached", "best")
     _line(*["---"] * 10)
     for name in names:
