@@ -8,6 +8,7 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from workbench.errors import InputError
@@ -18,9 +19,10 @@ from workbench.lib.measures.statistics import (
     mean_interval,
     paired_effect,
     paired_interval,
+    paired_p,
+    seeds_needed,
     spearman,
     tost,
-    tost_matrix,
     welch_interval,
 )
 
@@ -86,16 +88,12 @@ def test_tost_error_rate_at_the_margin():
     assert rate == pytest.approx(0.05, abs=0.02)
 
 
-def test_tost_matrix():
-    arms = {"h1": A, "h2": B, "far": [x + 2 for x in A]}
-    result = tost_matrix(arms, 0.5)
-    assert result.names == ("h1", "h2", "far") and not result.all_equivalent
-    np.testing.assert_array_equal(result.p, result.p.T)
-    assert (result.p.diagonal() == 0).all()
-    assert result.results["h1", "h2"] == tost(A, B, 0.5)
-    assert tost_matrix({"h1": A, "h2": B}, 0.5, paired=True).all_equivalent
-    with pytest.raises(InputError, match="at least two"):
-        tost_matrix({"h1": A}, 0.5)
+def test_p_of_a_paired_difference():
+    assert math.isnan(paired_p([1.0], [0.0]))
+    assert paired_p([1.0, 2.0], [1.0, 2.0]) == 1.0
+    assert paired_p([1.5, 2.5], [1.0, 2.0]) == 0.0
+    assert paired_p([1.0, 2.0, 4.0], [0.0, 1.5, 3.5]) == pytest.approx(0.0572, abs=1e-4)  # t = 4, 2 degrees of freedom
+    assert paired_p(A, B) == pytest.approx(scipy.stats.ttest_rel(A, B).pvalue)
 
 
 def test_intervals_against_scipy():
@@ -125,6 +123,24 @@ def test_coverage_of_the_welch_interval():
         for x, y in zip(rng.normal(0, 1, (1000, 4)), rng.normal(1, 3, (1000, 6)), strict=True)
     ]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.025)
+
+
+@pytest.mark.parametrize("standardised", [0.3, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("power", "level"), [(0.8, 0.95), (0.9, 0.9)])
+def test_seeds_needed_against_statsmodels(standardised, power, level):
+    exact = TTestPower().solve_power(standardised, None, 1 - level, power)
+    assert seeds_needed(0.02, 0.02 * standardised, power, level) == math.ceil(exact)
+
+
+def test_seeds_needed_are_enough_and_no_more():
+    n = seeds_needed(1.0, 1.0)
+    x = np.random.default_rng(3).normal(1.0, size=(4000, n))
+
+    def found(n: int) -> float:
+        return (scipy.stats.ttest_1samp(x[:, :n], 0.0, axis=1).confidence_interval().low > 0).mean()
+
+    assert found(n) > 0.78 and found(n - 1) < 0.8
+    assert seeds_needed(0.0, 1.0) == seeds_needed(1e-9, 1.0) == 2
 
 
 def test_holm_by_hand_and_against_statsmodels():
@@ -205,6 +221,9 @@ def test_coverage_of_the_spearman_interval():
         (lambda: tost([1.0, math.nan], B, 1), "a holds nan"),
         (lambda: paired_interval(A, B[:3]), "a has 5 values"),
         (lambda: mean_interval(A, 95), "level is 95"),
+        (lambda: seeds_needed(-1.0, 1.0), "deviation is -1"),
+        (lambda: seeds_needed(1.0, 0.0), "effect is 0"),
+        (lambda: seeds_needed(1.0, 1.0, power=1.0), "power is 1"),
         (lambda: holm([0.5, 1.5]), "p_values holds 1.5"),
         (lambda: spearman(A, B[:2]), "x has 5 values"),
         (lambda: mean_interval(np.ones((2, 2))), "values has shape"),

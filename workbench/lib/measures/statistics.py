@@ -6,9 +6,9 @@ difference is not evidence of equality; that takes `tost` with a margin fixed be
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import scipy  # its parts are imported when first used, and that of statistics is slow
@@ -80,38 +80,21 @@ class TostResult:
     undefined_reason: str | None = None
 
 
-@dataclass(frozen=True)
-class TostMatrix:
-    """`tost` of every pair of arms.
-
-    Attributes:
-        names: the arms.
-        p: (n, n) symmetric; the diagonal is 0 (an arm equals itself), NaN where undefined.
-        results: by (name, name), in the order of `names`.
-        all_equivalent: every pair is equivalent. An intersection-union claim: at 5 % without any correction.
-    """
-
-    names: tuple[str, ...]
-    p: np.ndarray
-    results: dict[tuple[str, str], TostResult]
-    all_equivalent: bool
-
-
 def mean_interval(values: Values, level: float = 0.95) -> Interval:
     """Mean with its Student t interval."""
-    x = _checked("values", values)
-    return _interval(*_mean_error(x), len(x), level)
+    x = checked("values", values)
+    return _interval(*mean_error(x), len(x), level)
 
 
 def paired_interval(a: Values, b: Values, level: float = 0.95) -> Interval:
     """mean(a - b) with its t interval, for arms that share seeds and data order (a[i] belongs to b[i])."""
-    x = _differences(a, b)
-    return _interval(*_mean_error(x), len(x), level)
+    x = differences(a, b)
+    return _interval(*mean_error(x), len(x), level)
 
 
 def welch_interval(a: Values, b: Values, level: float = 0.95) -> Interval:
     """mean(a) - mean(b) with its t interval for independent arms of unequal variances (Welch 1947)."""
-    x, y = _checked("a", a), _checked("b", b)
+    x, y = checked("a", a), checked("b", b)
     return _interval(*_welch(x, y), len(x) + len(y), level)
 
 
@@ -129,36 +112,59 @@ def tost(a: Values, b: Values, margin: float, paired: bool = False) -> TostResul
     Raises:
         InputError: `margin` not above 0, empty or not finite values, unequal lengths of paired arms.
     """
-    if not 0 < margin < np.inf:
-        raise InputError(f"margin is {margin} but must be above 0 and finite")
-    diff, se, df = _mean_error(_differences(a, b)) if paired else _welch(_checked("a", a), _checked("b", b))
+    check_margin(margin)
+    diff, se, df = mean_error(differences(a, b)) if paired else _welch(checked("a", a), checked("b", b))
     if np.isnan(se):
         nan, reason = float("nan"), "undefined: one value per arm has no spread"
         return TostResult(diff, nan, nan, nan, nan, nan, (-np.inf, np.inf), False, reason)
-    p_lower = float(scipy.stats.t.sf(_ratio(diff + margin, se), df))
-    p_upper = float(scipy.stats.t.cdf(_ratio(diff - margin, se), df))
+    p_lower = float(scipy.stats.t.sf(ratio(diff + margin, se), df))
+    p_upper = float(scipy.stats.t.cdf(ratio(diff - margin, se), df))
     half = float(scipy.stats.t.ppf(0.95, df)) * se
     p = max(p_lower, p_upper)
     return TostResult(diff, se, df, p_lower, p_upper, p, (diff - half, diff + half), p < 0.05)
 
 
-def tost_matrix(arms: Mapping[str, Values], margin: float, paired: bool = False) -> TostMatrix:
-    """`tost` of all pairs of at least two arms."""
-    names = tuple(arms)
-    if len(names) < 2:
-        raise InputError(f"arms is {list(names)} but must name at least two")
-    p = np.zeros((len(names), len(names)))
-    results = {}
-    for i, j in combinations(range(len(names)), 2):
-        result = tost(arms[names[i]], arms[names[j]], margin, paired)
-        results[names[i], names[j]] = result
-        p[i, j] = p[j, i] = result.p
-    return TostMatrix(names, p, results, all(result.equivalent for result in results.values()))
+def paired_p(a: Values, b: Values) -> float:
+    """Two-sided p of a paired t-test; NaN for one pair, 0 or 1 for differences without any spread."""
+    mean, se, df = mean_error(differences(a, b))
+    return float(2 * scipy.stats.t.sf(abs(ratio(mean, se)), df)) if df else float("nan")
+
+
+def paired_tost(a: Values, b: Values, margin: float) -> TostResult:
+    """`tost` for arms that share seeds and data order."""
+    return tost(a, b, margin, paired=True)
+
+
+def seeds_needed(deviation: float, effect: float, power: float = 0.8, level: float = 0.95) -> int:
+    """Pairs of seeds with which the paired t interval leaves out 0 on the right side, with probability `power`.
+
+    Args:
+        deviation: standard deviation of the paired differences.
+        effect: their true mean, above 0.
+        level: of the interval. That a margin is kept where nothing differs (`tost` on one side) needs as many seeds as
+            an effect of that size at a level of 0.9.
+    """
+    if not 0 <= deviation < np.inf:
+        raise InputError(f"deviation is {deviation} but must be at least 0 and finite")
+    if not 0 < effect < np.inf:
+        raise InputError(f"effect is {effect} but must be above 0 and finite")
+    if not 0 < power < 1:
+        raise InputError(f"power is {power} but must be between 0 and 1, such as 0.8")
+    check_level(level)
+
+    def enough(n: int) -> bool:
+        bound = scipy.stats.t.ppf((1 + level) / 2, n - 1)
+        return deviation == 0 or bool(scipy.stats.nct.sf(bound, n - 1, effect / deviation * n**0.5) >= power)
+
+    high = 2
+    while not enough(high):
+        high *= 2
+    return bisect_left(range(high), True, lo=max(2, high // 2), key=enough)
 
 
 def holm(p_values: Values) -> np.ndarray:
     """Step-down adjusted p-values (Holm 1979): reject those below alpha with family-wise error alpha. Order is kept."""
-    p = _checked("p_values", p_values)
+    p = checked("p_values", p_values)
     if (p < 0).any() or (p > 1).any():
         raise InputError(f"p_values holds {p[(p < 0) | (p > 1)][0]} but must lie between 0 and 1")
     order = np.argsort(p, kind="stable")
@@ -172,7 +178,7 @@ def hedges_g(a: Values, b: Values) -> float:
 
     In standard deviations of a seed; NaN without spread.
     """
-    x, y = _checked("a", a), _checked("b", b)
+    x, y = checked("a", a), checked("b", b)
     df = len(x) + len(y) - 2
     if min(len(x), len(y)) < 2:
         return float("nan")
@@ -182,7 +188,7 @@ def hedges_g(a: Values, b: Values) -> float:
 
 def paired_effect(a: Values, b: Values) -> float:
     """d_z = mean(a - b) / std(a - b) (Cohen 1988), in standard deviations of the difference; NaN without spread."""
-    x = _differences(a, b)
+    x = differences(a, b)
     std = _std(x)
     return float(x.mean() / std) if std > 0 else float("nan")
 
@@ -200,8 +206,8 @@ def bootstrap_interval(
     (the median of many equal values) the interval is the percentile one. For a handful of seeds prefer the t
     intervals: resampling cannot find a spread that is not in the sample.
     """
-    x = _checked("values", values)
-    _check_level(level)
+    x = checked("values", values)
+    check_level(level)
     estimate = float(statistic(x, axis=-1))
     if len(x) < 2:
         return Interval(estimate, -np.inf, np.inf, len(x), level)
@@ -224,9 +230,9 @@ def spearman(x: Values, y: Values, level: float = 0.95) -> Interval:
     The estimate is NaN where x or y is constant; the interval is (-1, 1) there and for fewer than 4 pairs. Fisher's z
     is infinite for a perfect correlation; the interval then starts from one exchange of neighbouring ranks.
     """
-    a, b = _checked("x", x), _checked("y", y)
+    a, b = checked("x", x), checked("y", y)
     _same_length("x", a, "y", b)
-    _check_level(level)
+    check_level(level)
     n = len(a)
     varies = n > 1 and np.ptp(a) > 0 and np.ptp(b) > 0
     rho = float(scipy.stats.spearmanr(a, b).statistic) if varies else float("nan")
@@ -238,7 +244,7 @@ def spearman(x: Values, y: Values, level: float = 0.95) -> Interval:
     return Interval(rho, min(rho, float(np.tanh(z - half))), max(rho, float(np.tanh(z + half))), n, level)
 
 
-def _checked(name: str, values: Values) -> np.ndarray:
+def checked(name: str, values: Values) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise InputError(f"{name} has shape {array.shape} but must be a list of at least one number")
@@ -252,18 +258,23 @@ def _same_length(name: str, a: np.ndarray, other: str, b: np.ndarray) -> None:
         raise InputError(f"{name} has {len(a)} values but must have as many as {other}, {len(b)}, to be paired")
 
 
-def _differences(a: Values, b: Values) -> np.ndarray:
-    x, y = _checked("a", a), _checked("b", b)
+def differences(a: Values, b: Values) -> np.ndarray:
+    x, y = checked("a", a), checked("b", b)
     _same_length("a", x, "b", y)
     return x - y
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
     if not 0 < level < 1:
         raise InputError(f"level is {level} but must be between 0 and 1, such as 0.95")
 
 
-def _mean_error(x: np.ndarray) -> tuple[float, float, float]:
+def check_margin(margin: float) -> None:
+    if not 0 < margin < np.inf:
+        raise InputError(f"margin is {margin} but must be above 0 and finite")
+
+
+def mean_error(x: np.ndarray) -> tuple[float, float, float]:
     """(mean, standard error, degrees of freedom); the error of one value is NaN."""
     return float(x.mean()), _std(x) / len(x) ** 0.5, float(len(x) - 1)
 
@@ -277,7 +288,7 @@ def _std(x: np.ndarray) -> float:
 
 def _welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """(difference of means, standard error, Welch-Satterthwaite degrees of freedom)."""
-    (mean_x, error_x, df_x), (mean_y, error_y, df_y) = _mean_error(x), _mean_error(y)
+    (mean_x, error_x, df_x), (mean_y, error_y, df_y) = mean_error(x), mean_error(y)
     error = float(np.hypot(error_x, error_y))
     if not error > 0:
         return mean_x - mean_y, error, df_x + df_y
@@ -285,7 +296,7 @@ def _welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     return mean_x - mean_y, error, 1 / (share**2 / df_x + (1 - share) ** 2 / df_y)
 
 
-def _ratio(value: float, se: float) -> float:
+def ratio(value: float, se: float) -> float:
     """value / se where se may be 0: without any spread a value off the bound is infinitely far from it."""
     if se > 0:
         return value / se
@@ -293,6 +304,6 @@ def _ratio(value: float, se: float) -> float:
 
 
 def _interval(estimate: float, se: float, df: float, n: int, level: float) -> Interval:
-    _check_level(level)
+    check_level(level)
     half = float(scipy.stats.t.ppf((1 + level) / 2, df)) * se if not np.isnan(se) else np.inf
     return Interval(estimate, estimate - half, estimate + half, n, level)
