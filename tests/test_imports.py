@@ -1,21 +1,21 @@
 """How the parts of the package hold together: no circle of imports, and every floor stands on floors below it.
 
-Imports are read from the source, those inside functions too; those for type checkers alone bind nothing at run time.
+`workbench.imports` reads them from the source; studies take from it all the code that a kept row stands on.
 """
 
-import ast
-from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from workbench.catalogue import FAMILIES, PACKAGE
+from workbench.catalogue import FAMILIES
+from workbench.imports import PACKAGE, Imports, files_below, read
 
 #: From the ground up. A module imports from its own part and from floors below; parts of one floor not from each other.
 FLOORS = (
     ("", "errors"),  # "": the package itself, which imports nothing before it is asked for a name
     ("paths", "catalogue", "sealed"),
+    ("imports",),
     ("kernels",),
     ("lib",),
     ("lib.data", "lib.measures"),
@@ -31,40 +31,6 @@ FLOORS = (
     ("__main__",),
 )
 HEIGHT = {part: height for height, floor in enumerate(FLOORS) for part in floor}
-
-Imports = dict[str, set[str]]  # module -> modules, both without "workbench."
-
-
-def read(package: Path) -> Imports:
-    """What every module of a package imports from that package."""
-    files = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
-    modules = {name.removesuffix("__init__").removesuffix("."): path for name, path in files.items()}
-    sources = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
-    return {name: set(_imported(tree, package.name, modules)) - {name} for name, tree in sources.items()}
-
-
-def _imported(tree: ast.AST, package: str, modules: dict[str, Path]) -> Iterator[str]:
-    def inside(name: str) -> str | None:
-        head, _, rest = name.partition(".")
-        return rest if head == package else None
-
-    for node in _at_run_time(tree):
-        if isinstance(node, ast.Import):
-            yield from (found for alias in node.names if (found := inside(alias.name)) is not None)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"line {node.lineno}: imports are written in full"
-            if (base := inside(node.module)) is not None:
-                names = [f"{base}.{alias.name}".strip(".") for alias in node.names]
-                yield from (name if name in modules else base for name in names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and inside(node.value) in modules:
-            yield inside(node.value)  # import_module("workbench.cli.commands")
-
-
-def _at_run_time(node: ast.AST) -> Iterator[ast.AST]:
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
-            yield from _at_run_time(child)
 
 
 def circle(imports: Imports) -> list[str]:
@@ -148,3 +114,49 @@ def test_a_way_up_and_a_sibling_are_seen(tmp_path: Path):
         lib__core__a="",
     )
     assert upwards(imports) == ["kernels.a -> lib.core.a", "lib.routing.a -> lib.merging.a"]
+
+
+def test_a_module_stands_on_all_that_what_it_imports_imports(tmp_path: Path):
+    sources = {
+        "__init__.py": "",
+        "a.py": "def f():\n    from workbench.lib.b import x",
+        "d.py": "",
+        "e.py": "",
+        "kernels/c.py": "",
+        "kernels/native.c": "",
+        "kernels/tile.h": "",
+        "lib/__init__.py": "",
+        "lib/b.py": "import workbench.kernels.c\nfrom workbench.a import f\nLOADERS = {1: 'workbench.e:load'}",
+        "lib/notes.txt": "",
+        "lib/merging/one_two.py": "",
+        "lib/op/__init__.py": "import_module(f'{__name__}.{backend}')",
+        "lib/op/x.py": "",
+        "lib/op/deep/y.py": "",
+    }
+    root = tmp_path / "workbench"
+    for name, source in sources.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(source)
+    below = files_below("import workbench\nfrom workbench.a import f", root)
+    assert [path.relative_to(root).as_posix() for path in below] == [
+        "a.py", "e.py", "kernels/c.py", "kernels/native.c", "kernels/tile.h", "lib/__init__.py", "lib/b.py"
+    ]  # fmt: skip
+    assert [path.stem for path in files_below("adapt(model, 'one-two')", root)] == ["__init__", "one_two"]
+    below = files_below("from workbench.lib.op import x", root)
+    assert [path.name for path in below if path.parent.name == "op"] == ["__init__.py", "x.py"]
+    assert files_below("import json", root) == []
+
+
+def test_a_real_study_stands_on_its_method_its_bed_and_the_kernels(imports: Imports):
+    source = (PACKAGE / "studies" / "routing" / "rmoe.py").read_text(encoding="utf-8")
+    below = {path.relative_to(PACKAGE).as_posix() for path in files_below(source)}
+    assert {
+        "lib/routing/rmoe.py",
+        "beds/python_text.py",
+        "lib/data/text.py",
+        "kernels/moe_mlp/cpu.py",
+        "kernels/moe_mlp/native.c",
+    } <= below
+    source = (PACKAGE / "studies" / "lora_experts" / "lora_mixer.py").read_text(encoding="utf-8")
+    assert PACKAGE / "lib" / "lora_experts" / "mixlora.py" in files_below(source)  # its adapt(model, "mixlora")
+    assert not {"cli/commands.py", "live/server.py", "studies/routing/dynamoe.py", "__init__.py"} & below

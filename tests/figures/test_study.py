@@ -34,6 +34,14 @@ def test_seeds_mean_and_interval_of_every_arm():
     assert list(figure.layout.yaxis.ticktext) == ["learned", "fixed"]
 
 
+def test_where_seeds_were_added_the_intervals_hold_at_every_look():
+    arms = [{"arm": "one", "seed": seed, "metric": value} for seed, value in enumerate([2.1, 2.3, 2.2, 2.0, 2.4, 2.1])]
+    once, growing = (study_figure(RESULT | {"arms": arms, "growing": growing}).data[1] for growing in (False, True))
+    assert growing.error_x.array[0] > once.error_x.array[0] and growing.x == once.x
+    few = study_figure(RESULT | {"growing": True}).data[1]  # three seeds leave it open
+    assert np.isnan(few.error_x.array[0])
+
+
 def test_the_verdict_and_the_effect_are_said():
     text = study_figure(RESULT).layout.title.text
     assert "reproduced" in text and "effect +0.1 [+0.08, +0.12]" in text

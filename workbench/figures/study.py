@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import plotly.graph_objects as go
-from scipy import stats
 
 from workbench.figures.theme import blank, rgba, theme_named
+from workbench.lib.measures import sequential, statistics
 
 
 def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0.95) -> go.Figure:
@@ -14,9 +14,10 @@ def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0
 
     ``result`` is what ``StudyResult.to_dict()`` gives: slug, title, metric, unit, higher_is_better, arms (rows with
     arm, seed and the metric), effect, ci, verdict, rule. The interval of an arm is Student's t over its seeds (none
-    for a single seed); the effect's interval is the study's own.
+    for a single seed), or holds at every look where seeds were added; the effect's interval is the study's own.
     """
     colours = theme_named(theme)
+    measures = sequential if result.get("growing") else statistics
     metric, unit = result["metric"], result.get("unit") or ""
     rows = result["arms"]
     values = {
@@ -34,10 +35,9 @@ def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0
     shades = colours.nominal(len(values))
     for row, (arm, seeds) in enumerate(values.items()):
         finite = seeds[np.isfinite(seeds)]
-        mean = finite.mean() if len(finite) else np.nan
-        half = (
-            stats.t.ppf((1 + confidence) / 2, len(finite) - 1) * stats.sem(finite) if len(finite) > 1 else float("nan")
-        )
+        found = measures.mean_interval(finite, confidence) if len(finite) else None
+        mean = found.estimate if found else np.nan
+        half = found.high - mean if found and np.isfinite(found.high) else np.nan
         figure.add_trace(
             go.Scatter(
                 x=seeds,

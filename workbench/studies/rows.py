@@ -13,7 +13,9 @@ from workbench.lib.core.adapt import Adapted
 from workbench.lib.core.budget import Budget, measure_budget
 from workbench.lib.core.task import Task
 from workbench.lib.core.train import State
-from workbench.lib.measures.statistics import Interval, TostResult, paired_interval, tost
+from workbench.lib.measures import sequential
+from workbench.lib.measures import statistics as once
+from workbench.lib.measures.statistics import Interval, TostResult, Values
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,20 @@ What = str | Callable[[Row], Any]
 
 
 class Rows(tuple[Row, ...]):
-    """All rows of a study, seed by seed. Of every arm the rows are in the order of the seeds, so that arms pair up."""
+    """All rows of a study, seed by seed. Of every arm the rows are in the order of the seeds, so that arms pair up.
 
-    def __new__(cls, rows: Iterable[Row]):
-        return super().__new__(cls, rows)
+    Attributes:
+        growing: whether seeds are added as long as they are wanted. All intervals and tests then hold at every look
+            (`workbench.lib.measures.sequential`); otherwise they are Student's, for a number of seeds that was fixed.
+            A rule asks for both here, so that it need not know.
+    """
+
+    growing: bool
+
+    def __new__(cls, rows: Iterable[Row], growing: bool = False):
+        self = super().__new__(cls, rows)
+        self.growing = growing
+        return self
 
     @property
     def arms(self) -> list[str]:
@@ -56,7 +68,7 @@ class Rows(tuple[Row, ...]):
 
     def arm(self, arm: str) -> "Rows":
         """The rows of one arm; an unknown one is an `InputError`."""
-        found = Rows(row for row in self if row.arm == arm)
+        found = Rows((row for row in self if row.arm == arm), self.growing)
         if not found:
             raise unknown("arm", arm, self.arms)
         return found
@@ -75,12 +87,24 @@ class Rows(tuple[Row, ...]):
         return {arm: self.mean(arm, what) for arm in (self.arms if arms is None else arms)}
 
     def minus(self, a: str, b: str, what: What = "metric", level: float = 0.95) -> Interval:
-        """Arm `a` minus arm `b`: the mean of the differences at equal seeds, with its paired t interval."""
-        return paired_interval(self.of(a, what), self.of(b, what), level)
+        """Arm `a` minus arm `b`: the mean of the differences at equal seeds, with its interval."""
+        return self._measures.paired_interval(self.of(a, what), self.of(b, what), level)
+
+    def interval(self, values: Values, level: float = 0.95) -> Interval:
+        """The mean of values that were made of these rows, one a seed, with its interval."""
+        return self._measures.mean_interval(values, level)
 
     def tost(self, a: str, b: str, margin: float, what: What = "metric") -> TostResult:
         """Whether two arms are equivalent: paired, at a margin that was fixed before the runs."""
-        return tost(self.of(a, what), self.of(b, what), margin, paired=True)
+        return self._measures.paired_tost(self.of(a, what), self.of(b, what), margin)
+
+    def p_value(self, a: str, b: str, what: What = "metric") -> float:
+        """Two-sided p of "two arms do not differ", paired; NaN for one seed."""
+        return self._measures.paired_p(self.of(a, what), self.of(b, what))
+
+    @property
+    def _measures(self):
+        return sequential if self.growing else once
 
 
 def _reader(what: What) -> Callable[[Row], Any]:

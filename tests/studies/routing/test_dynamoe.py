@@ -12,7 +12,7 @@ from workbench.lib.core.schedules import SCHEDULES
 from workbench.lib.core.task import Classification
 from workbench.lib.data.types import Arrays
 from workbench.lib.routing.dynamoe import PercentileGate, percentile_count
-from workbench.studies.routing.dynamoe import PRESETS, Classifier, arms, judge, p_value, run, schedule_of
+from workbench.studies.routing.dynamoe import PRESETS, Classifier, arms, judge, run, schedule_of
 from workbench.studies.rows import Row, Rows
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
@@ -98,13 +98,6 @@ def test_the_first_data_set_decides_and_the_others_are_reported():
     result = judge(both, {"data": ("digits", "mnist-1d")})
     assert result.verdict == REPRODUCED and "On mnist-1d: -0.0999 [-0.1" in result.reason
     assert result.details["mnist-1d"]["schedules"]["descending"]["difference"] == pytest.approx(-0.1, abs=1e-3)
-
-
-def test_p_of_differences_without_spread():
-    assert math.isnan(p_value([1.0], [0.0]))
-    assert p_value([1.0, 2.0], [1.0, 2.0]) == 1.0
-    assert p_value([1.5, 2.5], [1.0, 2.0]) == 0.0
-    assert p_value([1.0, 2.0, 4.0], [0.0, 1.5, 3.5]) == pytest.approx(0.0572, abs=1e-4)  # t = 4, 2 degrees of freedom
 
 
 @pytest.mark.parametrize("preset", ["small", "full"])

@@ -17,7 +17,6 @@ from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.lib.lora_experts.dynamic_dino import METHOD, SlicedFeedForward, TunedLinear, same_copy_share
 from workbench.lib.measures.coactivation import coactivation_counts, effective_partners
 from workbench.lib.measures.curveball import coactivation_scores
-from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import Settings, Study
 from workbench.studies.rows import Row, Rows, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
@@ -157,12 +156,16 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     return Row(arm, seed, params, round(params - idle), flops, steps, scores[task.metric], extra)
 
 
+def early(row: Row) -> float:
+    """Mean of the first losses."""
+    return sum(row.extra["first_losses"]) / len(row.extra["first_losses"])
+
+
 def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
     losses = {arm: rows.of(arm, "first_losses") for arm in rows.arms}
     starts = [abs(a[0] / b[0] - 1) for a, b in zip(losses["mixture"], losses["dense"], strict=True)]
-    early = {arm: [sum(first) / len(first) for first in losses[arm]] for arm in ("mixture", *CONTROLS)}
-    jumps = {arm: paired_interval(early["mixture"], early[arm]) for arm in CONTROLS}
+    jumps = {arm: rows.minus("mixture", arm, early) for arm in CONTROLS}
     gains = {arm: rows.minus("mixture", arm) for arm in rows.arms if arm != "mixture"}
     gain, equal = gains["dense"], rows.tost("mixture", "dense", MARGIN)
     exact, lower = max(starts) <= EXACT, all(interval.high < 0 for interval in jumps.values())

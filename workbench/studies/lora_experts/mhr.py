@@ -21,7 +21,6 @@ from workbench.lib.core.modes import evaluating
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts.mhr import METHOD, TUNE, allocations, monitors, to_new_tasks
 from workbench.lib.measures.conflict import cosine_matrix
-from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import Settings, Study
 from workbench.studies.rows import Row, Rows, adapted_row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, all_above, any_below, decide
@@ -142,7 +141,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     judged = [minus[arm] for arm in ("poly", "lora", "lora-total")]
     verdict = decide((REPRODUCED, all_above(judged)), (NOT_REPRODUCED, any_below(judged)))
     router, average = (
-        paired_interval(rows.of("mhr", lambda row, what=what: fmean(row.extra["few"][what])), rows.of("mhr"))
+        rows.interval(rows.of("mhr", lambda row, what=what: fmean(row.extra["few"][what]) - row.metric))
         for what in ("router", "skills")
     )
     reason = (

@@ -16,7 +16,6 @@ from workbench.lib.core.adapt import RoutedLayer
 from workbench.lib.core.observe import announcing, observing
 from workbench.lib.lora_experts.mixlora import METHOD
 from workbench.lib.measures.routing import counts_by_class, effective_support, routing_information
-from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import Settings, Study
 from workbench.studies.rows import Row, Rows, adapted_row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
@@ -98,7 +97,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
         [a - b for a, b in zip(rows.of(f"{kind}mixlora"), rows.of(f"{kind}lora-equal"), strict=True)]
         for kind in ("", "single-")
     )
-    more = paired_interval(here, there)
+    more = rows.interval([a - b for a, b in zip(here, there, strict=True)])
     verdict = decide(
         (REPRODUCED, gain.low > 0 and more.low > 0),
         (NOT_REPRODUCED, gain.high < 0 or more.high < 0),

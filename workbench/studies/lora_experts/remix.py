@@ -26,7 +26,6 @@ from workbench.lib.core.task import Batch
 from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.lib.lora_experts.remix import METHOD, ReMixTrainer
 from workbench.lib.measures.routing import effective_support_size
-from workbench.lib.measures.statistics import mean_interval, paired_interval
 from workbench.studies.core import Settings, Study
 from workbench.studies.rows import Row, Rows, adapted_row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
@@ -165,9 +164,9 @@ def drawn(adapted: Adapted, task: SymbolMaps) -> float:
 def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
     mixtures = [arm for arm in ARMS if arm not in LORAS]
-    first = rows.of("softmax", lambda row: row.extra["support"]["weights"][0])
-    last = rows.of("softmax", end_of("weights"))
-    fall, end = paired_interval(last, first), mean_interval(last)
+    last = end_of("weights")
+    fall = rows.interval(rows.of("softmax", lambda row: last(row) - row.extra["support"]["weights"][0]))
+    end = rows.interval(rows.of("softmax", last))
     gain, learned = rows.minus("remix-4", "softmax"), rows.minus("remix-4", "random")
     verdict = decide(
         (REPRODUCED, fall.high < 0 and end.high < COLLAPSED and gain.low > 0 and learned.low > 0),

@@ -9,7 +9,6 @@ import statistics
 from dataclasses import replace
 
 import torch
-from scipy.stats import ttest_rel
 from torch import nn
 from torch.nn import functional as F
 
@@ -189,14 +188,14 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
 def on_data(rows: Rows, name: str, first: str) -> Rows:
     """The rows of one data set, the arms by their bare names."""
     kept = (row for row in rows if (row.arm.partition("@")[2] or first) == name)
-    return Rows(replace(row, arm=row.arm.partition("@")[0]) for row in kept)
+    return Rows((replace(row, arm=row.arm.partition("@")[0]) for row in kept), rows.growing)
 
 
 def judge_data(rows: Rows) -> dict:
     """Everything that is compared on one data set."""
     arms = rows.arms
     others = [kind for kind in SCHEDULES if kind != "uniform" and kind in arms]
-    p_values = [p_value(rows.of(kind), rows.of("uniform")) for kind in others]
+    p_values = [rows.p_value(kind, "uniform") for kind in others]
     adjusted = p_values if math.isnan(p_values[0]) else holm(p_values).tolist()
     schedules = {}
     for kind, p in zip(others, adjusted, strict=True):
@@ -217,16 +216,6 @@ def judge_data(rows: Rows) -> dict:
         "less_gradient_noise": less_noise,
         "active_against_loss": rows.of("relative", lambda row: row.extra["active_against_loss"][0]),
     }
-
-
-def p_value(a: list[float], b: list[float]) -> float:
-    """Two-sided p of a paired t-test; NaN for one pair, 0 or 1 for differences without any spread."""
-    differences = {x - y for x, y in zip(a, b, strict=True)}
-    if len(a) < 2:
-        return math.nan
-    if len(differences) == 1:
-        return float(differences == {0.0})
-    return float(ttest_rel(a, b).pvalue)
 
 
 def log_noise(row: Row) -> float:

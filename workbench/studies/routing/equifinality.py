@@ -5,7 +5,7 @@ active parameters, and of one seed the same data in the same order, so differenc
 """
 
 import statistics
-from itertools import islice
+from itertools import combinations, islice
 from operator import itemgetter
 
 import torch
@@ -17,7 +17,6 @@ from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.routers import HashRouter, LinearRouter
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
-from workbench.lib.measures.statistics import mean_interval, tost_matrix
 from workbench.lib.routing.equifinality import (
     METHOD,
     CosineRouter,
@@ -167,16 +166,16 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     perplexity, h1 = rows.means(), rows.mean("H1")
     margin = MARGIN * h1
     cosine = [arm for arm in COSINE if arm in perplexity]
-    matrix = tost_matrix({arm: rows.of(arm) for arm in cosine}, margin, paired=True)
-    pair, widest = max(matrix.results.items(), key=lambda item: abs(item[1].diff))
+    pairs = {pair: rows.tost(*pair, margin) for pair in combinations(cosine, 2)}
+    pair, widest = max(pairs.items(), key=lambda item: abs(item[1].diff))
     scalar = rows.tost("alpha", "H2", margin)
     means = [perplexity[arm] for arm in cosine]
     losses = {arm: perplexity[arm] - statistics.fmean(means) for arm in CONTROLS if arm in perplexity}
-    collinear = mean_interval(rows.of("H2", "cosine"))
+    collinear = rows.interval(rows.of("H2", "cosine"))
     points = [next(p for p in curve if p["target"] == SAVING) for curve in rows.of("H2", "halting")]
     saved, cost = (statistics.fmean(p[name] for p in points) for name in ("saved", "cost"))
     parts = {
-        "equivalence": equivalence([*matrix.results.values()], margin),
+        "equivalence": equivalence([*pairs.values()], margin),
         "controls": worst(
             control(loss, rows.minus(arm, "H1"), max(means) - min(means), SMALL_LOSS * h1)
             for arm, loss in losses.items()
@@ -195,7 +194,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     details = {
         "margin": margin,
         "parts": parts,
-        "pairs": [{"a": a, "b": b, "diff": r.diff, "ci90": r.ci90, "p": r.p} for (a, b), r in matrix.results.items()],
+        "pairs": [{"a": a, "b": b, "diff": r.diff, "ci90": r.ci90, "p": r.p} for (a, b), r in pairs.items()],
         "alpha_minus_H2": {"diff": scalar.diff, "ci90": scalar.ci90, "p": scalar.p},
         "control_loss": losses,
         "cosine": collinear,

@@ -24,7 +24,6 @@ from workbench.lib.core.task import Task
 from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.lib.measures.meters import RoutingMeter
 from workbench.lib.measures.routing import load_balance_value, load_stats, null_max_vio, total_variation
-from workbench.lib.measures.statistics import paired_interval
 from workbench.lib.routing.sigma_moe_tiny import METHOD, GlobalBatchRouter, Sparsify, SparsityPlan, active_parameters
 from workbench.studies.core import Settings, Study
 from workbench.studies.rows import Row, Rows
@@ -178,7 +177,8 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     max_vio = rows.means(lambda row: statistics.fmean(row.extra["max_vio"]))
     bits, value = rows.means("bits_per_byte"), rows.mean("lbl", lower("balance_loss"))
     tv_load, tv_probability = rows.of("lbl", lower("tv_load")), rows.of("lbl", lower("tv_probability"))
-    ratio, gap = statistics.fmean(tv_load) / statistics.fmean(tv_probability), paired_interval(tv_load, tv_probability)
+    ratio = statistics.fmean(tv_load) / statistics.fmean(tv_probability)
+    gap = rows.interval([load - probability for load, probability in zip(tv_load, tv_probability, strict=True)])
     repair = rows.minus("progressive", "lbl", lower("max_vio"))
     worse = bits["progressive"] - bits["lbl"]
     spread = statistics.stdev(rows.of("lbl", "bits_per_byte")) if repair.n > 1 else math.inf
