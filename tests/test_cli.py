@@ -70,6 +70,10 @@ def test_no_command_is_missing_from_the_help(shell):
         ("study widenet", "slug 'widenet' is planned: it has no study yet"),
         ("study rmoe --preset smal", "preset 'smal' is unknown; did you mean 'small'"),
         ("study rmoe --seed -1", "--seed: is '-1' but must be a whole number from 0 to 2147483647"),
+        ("study rmoe --seeds none", "--seeds: is 'none' but must be a whole number of at least 1"),
+        ("study rmoe --preset smoke --seeds 1", "seeds is 1 but must be from 2, as smoke has, to 1000"),
+        ("study rmoe --preset smoke --seeds 1001", "seeds is 1001 but must be from 2, as smoke has, to 1000"),
+        ("results rmoee", "slug 'rmoee' is unknown; did you mean 'rmoe'"),
         ("study rmoe --jobs 0", "--jobs: is '0' but must be a whole number of at least 1"),
         ("bench meo", "bench 'meo' is unknown; did you mean 'moe'"),
         ("bench moe --threads 0", "--threads: is '0' but must be a whole number of at least 1"),
@@ -148,17 +152,42 @@ def test_study_passes_on_what_is_asked_and_prints_the_result(shell, monkeypatch:
             return {"verdict": "reproduced"}
 
     def run_study(*args) -> Result:
-        asked.append(args[:-1])
-        args[-1](1, 2, "half")
+        asked.append((*args[:-2], args[-1]))
+        args[-2](1, 2, "half")
         return Result()
 
     row = catalogue.Method("rmoe", "T", "routing", 2024, "X 2024", "C.")
     monkeypatch.setattr("workbench.catalogue.method", lambda slug: row)
     monkeypatch.setattr("workbench.studies.core.run_study", run_study)
     assert shell("study", "rmoe") == (0, "the verdict\n", "")
-    status, out, _ = shell("study", "rmoe", "--preset", "smoke", "--seed", 3, "--jobs", 1, "--json")
+    options = ("--preset", "smoke", "--seed", 3, "--seeds", 12, "--jobs", 1, "--fresh", "--json")
+    status, out, _ = shell("study", "rmoe", *options)
     assert (status, json.loads(out)) == (0, {"verdict": "reproduced"})
-    assert asked == [("rmoe", "small", 0, None), ("rmoe", "smoke", 3, 1)]
+    assert asked == [("rmoe", "small", 0, None, None, False), ("rmoe", "smoke", 3, 12, 1, True)]
+
+
+def test_an_interrupted_study_says_that_it_goes_on(shell, monkeypatch: pytest.MonkeyPatch):
+    def run_study(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workbench.studies.core.run_study", run_study)
+    status, _, err = shell("study", "rmoe")
+    assert status == 130 and "the rows that are done are kept; the same command goes on from there" in err
+
+
+def test_study_prints_the_seeds_that_are_needed(shell, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    class Study:
+        def measure_power(self, *args) -> str:
+            asked.append(args[:-1])
+            return "12 seeds"
+
+    monkeypatch.setattr("workbench.studies.core.load_study", lambda slug: Study())
+    assert shell("study", "rmoe", "--power", "--preset", "smoke") == (0, "12 seeds\n", "")
+    assert asked == [("smoke", 0, None)]
+    status, _, err = shell("study", "rmoe", "--power", "--fresh")
+    assert status == 2 and "--power takes neither --seeds nor --fresh" in err
 
 
 # -- runs
@@ -371,6 +400,19 @@ def test_progress_is_silent_where_stderr_is_no_terminal(capsys: pytest.CaptureFi
     with progress_bar("working") as progress:
         progress(1, 2, "half")
     assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_a_plain_line_now_and_then_where_stderr_is_no_terminal(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    now = [100.0]
+    monkeypatch.setattr("workbench.cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.delenv("WORKBENCH_QUIET")
+    with progress_bar("working") as progress:
+        for second, done in ((1, 1), (11, 2), (12, 3), (25, 4)):
+            now[0] = 100.0 + second
+            progress(done, None if done == 4 else 7, f"row {done}")
+    assert capsys.readouterr().err == "working: 2/7 row 2\nworking: 4 row 4\n"
 
 
 def test_progress_is_a_bar_on_a_terminal():

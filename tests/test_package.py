@@ -44,6 +44,7 @@ def imported_by(code: str) -> set[str]:
         "from workbench.cli import main; main(['live', '--help'])",
         "from workbench.cli import main; main(['methods', '--json'])",
         "from workbench.cli import main; main(['study', 'no-such-slug'])",
+        "from workbench.cli import main; main(['results', '--json'])",
     ],
 )
 def test_it_is_light(code: str):

@@ -5,6 +5,7 @@
     workbench.methods()                                   # the catalogue: seventy published systems
     workbench.method("rmoe")                              # one of them: what it is, how to build it, where to read on
     print(workbench.study("rmoe", preset="smoke"))        # its paper's claim as a comparison with a verdict
+    workbench.results()                                   # the verdicts that travel with the package
 
     adapted = workbench.adapt(model, "lora", rank=8)      # adapters on the linear layers of any model
     adapted.save("folder")                                # and later: workbench.load_adapter(model, "folder")
@@ -24,6 +25,8 @@ _LAZY = {
     "methods": "workbench.catalogue:methods",
     "method": "workbench.catalogue:method",
     "study": "workbench.studies.core:run_study",
+    "results": "workbench.studies.stored:results",
+    "result": "workbench.studies.core:load_result",
     "train": "workbench.lib.core.train:train",
     "adapt": "workbench.lib.core.adapt:adapt",
     "load_adapter": "workbench.lib.core.adapt:load_adapter",

@@ -74,7 +74,19 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("slug", metavar="SLUG", help="its name in the catalogue, such as rmoe")
     sub.add_argument("--preset", choices=PRESETS, default="small", help="how much to spend (default: small)")
     sub.add_argument("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N", help="first seed (default: 0)")
+    sub.add_argument(
+        "--seeds",
+        type=whole(1),
+        metavar="N",
+        help="how many (default: the preset's); with more, intervals hold at every look",
+    )
     sub.add_argument("--jobs", type=whole(1), metavar="N", help="processes (default: one for each core)")
+    sub.add_argument("--fresh", action="store_true", help="run everything, also what is kept")
+    sub.add_argument("--power", action="store_true", help="run the baselines alone and say how many seeds are needed")
+
+    sub = command("results", "print the verdicts that travel with the package, or one of them")
+    sub.add_argument("slug", nargs="?", metavar="SLUG", help="its name in the catalogue, such as rmoe")
+    sub.add_argument("--store", action="store_true", help="write the result of SLUG at small into the package")
 
     sub = command("bench", "time the operators beside their peers and the bound of the hardware")
     sub.add_argument("names", nargs="*", metavar="NAME", help="what to time, such as moe (default: everything)")

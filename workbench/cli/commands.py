@@ -4,12 +4,14 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from workbench import catalogue
-from workbench.cli.progress import progress_bar
+from workbench.cli.progress import Report, progress_bar
 from workbench.errors import InputError, unknown
 
 
@@ -49,14 +51,61 @@ def study(args: argparse.Namespace) -> None:
     row = catalogue.method(args.slug)  # before torch is imported: a wrong name is told in a moment
     if not row.ready:
         raise InputError(f"slug {args.slug!r} is planned: it has no study yet; workbench methods --status ready")
-    from workbench.studies.core import run_study
+    if args.power and (args.fresh or args.seeds):
+        raise InputError("--power takes neither --seeds nor --fresh: it has seeds of its own")
+    from workbench.studies.core import load_study, run_study
 
-    with progress_bar(f"{args.slug} {args.preset}") as progress:
-        result = run_study(args.slug, args.preset, args.seed, args.jobs, progress)
+    with _keeping(f"{args.slug} {args.preset}") as progress:
+        if args.power:
+            result = load_study(args.slug).measure_power(args.preset, args.seed, args.jobs, progress)
+        else:
+            result = run_study(args.slug, args.preset, args.seed, args.seeds, args.jobs, progress, args.fresh)
     if args.json:
         as_json(result.to_dict())
     else:
         print(result)
+
+
+def results(args: argparse.Namespace) -> None:
+    from workbench.studies import stored
+
+    if args.store and args.slug is None:
+        raise InputError("--store needs the SLUG of a system")
+    with _keeping(f"{args.slug} small") as progress:
+        if args.slug is None:
+            found = stored.results()
+            return as_json([row.as_dict() for row in found]) if args.json else print(found)
+        catalogue.method(args.slug) if args.store else stored.need(args.slug)  # before torch is imported
+        from workbench.studies.core import load_result, load_study
+
+        result = load_study(args.slug).store(progress=progress) if args.store else load_result(args.slug)
+    if args.json:
+        as_json(result.to_dict())
+    else:
+        print(result)
+
+
+@contextmanager
+def _keeping(text: str) -> Iterator[Report]:
+    """A progress bar for what keeps its rows: what is not used of them is a line, and Ctrl-C loses none."""
+    from workbench.studies.sheets import NotUsed
+
+    usual = warnings.showwarning
+
+    def told(message: Warning | str, category: type[Warning], *where) -> None:
+        if issubclass(category, NotUsed):
+            print(f"workbench: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where)
+
+    with warnings.catch_warnings(), progress_bar(text) as progress:
+        warnings.simplefilter("always", NotUsed)
+        warnings.showwarning = told
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            print("workbench: the rows that are done are kept; the same command goes on from there", file=sys.stderr)
+            raise
 
 
 def bench(args: argparse.Namespace) -> None:

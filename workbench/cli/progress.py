@@ -1,18 +1,23 @@
-"""One progress bar on stderr for everything that is long; nothing where stderr is no terminal."""
+"""Progress on stderr for everything that is long: one bar on a terminal, and elsewhere a plain line now and then."""
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[int, int, str], None]
+SECONDS = 10.0  # between two plain lines; what takes less says nothing
 
 
 @contextmanager
 def progress_bar(text: str) -> Iterator[Report]:
     """Yield ``report(done, total, what is being done)``. The bar goes away when its block ends."""
-    if os.environ.get("WORKBENCH_QUIET") or not sys.stderr.isatty():
+    if os.environ.get("WORKBENCH_QUIET"):
         yield lambda done, total, now="": None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(text)
         return
     from rich import progress
     from rich.console import Console
@@ -29,3 +34,15 @@ def progress_bar(text: str) -> Iterator[Report]:
             bar.update(task, completed=done, total=total, description=f"{text}: {now}" if now else text)
 
         yield report
+
+
+def _lines(text: str) -> Report:
+    last = time.monotonic()
+
+    def report(done: int, total: int | None, now: str = "") -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS:
+            last = time.monotonic()
+            print(" ".join(filter(None, (f"{text}: {done}" + (f"/{total}" if total else ""), now))), file=sys.stderr)
+
+    return report

@@ -1,24 +1,28 @@
 """What every study is made of: arms at a matched budget, seeds, a metric, and a rule for the verdict fixed beforehand.
 
 A study runs each (arm, seed) on its own, one thread each, in as many processes as there are cores. The result is a
-table of `Row`s and a `Judgement` by the study's rule. The rule is code, written before the numbers are known.
+table of `Row`s and a `Judgement` by the study's rule. The rule is code, written before the numbers are known. No row is
+run that is kept already (`gather`) or stored with the package (`stored`).
 """
 
 import importlib
-import math
-import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from workbench.catalogue import Method, method
 from workbench.errors import InputError, unknown
+from workbench.studies import sheets, stored
+from workbench.studies.gather import Progress, gather
+from workbench.studies.power import SEEDS, Measured, Power, measured
+from workbench.studies.result import StudyResult
 from workbench.studies.rows import Row, Rows
+from workbench.studies.stored import Stored
 from workbench.studies.verdicts import Judgement
 
 Settings = Mapping[str, object]
-Progress = Callable[[int, int, str], None]
-"""Called as progress(runs done, runs in all, what was just done)."""
+MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Study:
         run: (arm, seed, settings) -> Row; a module-level function, because it runs in another process.
         judge: (rows, settings) -> Judgement.
         tested: the part of the claim that is tested, where that is narrower or sharper than the paper's; else None.
+        version: raised whenever the numbers change; a stored result of another version is not used.
+        power: what the number of seeds has to be enough for, and what was found of it.
     """
 
     system: Method
@@ -47,6 +53,8 @@ class Study:
     run: Callable[[str, int, Settings], Row]
     judge: Callable[[Rows, Settings], Judgement]
     tested: str | None = None
+    version: int = 1
+    power: Power | None = None
 
     @property
     def slug(self) -> str:
@@ -56,127 +64,141 @@ class Study:
         """The arms that run at these settings."""
         return list(self.arms(settings) if callable(self.arms) else self.arms)
 
-    def execute(self, preset: str, seed: int = 0, jobs: int | None = None, progress: Progress | None = None):
-        """Run every arm at every seed and judge; see `run_study`."""
+    def execute(
+        self,
+        preset: str,
+        seed: int = 0,
+        seeds: int | None = None,
+        jobs: int | None = None,
+        progress: Progress | None = None,
+        fresh: bool = False,
+    ) -> StudyResult:
+        """Run every arm at every seed that is not there yet, and judge; see `run_study`."""
+        least = int(self._settings(preset)["seeds"])
+        if seeds is not None and not least <= seeds <= MOST_SEEDS:
+            raise InputError(f"seeds is {seeds} but must be from {least}, as {preset} has, to {MOST_SEEDS}")
+        given = () if fresh else self._stored_rows(preset)
+        return self._judged(preset, range(seed, seed + (seeds or least)), jobs, progress, given, fresh)
+
+    def measure_power(
+        self, preset: str, seed: int = 0, jobs: int | None = None, progress: Progress | None = None
+    ) -> Measured:
+        """Run the baselines of `power` alone, or read what is kept of them, and say how many seeds the preset needs.
+
+        Raises:
+            InputError: the study declares none.
+        """
+        arms = self.arms_of(self._settings(preset))
+        if self.power is None:
+            raise InputError(f"slug {self.slug!r} names no baselines: its STUDY has to declare power=Power(...)")
+        for arm in self.power.baselines:
+            if arm not in arms:
+                raise unknown("arm", arm, arms)
+        seeds = range(seed, seed + SEEDS)
+        rows, _ = self._gather(preset, seeds, self.power.baselines, jobs, progress, self._stored_rows(preset))
+        return measured(self, preset, Rows(rows))
+
+    def store(self, jobs: int | None = None, progress: Progress | None = None) -> StudyResult:
+        """Write the result of "small" into the package, of kept rows and of what has to be run."""
+        result = self._judged("small", range(int(self.presets["small"]["seeds"])), jobs, progress)
+        stored.write(result, row_settings(result.settings))
+        return result
+
+    def foreign(self, found: Stored) -> str | None:
+        """Why a stored result does not belong to this study as it is declared; None where it does."""
+        settings = self.presets[found.preset]
+        plan = [(arm, seed) for seed in range(int(settings["seeds"])) for arm in self.arms_of(settings)]
+        if found.version != self.version:
+            return f"is of version {found.version} and the study is of version {self.version}"
+        if found.settings != sheets.plain(row_settings(settings)):
+            return f"has other settings than {found.preset}"
+        if [(row["arm"], row["seed"]) for row in found.rows] != plan:
+            return f"has other arms or seeds than {found.preset}"
+        return None
+
+    def _settings(self, preset: str) -> Settings:
         if preset not in self.presets:
             raise unknown("preset", preset, self.presets)
-        if not 0 <= seed < 2**31:
-            raise InputError(f"seed is {seed} but must be between 0 and 2**31 - 1")
-        settings = self.presets[preset]
-        seeds = list(range(seed, seed + int(settings["seeds"])))
-        if jobs is None:
-            jobs = 1 if preset == "smoke" else _cores()  # starting a worker takes longer than a smoke run
+        return self.presets[preset]
+
+    def _stored_rows(self, preset: str) -> list[Row]:
+        found = stored.read(self.system)
+        if found is None or found.preset != preset:
+            return []
+        if problem := self.foreign(found):
+            warnings.warn(f"{stored.path_of(self.system)} {problem}; not used", sheets.NotUsed, stacklevel=3)
+            return []
+        return [Row(**row) for row in found.rows]
+
+    def _judged(
+        self,
+        preset: str,
+        seeds: range,
+        jobs: int | None,
+        progress: Progress | None,
+        given: Iterable[Row] = (),
+        fresh: bool = False,
+    ) -> StudyResult:
+        settings, began = self.presets[preset], time.perf_counter()
+        rows, origin = self._gather(preset, seeds, self.arms_of(settings), jobs, progress, given, fresh)
+        rows = Rows(rows, growing=len(seeds) > int(settings["seeds"]))
+        judgement = self.judge(rows, settings)
+        spent = time.perf_counter() - began
+        return StudyResult(self, preset, [*seeds], dict(settings), rows, judgement, origin, spent)
+
+    def _gather(self, preset: str, seeds: range, arms, jobs, progress, given=(), fresh=False):
+        if not 0 <= seeds[0] <= 2**31 - MOST_SEEDS:
+            raise InputError(f"seed is {seeds[0]} but must be between 0 and 2**31 - {MOST_SEEDS}")
+        if jobs is None:  # starting a worker takes longer than a smoke run
+            jobs = 1 if preset == "smoke" else _cores()
         if jobs < 1:
             raise InputError(f"jobs is {jobs} but must be at least 1")
-        began = time.perf_counter()
         # Seed by seed, so that an interrupted look at the progress compares like with like.
-        plan = [(arm, s) for s in seeds for arm in self.arms_of(settings)]
-        rows = _run_all(self.run, plan, settings, min(jobs, len(plan)), progress)
-        judgement = self.judge(rows, settings)
-        return StudyResult(self, preset, seeds, dict(settings), rows, judgement, time.perf_counter() - began)
+        plan = [(arm, seed) for seed in seeds for arm in arms]
+        return gather(self.slug, row_settings(self.presets[preset]), self.run, plan, jobs, progress, given, fresh)
 
 
-@dataclass(frozen=True, repr=False)
-class StudyResult:
-    """The rows of a study and the judgement on them; prints itself as a table with the verdict."""
-
-    study: Study
-    preset: str
-    seeds: list[int]
-    settings: dict
-    rows: Rows
-    judgement: Judgement
-    seconds: float
-
-    @property
-    def verdict(self) -> str:
-        return self.judgement.verdict
-
-    def to_dict(self) -> dict:
-        """Everything as plain values; only the keys named "seconds" differ between two runs of one seed."""
-        study, judgement = self.study, self.judgement
-        return {
-            "slug": study.slug,
-            "title": study.system.title,
-            "claim": study.system.claim,
-            "tested": study.tested,
-            "preset": self.preset,
-            "seeds": self.seeds,
-            "settings": self.settings,
-            "metric": study.metric,
-            "unit": study.unit,
-            "higher_is_better": study.higher_is_better,
-            "arms": [_plain(asdict(row)) for row in self.rows],
-            "effect": _plain(judgement.effect),
-            "ci": _plain(judgement.ci),
-            "verdict": judgement.verdict,
-            "reason": judgement.reason,
-            "rule": study.rule,
-            "details": _plain(judgement.details),
-            "seconds": self.seconds,
-        }
-
-    def table(self) -> list[dict[str, str]]:
-        """One line per arm: the mean and spread of the metric over the seeds, and the budget."""
-        lines = []
-        for arm in self.rows.arms:
-            rows, values = self.rows.arm(arm), self.rows.of(arm)
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            lines.append(
-                {
-                    "arm": arm,
-                    f"{self.study.metric} ({self.study.unit})": f"{statistics.fmean(values):.4f}{spread}",
-                    "parameters": f"{rows[0].params:,}",
-                    "active": f"{rows[0].active_params:,}",
-                    "GFLOP": f"{rows[0].flops / 1e9:,.1f}",
-                    "steps": f"{rows[0].steps:,}",
-                }
-            )
-        return lines
-
-    def __repr__(self) -> str:
-        lines = self.table()
-        widths = {key: max(len(key), *(len(line[key]) for line in lines)) for key in lines[0]}
-        text = ["  ".join(key.ljust(widths[key]) for key in widths)]
-        text += ["  ".join(line[key].ljust(widths[key]) for key in widths) for line in lines]
-        head = [f"{self.study.slug}: {self.study.system.claim}"]
-        if self.study.tested:
-            head.append(f"Tested here: {self.study.tested}")
-        return "\n".join([*head, "", *text, "", self._verdict_line()])
-
-    def __str__(self) -> str:
-        """With what a run took, which a notebook (it keeps the repr) would store as noise."""
-        means = {arm: statistics.fmean(row.seconds for row in self.rows.arm(arm)) for arm in self.rows.arms}
-        return f"{self!r}\nSeconds a run: {', '.join(f'{arm} {seconds:.1f}' for arm, seconds in means.items())}."
-
-    def _repr_markdown_(self) -> str:
-        lines = self.table()
-        head = "| " + " | ".join(lines[0]) + " |\n|" + " --- |" * len(lines[0])
-        body = "\n".join("| " + " | ".join(line.values()) + " |" for line in lines)
-        because = self._verdict_line().split(": ", 1)[1]
-        tested = f"*Tested here:* {self.study.tested}\n\n" if self.study.tested else ""
-        return f"{tested}{head}\n{body}\n\n**{self.verdict}**: {because}\n\n*Rule:* {self.study.rule}"
-
-    def _verdict_line(self) -> str:
-        low, high = self.judgement.ci
-        interval = f"[{low:.4g}, {high:.4g}]"
-        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        return f"{self.verdict}: {self.judgement.reason} Effect {self.judgement.effect:.4g} {interval}, {seeds}."
+def row_settings(settings: Settings) -> Settings:
+    """What a row is told of a preset: all but the number of seeds, which makes no row another."""
+    return {key: value for key, value in settings.items() if key != "seeds"}
 
 
 def run_study(
-    slug: str, preset: str = "small", seed: int = 0, jobs: int | None = None, progress: Progress | None = None
+    slug: str,
+    preset: str = "small",
+    seed: int = 0,
+    seeds: int | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
 ) -> StudyResult:
-    """Run the study of a system and judge its paper's claim.
+    """Run the study of a system and judge its paper's claim. No row that is there already is run again.
 
     Args:
         slug: of a ready system, see `workbench.methods()`.
         preset: "smoke", "small" or "full".
-        seed: the first seed; the preset says how many follow.
+        seed: the first seed.
+        seeds: how many; by default as many as the preset has. With more, the intervals hold at every look, so that
+            seeds may be added for as long as they are wanted; they are wider than those of a number that was fixed.
         jobs: processes, one thread each; default all cores (one for smoke).
-        progress: see `Progress`.
+        progress: called as progress(rows done, rows in all, what was just done).
+        fresh: run everything, whatever is kept or stored.
     """
-    return load_study(slug).execute(preset, seed, jobs, progress)
+    return load_study(slug).execute(preset, seed, seeds, jobs, progress, fresh)
+
+
+def load_result(slug: str) -> StudyResult:
+    """The result that travels with the package, judged anew by the study's rule.
+
+    Raises:
+        InputError: there is none, or it does not belong to the study as it is declared now.
+    """
+    found, study = stored.need(slug), load_study(slug)
+    if problem := study.foreign(found):
+        raise InputError(f"slug {slug!r} has a stored result that {problem}; workbench study {slug} runs it")
+    settings, rows = study.presets[found.preset], Rows(Row(**row) for row in found.rows)
+    judgement, origin = study.judge(rows, settings), {"stored": len(rows)}
+    return StudyResult(study, found.preset, found.seeds, dict(settings), rows, judgement, origin, 0.0)
 
 
 def load_study(slug: str) -> Study:
@@ -188,48 +210,6 @@ def load_study(slug: str) -> Study:
 
 
 def _cores() -> int:
-    from joblib import cpu_count  # heavy enough to wait until it is needed
+    from joblib import cpu_count  # heavy enough to wait for a study
 
     return cpu_count()
-
-
-def _run_one(run, arm: str, seed: int, settings: Settings) -> Row:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same numbers on any machine, and no two runs fighting for a core
-    began = time.perf_counter()
-    try:
-        row = run(arm, seed, settings)
-    finally:
-        torch.set_num_threads(threads)
-    return replace(row, seconds=time.perf_counter() - began)
-
-
-def _run_all(run, plan, settings: Settings, jobs: int, progress: Progress | None) -> Rows:
-    """The rows in the order of the plan."""
-    if jobs == 1:
-        results = (_run_one(run, arm, seed, settings) for arm, seed in plan)
-    else:
-        from joblib import Parallel, delayed, parallel_config
-
-        with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1):
-            parallel = Parallel(return_as="generator", batch_size=1)
-            results = parallel(delayed(_run_one)(run, arm, seed, settings) for arm, seed in plan)
-    rows = []
-    for (arm, seed), row in zip(plan, results, strict=True):
-        rows.append(row)
-        if progress is not None:
-            progress(len(rows), len(plan), f"{arm}, seed {seed}: {row.metric:.4f}")
-    return Rows(rows)
-
-
-def _plain(value):
-    """The value as JSON can carry it: NaN and infinities as strings, tuples as lists."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value

@@ -21,7 +21,7 @@ from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.measures.routing import load_stats
 from workbench.lib.measures.transition import cross_layer_information
 from workbench.lib.routing.rmoe import METHOD, matched_width, recurrent_routers, router_state_flow
-from workbench.studies.core import Settings, Study
+from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, trained_row, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, all_above, any_below, decide
 
@@ -169,4 +169,5 @@ STUDY = Study(
     judge=judge,
     tested="Handing each router the state of the router below gives a better language model than routers of as many "
     "parameters that decide alone, because of what the state knows, and makes consecutive layers agree more.",
+    power=Power(BASELINES, effect=MARGIN),
 )
