@@ -36,6 +36,12 @@ class StudyResult:
     def verdict(self) -> str:
         return self.judgement.verdict
 
+    @property
+    def claimed(self) -> tuple[float, float]:
+        """Between which values the effect lies if the claim holds."""
+        better = (0.0, math.inf) if self.study.higher_is_better else (-math.inf, 0.0)
+        return self.judgement.claimed or better
+
     def to_dict(self) -> dict:
         """Everything as plain values; only the keys named "seconds" differ between two runs of one seed."""
         study, judgement = self.study, self.judgement
@@ -56,6 +62,9 @@ class StudyResult:
             "arms": [_plain(asdict(row)) for row in self.rows],
             "effect": _plain(judgement.effect),
             "ci": _plain(judgement.ci),
+            "level": judgement.level,
+            "sd": _plain(judgement.sd),
+            "claimed": _plain(self.claimed),
             "verdict": judgement.verdict,
             "reason": judgement.reason,
             "rule": study.rule,

@@ -1,10 +1,11 @@
 """The four verdicts, the ladder that leads to one, and the judgement that carries it."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from workbench.errors import unknown
-from workbench.lib.measures.statistics import Interval
+from workbench.errors import InputError, unknown
+from workbench.lib.measures.statistics import Interval, TostResult
 
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
@@ -33,6 +34,11 @@ class Judgement:
         ci: confidence interval of the effect (low, high); infinite where the seeds are too few to give one.
         reason: one or two sentences: what was compared, what decided.
         details: further results by name (numbers, strings, lists, dicts of them; an `Interval` becomes its `as_dict`).
+        level: coverage of `ci`.
+        sd: standard deviation of the effect over the seeds; NaN where a single seed has none.
+        claimed: (low, high), between which the effect lies if the claim holds: (-margin, margin) where two arms are to
+            be equivalent, (-inf, margin) where a loss may be no more than that. None where the effect is one of the
+            study's metric and the claim is that it is better: above 0, or below where lower is better.
     """
 
     verdict: str
@@ -40,16 +46,36 @@ class Judgement:
     ci: tuple[float, float]
     reason: str
     details: dict = field(default_factory=dict)
+    level: float = 0.95
+    sd: float = math.nan
+    claimed: tuple[float, float] | None = None
 
     def __post_init__(self):
         if self.verdict not in VERDICTS:
             raise unknown("verdict", self.verdict, VERDICTS)
+        if self.claimed is not None and not (
+            self.claimed[0] < self.claimed[1] and any(map(math.isfinite, self.claimed))
+        ):
+            raise InputError(
+                f"claimed is {self.claimed} but must be (low, high), low below high and one of them finite"
+            )
         object.__setattr__(self, "details", _plain(self.details))
 
     @classmethod
-    def on(cls, effect: Interval, verdict: str, reason: str, details: dict | None = None) -> "Judgement":
-        """A judgement whose effect is an interval."""
-        return cls(verdict, effect.estimate, (effect.low, effect.high), reason, details or {})
+    def on(
+        cls,
+        effect: Interval | TostResult,
+        verdict: str,
+        reason: str,
+        details: dict | None = None,
+        claimed: tuple[float, float] | None = None,
+    ) -> "Judgement":
+        """A judgement whose effect is an interval, or the paired difference of a test of equivalence."""
+        if isinstance(effect, TostResult):
+            estimate, ci, level = effect.diff, effect.ci90, 0.9
+        else:
+            estimate, ci, level = effect.estimate, (effect.low, effect.high), effect.level
+        return cls(verdict, estimate, ci, reason, details or {}, level, effect.sd, claimed)
 
 
 def all_above(intervals: Iterable[Interval], value: float = 0.0) -> bool:

@@ -110,7 +110,7 @@ def _interval(x: np.ndarray, level: float) -> Interval:
     check_level(level)
     mean, se, _ = mean_error(x)
     half = _half(_critical(len(x), 1 - level), se) if len(x) > 1 else math.inf
-    return Interval(mean, mean - half, mean + half, len(x), level)
+    return Interval(mean, mean - half, mean + half, len(x), level, se * len(x) ** 0.5)
 
 
 def _half(critical: float, se: float) -> float:

@@ -5,10 +5,11 @@ Values are one number per seed. Differences are always mean(a) - mean(b). One se
 difference is not evidence of equality; that takes `tost` with a margin fixed before the runs.
 """
 
+import math
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy  # its parts are imported when first used, and that of statistics is slow
@@ -29,6 +30,7 @@ class Interval:
         high: upper end, inf where the data leave it open.
         n: values behind the estimate: seeds, pairs of seeds, or the seeds of both arms together (`welch_interval`).
         level: coverage, 0.95 for 95 %.
+        sd: standard deviation of the values whose mean is the estimate; NaN for one value, and where it is no mean.
     """
 
     estimate: float
@@ -36,6 +38,7 @@ class Interval:
     high: float
     n: int
     level: float
+    sd: float = field(default=math.nan, compare=False)
 
     def excludes(self, value: float) -> bool:
         """Whether the interval lies wholly on one side of `value`."""
@@ -43,7 +46,7 @@ class Interval:
 
     def __neg__(self) -> "Interval":
         """The interval of the difference taken the other way round."""
-        return Interval(-self.estimate, -self.high, -self.low, self.n, self.level)
+        return Interval(-self.estimate, -self.high, -self.low, self.n, self.level, self.sd)
 
     def __str__(self) -> str:
         return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
@@ -79,17 +82,22 @@ class TostResult:
     equivalent: bool
     undefined_reason: str | None = None
 
+    @property
+    def sd(self) -> float:
+        """Standard deviation of the differences of paired values."""
+        return self.se * (self.df + 1) ** 0.5
+
 
 def mean_interval(values: Values, level: float = 0.95) -> Interval:
     """Mean with its Student t interval."""
     x = checked("values", values)
-    return _interval(*mean_error(x), len(x), level)
+    return _interval(*mean_error(x), len(x), level, _std(x))
 
 
 def paired_interval(a: Values, b: Values, level: float = 0.95) -> Interval:
     """mean(a - b) with its t interval, for arms that share seeds and data order (a[i] belongs to b[i])."""
     x = differences(a, b)
-    return _interval(*mean_error(x), len(x), level)
+    return _interval(*mean_error(x), len(x), level, _std(x))
 
 
 def welch_interval(a: Values, b: Values, level: float = 0.95) -> Interval:
@@ -303,7 +311,7 @@ def ratio(value: float, se: float) -> float:
     return float(np.copysign(np.inf, value)) if value else 0.0
 
 
-def _interval(estimate: float, se: float, df: float, n: int, level: float) -> Interval:
+def _interval(estimate: float, se: float, df: float, n: int, level: float, sd: float = math.nan) -> Interval:
     check_level(level)
     half = float(scipy.stats.t.ppf((1 + level) / 2, df)) * se if not np.isnan(se) else np.inf
-    return Interval(estimate, estimate - half, estimate + half, n, level)
+    return Interval(estimate, estimate - half, estimate + half, n, level, sd)

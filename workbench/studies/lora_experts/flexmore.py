@@ -6,6 +6,7 @@ among them, is then compared with the same mixture after the cut. All arms of on
 experts, so their differences are paired; experts are trained once and kept.
 """
 
+import math
 import sys
 from statistics import fmean
 
@@ -178,7 +179,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
         "cut_minus_public": gain,
         "two_active": rows.means("two active", ("full", "chosen ranks")),
     }
-    return Judgement.on(loss, verdict, reason, details)
+    return Judgement.on(loss, verdict, reason, details, claimed=(-math.inf, MARGIN))
 
 
 STUDY = Study(

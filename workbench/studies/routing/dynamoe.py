@@ -182,7 +182,8 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     for name in others:
         other = results[name]["schedules"]["descending"]
         reason += " On {}: {:.3g} [{:.3g}, {:.3g}].".format(name, other["difference"], *other["ci"])
-    return Judgement(verdict, found["difference"], (low, high), reason, results)
+    gain = on_data(rows, first, first).minus("descending", "uniform")
+    return Judgement.on(gain, verdict, reason, results)
 
 
 def on_data(rows: Rows, name: str, first: str) -> Rows:

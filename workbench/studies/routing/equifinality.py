@@ -203,7 +203,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     }
     if "iso_cosine" in perplexity:
         details["gap_closed_by_iso_cosine"] = (h1 - perplexity["iso_cosine"]) / (h1 - perplexity["linear"])
-    return Judgement(verdict, widest.diff, widest.ci90, reason, details)
+    return Judgement.on(widest, verdict, reason, details, claimed=(-margin, margin))
 
 
 def equivalence(results, margin: float) -> str:
