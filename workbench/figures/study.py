@@ -1,6 +1,7 @@
 """The result of a study: every seed of every arm, their means, and the verdict; one figure for all families."""
 
 from collections.abc import Mapping
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,16 +19,16 @@ def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0
     """
     colours = theme_named(theme)
     measures = sequential if result.get("growing") else statistics
-    metric, unit = result["metric"], result.get("unit") or ""
+    metric, unit = _text(result["metric"]), _text(result.get("unit") or "")
     rows = result["arms"]
     values = {
-        arm: np.array([float(row["metric"]) for row in rows if row["arm"] == arm])
+        _text(arm): np.array([float(row["metric"]) for row in rows if row["arm"] == arm])
         for arm in dict.fromkeys(row["arm"] for row in rows)
     }
     better = "higher is better" if result.get("higher_is_better") else "lower is better"
     figure = blank(
         theme,
-        result["title"],
+        _text(result["title"]),
         f"<b>{result['verdict']}</b>{_effect(result)}",
         x=f"{metric.replace('_', ' ')}{f' ({unit})' if unit else ''}, {better}",
         margin={"l": 54, "r": 24, "t": 64, "b": 76},
@@ -78,3 +79,8 @@ def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0
 def _effect(result: Mapping) -> str:
     effect, (low, high) = float(result["effect"]), map(float, result["ci"])  # infinities are text, as in JSON
     return f" · effect {effect:+.3g} [{low:+.3g}, {high:+.3g}]" if np.isfinite(effect) else ""
+
+
+def _text(value: str) -> str:
+    """What plotly shows as it is; it reads tags and knows few entities, the quotes not among them."""
+    return escape(value, quote=False)
