@@ -26,7 +26,7 @@ FLOORS = (
     ("live",),
     ("studies",),
     tuple(f"studies.{family}" for family in FAMILIES),
-    ("doctor", "notebook"),
+    ("doctor", "notebook", "verdicts"),
     ("cli",),
     ("__main__",),
 )

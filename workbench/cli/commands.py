@@ -66,6 +66,19 @@ def study(args: argparse.Namespace) -> None:
         print(result)
 
 
+def verdicts(args: argparse.Namespace) -> None:
+    path = Path(args.html)
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise InputError(f"--html is {args.html!r} but must be a file that ends in .html")
+    from workbench.verdicts import packaged, write_page
+
+    try:
+        write_page(path, *packaged())
+    except OSError as error:
+        raise InputError(f"--html is {args.html!r} but cannot be written: {error.strerror}") from None
+    print(path)
+
+
 def results(args: argparse.Namespace) -> None:
     from workbench.studies import stored
 
