@@ -17,7 +17,21 @@ from workbench.cli.progress import progress_bar
 from workbench.live.recipe import Recipe
 from workbench.live.store import RunStopped, RunWriter
 
-COMMANDS = ("methods", "method", "study", "bench", "live", "run", "runs", "resume", "export", "data", "where", "doctor")
+COMMANDS = (
+    "methods",
+    "method",
+    "study",
+    "verdicts",
+    "bench",
+    "live",
+    "run",
+    "runs",
+    "resume",
+    "export",
+    "data",
+    "where",
+    "doctor",
+)
 
 
 @pytest.fixture
@@ -75,6 +89,9 @@ def test_no_command_is_missing_from_the_help(shell):
         ("study rmoe --preset smoke --seeds 1001", "seeds is 1001 but must be from 2, as smoke has, to 1000"),
         ("results rmoee", "slug 'rmoee' is unknown; did you mean 'rmoe'"),
         ("study rmoe --jobs 0", "--jobs: is '0' but must be a whole number of at least 1"),
+        ("verdicts", "the following arguments are required: --html"),
+        ("verdicts --html page.txt", "--html is 'page.txt' but must be a file that ends in .html"),
+        ("verdicts --html /proc/page.html", "--html is '/proc/page.html' but cannot be written"),
         ("bench meo", "bench 'meo' is unknown; did you mean 'moe'"),
         ("bench moe --threads 0", "--threads: is '0' but must be a whole number of at least 1"),
         ("live --lr much", "--lr: invalid float value: 'much'"),
@@ -117,6 +134,14 @@ def test_methods_lists_the_catalogue(shell):
 def test_method_prints_what_python_prints(shell):
     assert shell("method", "remix")[1] == f"{catalogue.method('remix')}\n"
     assert json.loads(shell("method", "remix", "--json")[1]) == catalogue.method("remix").as_dict()
+
+
+def test_verdicts_writes_one_file_with_every_system(shell, tmp_path: Path):
+    file = tmp_path / "new" / "v.html"
+    assert shell("verdicts", "--html", file) == (0, f"{file}\n", "")
+    text = file.read_text()
+    assert all(f'id="{row.slug}"' in text for row in catalogue.methods())
+    assert [path.name for path in file.parent.iterdir()] == ["v.html"]
 
 
 def test_bench_passes_on_what_is_asked_and_prints_the_tables(shell, monkeypatch: pytest.MonkeyPatch):

@@ -250,12 +250,22 @@ def test_one_expert_per_token_and_an_unknown_run(visit, home, until):
     page.get_by_text("run 'singel' is unknown; did you mean 'single'").wait_for()
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_of_verdicts_is_an_app_too(visit, theme):
+    page = visit(f"verdicts?theme={theme}", plots=0)
+    inside = page.frame_locator("iframe[title=verdicts]")
+    inside.locator("#rmoe summary").click()
+    assert "gru minus mlp" in inside.locator("#rmoe dl").inner_text()
+    assert inside.locator(".system").count() == 70
+    assert inside.locator("html").get_attribute("data-theme") == theme
+
+
 def test_the_index_lists_the_apps(visit, site, context):
     page = context.new_page()
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(site)
     links = page.locator("nav a").evaluate_all("links => links.map(link => link.href)")
-    assert links == [site + app for app in sorted(APPS)]
+    assert links == [site + app for app in sorted([*APPS, "verdicts"])]
     assert all(url.startswith((site, "data:")) for url in asked)
     page.close()

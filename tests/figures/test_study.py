@@ -48,6 +48,13 @@ def test_the_verdict_and_the_effect_are_said():
     assert "lower is better" in study_figure(RESULT).layout.xaxis.title.text
 
 
+def test_what_looks_like_a_tag_is_shown_as_it_is():
+    arms = [row | {"arm": "<b>&"} for row in RESULT["arms"][:1]]
+    figure = study_figure(RESULT | {"title": '<b>&"', "arms": arms})
+    assert '<b>&lt;b&gt;&amp;"</b>' in figure.layout.title.text  # plotly knows no entity for a quote
+    assert figure.layout.yaxis.ticktext == ("&lt;b&gt;&amp;",)
+
+
 def test_a_single_seed_has_no_interval_and_an_undefined_effect_is_left_out():
     result = RESULT | {"arms": RESULT["arms"][:1], "effect": float("nan"), "ci": [float("nan")] * 2}
     figure = study_figure(result, theme="dark")

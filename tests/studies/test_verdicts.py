@@ -2,11 +2,12 @@
 
 import json
 import math
+import statistics
 
 import pytest
 
 from workbench.errors import InputError
-from workbench.lib.measures.statistics import Interval, mean_interval, paired_interval
+from workbench.lib.measures.statistics import Interval, mean_interval, paired_interval, tost
 from workbench.studies.verdicts import (
     NOT_REPRODUCED,
     NOT_RESOLVED,
@@ -50,3 +51,26 @@ def test_every_one_and_one_of_them():
     assert all_above([high], 0.5) and not all_above([high], 1.0)
     assert any_below([high, low]) and not any_below([high, single]) and any_below([high], 3.5)
     assert math.isinf(single.low)
+
+
+def test_a_judgement_keeps_the_level_and_the_spread_of_its_effect():
+    wide = paired_interval([3.0, 5.0, 4.5], [1.0, 2.0, 2.5], level=0.9)
+    found = Judgement.on(wide, REPRODUCED, "")
+    assert (found.level, found.claimed) == (0.9, None)
+    assert found.sd == pytest.approx(statistics.stdev([2.0, 3.0, 2.0]))
+    assert (-wide).sd == wide.sd
+    assert math.isnan(Judgement.on(paired_interval([1.0], [2.0]), NOT_RESOLVED, "").sd)
+
+
+def test_a_judgement_on_a_test_of_equivalence_has_its_ninety_percent():
+    test = tost([3.0, 5.0, 4.5], [1.0, 2.0, 2.5], margin=4.0, paired=True)
+    found = Judgement.on(test, REPRODUCED, "", claimed=(-4.0, 4.0))
+    assert (found.effect, found.ci, found.level) == (test.diff, test.ci90, 0.9)
+    assert found.sd == pytest.approx(statistics.stdev([2.0, 3.0, 2.0]))
+    assert found.claimed == (-4.0, 4.0)
+
+
+@pytest.mark.parametrize("claimed", [(1.0, 1.0), (2.0, 1.0), (-math.inf, math.inf), (math.nan, 1.0)])
+def test_where_the_claim_has_the_effect_is_somewhere(claimed):
+    with pytest.raises(InputError, match=r"claimed is .* but must be"):
+        Judgement(REPRODUCED, 0.0, (0, 0), "", claimed=claimed)

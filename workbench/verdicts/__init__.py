@@ -9,6 +9,7 @@ plotly.js that the package carries. Whatever is not from this file is escaped (`
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from string import Template
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from workbench import __version__
 from workbench.catalogue import FAMILIES, PACKAGE, Method, methods
+from workbench.errors import InputError
 from workbench.figures.forest import SYMBOLS, forest_figure, standardised, verdict_colour
 from workbench.figures.study import study_figure
 from workbench.figures.theme import FONT, THEMES, theme_named
@@ -34,8 +36,13 @@ def packaged() -> tuple[dict[str, "StudyResult"], dict[str, "Study"]]:
     """The results that travel with the package, and the studies of all systems that stand, by slug."""
     from workbench.studies import core
 
-    ready = [row.slug for row in methods(status="ready")]
-    return {}, {slug: core.load_study(slug) for slug in ready}
+    studies = {row.slug: core.load_study(row.slug) for row in methods(status="ready")}
+    results = {}
+    if load := getattr(core, "load_result", None):
+        for slug in studies:
+            with suppress(InputError):  # there is none
+                results[slug] = load(slug)
+    return results, studies
 
 
 def page(results: Mapping[str, "StudyResult"], studies: Mapping[str, "Study"], *, theme: str | None = None) -> str:
