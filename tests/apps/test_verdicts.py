@@ -13,6 +13,7 @@ from workbench.errors import InputError
 from workbench.lib.measures.statistics import paired_interval
 from workbench.studies.core import Study, StudyResult
 from workbench.studies.rows import Row, Rows
+from workbench.studies.sheets import NotUsed
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement
 from workbench.verdicts import page, write_page
 
@@ -240,3 +241,18 @@ def test_a_page_without_a_result_has_no_forest(studies):
     text = page({}, studies)
     assert 'id="effects" aria-label="Effects against what is claimed" hidden' in text
     assert "None has a result here yet" in text
+
+
+def test_a_stored_result_of_another_version_is_named_and_not_shown(monkeypatch, results, studies):
+    def load_result(slug):
+        if slug == "bad":
+            raise InputError("slug 'bad' has a stored result that is of version 1")
+        return results[slug]
+
+    monkeypatch.setattr("workbench.studies.core.load_study", studies.get)
+    monkeypatch.setattr("workbench.studies.core.load_result", load_result)
+    monkeypatch.setattr("workbench.studies.stored.results", lambda: [row for row in SYSTEMS if row.slug in results])
+    monkeypatch.setattr(workbench.verdicts, "methods", lambda **_: MethodTable(row for row in SYSTEMS if row.ready))
+    with pytest.warns(NotUsed, match="'bad' has a stored result that is of version 1"):
+        found, all_studies = workbench.verdicts.packaged()
+    assert found.keys() == {"good", "single"} and all_studies == studies

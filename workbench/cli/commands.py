@@ -72,8 +72,10 @@ def verdicts(args: argparse.Namespace) -> None:
         raise InputError(f"--html is {args.html!r} but must be a file that ends in .html")
     from workbench.verdicts import packaged, write_page
 
+    with _keeping("verdicts"):
+        found = packaged()
     try:
-        write_page(path, *packaged())
+        write_page(path, *found)
     except OSError as error:
         raise InputError(f"--html is {args.html!r} but cannot be written: {error.strerror}") from None
     print(path)

@@ -8,8 +8,8 @@ plotly.js that the package carries. Whatever is not from this file is escaped (`
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 from string import Template
@@ -24,7 +24,8 @@ from workbench.figures.theme import FONT, THEMES, theme_named
 from workbench.sealed import sealed_file
 
 if TYPE_CHECKING:
-    from workbench.studies.core import Study, StudyResult
+    from workbench.studies.core import Study
+    from workbench.studies.result import StudyResult
 
 HERE = Path(__file__).parent
 PLOTLY = PACKAGE / "live" / "views" / "plotly-cartesian.min.js"
@@ -34,14 +35,16 @@ MARKS = {verdict: mark for verdict, (_, mark) in SYMBOLS.items()} | {NOT_RUN: "â
 
 def packaged() -> tuple[dict[str, "StudyResult"], dict[str, "Study"]]:
     """The results that travel with the package, and the studies of all systems that stand, by slug."""
-    from workbench.studies import core
+    from workbench.studies import core, stored
+    from workbench.studies.sheets import NotUsed
 
     studies = {row.slug: core.load_study(row.slug) for row in methods(status="ready")}
     results = {}
-    if load := getattr(core, "load_result", None):
-        for slug in studies:
-            with suppress(InputError):  # there is none
-                results[slug] = load(slug)
+    for found in stored.results():
+        try:
+            results[found.slug] = core.load_result(found.slug)
+        except InputError as error:
+            warnings.warn(str(error), NotUsed, stacklevel=2)
     return results, studies
 
 
