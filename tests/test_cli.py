@@ -142,6 +142,7 @@ def test_verdicts_writes_one_file_with_every_system(shell, tmp_path: Path):
     text = file.read_text()
     assert all(f'id="{row.slug}"' in text for row in catalogue.methods())
     assert [path.name for path in file.parent.iterdir()] == ["v.html"]
+    assert json.loads(shell("verdicts", "--html", file, "--json")[1]) == {"html": str(file)}
 
 
 def test_bench_passes_on_what_is_asked_and_prints_the_tables(shell, monkeypatch: pytest.MonkeyPatch):

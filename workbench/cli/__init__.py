@@ -88,7 +88,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("slug", nargs="?", metavar="SLUG", help="its name in the catalogue, such as rmoe")
     sub.add_argument("--store", action="store_true", help="write the result of SLUG at small into the package")
 
-    sub = command("verdicts", "write the page of all systems, their claims and verdicts", json=False)
+    sub = command("verdicts", "write the page of all systems, their claims and verdicts")
     sub.add_argument("--html", metavar="FILE", required=True, help="the file to write; it needs nothing beside it")
 
     sub = command("bench", "time the operators beside their peers and the bound of the hardware")

@@ -78,7 +78,7 @@ def verdicts(args: argparse.Namespace) -> None:
         write_page(path, *found)
     except OSError as error:
         raise InputError(f"--html is {args.html!r} but cannot be written: {error.strerror}") from None
-    print(path)
+    as_json({"html": str(path)}) if args.json else print(path)
 
 
 def results(args: argparse.Namespace) -> None:
