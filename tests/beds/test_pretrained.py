@@ -6,6 +6,7 @@ from torch import nn
 
 from workbench.beds import symbol_maps
 from workbench.beds.pretrained import cached_path, pretrained
+from workbench.lib.core.train import attended, is_attended
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +45,25 @@ def test_the_code_that_decides_the_weights_is_part_of_the_recipe():
 def test_a_home_that_cannot_be_written_costs_no_result(home, monkeypatch):
     (home / "models").write_text("a file where the folder should be")
     assert isinstance(pretrained("base", {}, lambda: nn.Linear(3, 2), lambda model: None), nn.Linear)
+
+
+def test_nobody_attends_the_training_of_a_bed_but_that_of_a_part_of_a_study_always(home):
+    trained = []
+
+    def teach(model):
+        trained.append(is_attended())
+
+    def attend(state):
+        raise AssertionError("no training begins here")
+
+    def make(watched):
+        return pretrained("part", {}, lambda: nn.Linear(3, 2), teach, watched=watched)
+
+    with attended(attend):
+        make(watched=True)  # not kept, for whoever attends may have changed it
+        assert not list(home.rglob("*.safetensors"))
+        make(watched=False)
+        make(watched=False)
+        make(watched=True)
+    make(watched=True)  # without an attendant it is kept like any other
+    assert trained == [True, False, True]

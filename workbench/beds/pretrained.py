@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from workbench.lib.core import attention, experts, models, train
+from workbench.lib.core.train import attended, is_attended, nobody
 from workbench.lib.data import cache
 from workbench.paths import home
 
@@ -26,11 +27,14 @@ def pretrained(
     build: Callable[[], nn.Module],
     teach: Callable[[nn.Module], object],
     code: Sequence[ModuleType] = (),
+    *,
+    watched: bool = False,
 ) -> nn.Module:
     """A model trained by a recipe: from its file where it is whole, else trained now and kept.
 
     Of several processes that want the same model one trains it while the others wait. A full disk or a home that
-    cannot be written costs time, not the result. Torch's global generator is where it was before.
+    cannot be written costs time, not the result. Torch's global generator is where it was before. A bed is nothing to
+    watch: nobody attends its training (`lib.core.train.attended`).
 
     Args:
         name: the file's name begins with it.
@@ -38,9 +42,16 @@ def pretrained(
         build: gives the model before training.
         teach: trains it in place.
         code: further modules whose source decides the weights; a change of it makes another model.
+        watched: the training is a part of what is studied: where somebody attends, it is made before their eyes even if
+            a file is there, and not kept, for they may have changed it.
     """
+    if watched and is_attended():
+        with torch.random.fork_rng(devices=[]):
+            model = build()
+            teach(model)
+        return model.eval()
     path = cached_path(name, recipe, code)
-    with _one_at_a_time(path), torch.random.fork_rng(devices=[]):
+    with _one_at_a_time(path), torch.random.fork_rng(devices=[]), attended(nobody):
         model = build()
         if (found := cache.read(path)) is not None:
             model.load_state_dict(found[0])

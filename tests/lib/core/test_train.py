@@ -1,6 +1,7 @@
 """The training loop: schedule, optimizer groups, hooks, determinism, resuming in memory."""
 
 import math
+from contextlib import contextmanager
 from itertools import islice
 
 import pytest
@@ -16,7 +17,18 @@ from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import LanguageModelling
-from workbench.lib.core.train import Hook, State, TrainConfig, make_optimizer, step_seed, steps, train
+from workbench.lib.core.train import (
+    Hook,
+    State,
+    TrainConfig,
+    attended,
+    is_attended,
+    make_optimizer,
+    nobody,
+    step_seed,
+    steps,
+    train,
+)
 from workbench.lib.data.types import TextDomains
 
 
@@ -270,3 +282,58 @@ def test_a_training_that_is_stopped_at_once_changes_nothing(task):
     untouched = weights_digest(model())
     state = train(model(), task, TrainConfig(steps=5, batch_size=2), [Refuse()])
     assert state.step == 0 and weights_digest(state.model) == untouched
+
+
+def test_an_attended_training_has_further_hooks_after_its_own_from_its_first_step_to_its_last(task):
+    order, seen = [], []
+
+    class Note(Hook):
+        def __init__(self, name: str):
+            self.name = name
+
+        def after_step(self, state: State) -> None:
+            order.append(self.name)
+
+    @contextmanager
+    def attend(state: State):
+        seen.append(("enters", state.step))
+        try:
+            yield [Note("attendant's")]
+        finally:
+            seen.append(("leaves", state.step))
+
+    plain = train(model(), task, TrainConfig(steps=2, batch_size=2))
+    with attended(attend):
+        assert is_attended()
+        state = train(model(), task, TrainConfig(steps=2, batch_size=2), [Note("own")])
+        with attended(nobody):
+            assert not is_attended()
+            train(model(), task, TrainConfig(steps=2, batch_size=2))
+    train(model(), task, TrainConfig(steps=2, batch_size=2))
+    assert not is_attended() and seen == [("enters", 0), ("leaves", 2)]
+    assert order == ["own", "attendant's"] * 2
+    assert weights_digest(state.model) == weights_digest(plain.model)
+
+
+def test_an_attendant_may_put_a_training_where_an_earlier_one_stood_and_end_what_called_for_it(task):
+    config = TrainConfig(steps=6, batch_size=2)
+    whole = train(model(), task, config)
+    made = steps(model(), task, config)
+    begun = list(islice(made, 3))[-1]
+
+    class Over(BaseException):
+        pass
+
+    @contextmanager
+    def attend(state: State):
+        state.model.load_state_dict(begun.model.state_dict())
+        state.optimizer.load_state_dict(begun.optimizer.state_dict())
+        state.step = begun.step
+        yield ()
+        assert state.step == 6
+        raise Over
+
+    again = model()
+    with pytest.raises(Over), attended(attend):
+        train(again, task, config)
+    assert not is_attended() and weights_digest(again) == weights_digest(whole.model)

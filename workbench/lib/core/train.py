@@ -6,7 +6,9 @@ gives the same numbers, and a run resumed at step s continues as if it had never
 
 import math
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,6 +107,38 @@ class Hook:
         """`state.metrics` are new."""
 
 
+Attend = Callable[[State], AbstractContextManager[Iterable[Hook]]]
+"""What goes on around a training: entered before its first step, with hooks for it, and left after its last.
+
+It may put `state.model`, `state.optimizer` and `state.step` where an earlier training stood."""
+
+
+def nobody(state: State) -> AbstractContextManager[Iterable[Hook]]:
+    """Attends no training: the `Attend` where there is no other."""
+    return nullcontext(())
+
+
+_attend: ContextVar[Attend] = ContextVar("attend", default=nobody)
+
+
+@contextmanager
+def attended(attend: Attend) -> Iterator[None]:
+    """Every training that begins inside is attended, whoever calls for it: a whole study, recorded and controlled.
+
+    The hooks come after those of the training itself. An `attended` inside another takes its place.
+    """
+    token = _attend.set(attend)
+    try:
+        yield
+    finally:
+        _attend.reset(token)
+
+
+def is_attended() -> bool:
+    """Whether somebody attends the trainings that begin here."""
+    return _attend.get() is not nobody
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only. Parameters of one or no dimension and embeddings are not decayed."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -144,16 +178,21 @@ def steps(
 
     Seeds torch's global generator at each step (see the module's docstring), so trainings do not disturb each other.
     """
-    hooks = tuple(hooks)
-    optimizer = optimizer or make_optimizer(model, config)
-    state = State(model, task, optimizer, config, step=start)
+    state = State(model, task, optimizer or make_optimizer(model, config), config, step=start)
+    with _attend.get()(state) as further:
+        yield from _steps(state, (*hooks, *further))
+    return state
+
+
+def _steps(state: State, hooks: tuple[Hook, ...]) -> Iterator[State]:
+    model, task, optimizer, config = state.model, state.task, state.optimizer, state.config
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
-    for step in range(start, config.steps):
+    for step in range(state.step, config.steps):
         for hook in hooks:
             hook.before_step(state)
         if state.stop:
-            break
+            return
         began = time.perf_counter()
         seed = step_seed(config.seed, step)
         torch.manual_seed(seed)
@@ -181,8 +220,7 @@ def steps(
         state.step = step + 1
         yield state
         if state.stop:
-            break
-    return state
+            return
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
