@@ -29,7 +29,7 @@ def loss_curve(
     learned nothing, drawn where it lies on the axis.
     """
     colours = theme_named(theme)
-    figure = blank(theme, title, f"{unit}, lower is better · dots = validation", x="step", y=unit)
+    figure = blank(theme, title, f"{unit}, lower is better{' · dots = validation' if valid else ''}", x="step", y=unit)
     steps, train = np.asarray(steps), np.asarray(train, dtype=np.float64)
     hover = f"step %{{x}}<br><b>%{{y:.3f}}</b> {unit}<extra></extra>"
     figure.add_trace(

@@ -24,7 +24,7 @@ from workbench.errors import InputError, unknown
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.task import Task
 from workbench.live.probes import find
-from workbench.live.probes.conflict import ConflictProbe
+from workbench.live.probes.conflict import ConflictProbe, undisturbed
 from workbench.live.probes.routing import RoutingProbe
 from workbench.live.probes.spectra import SpectrumProbe
 from workbench.live.provenance import revision, versions
@@ -124,10 +124,12 @@ def _folder(run: str | Path | None) -> Path:
 def describe(model: nn.Module, task: Task | None = None) -> dict[str, Any]:
     """The entry "model" of a run's meta; active parameters and operations are for the caller to add."""
     found = find.blocks(model)
+    matrices = find.matrices(model, found)
     return {
         "layers": [{"name": block.name, "n_experts": block.n_experts, "top_k": block.top_k} for block in found],
         "groups": {name: find.size(group) for name, group in find.groups(model, found).items()},
-        "matrices": {matrix.name: list(matrix.shape) for matrix in find.matrices(model, found)},
+        "matrices": {matrix.name: list(matrix.shape) for matrix in matrices},
+        "low_rank": [matrix.name for matrix in matrices if isinstance(matrix, find.LowRank)],
         "domains": list(task.domains) if task else [],
         "vocabulary": "bytes" if getattr(task, "vocab", None) == 256 else None,
         "parameters": count_params(model),
@@ -215,6 +217,14 @@ class Watch:
         self._record(at, scalars, self.routing.take_evaluation())
         if step is None:
             self.writer.commit(at)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate the model on a batch of each domain, leaving no trace in it, and record that for `step`."""
+        began = time.perf_counter()
+        with undisturbed(self.model):
+            metrics = self.task.evaluate(self.model, max_batches=1)
+        self.evaluation(metrics, step)
+        self.routing.evaluation_seconds += time.perf_counter() - began
 
     def state(self) -> dict[str, Tensor]:
         """What was counted for records still to come: with it a checkpoint continues the run exactly."""

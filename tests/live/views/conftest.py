@@ -54,3 +54,11 @@ def growing(tmp_path: Path) -> Iterator[Growing]:
     run = Growing(tmp_path / "growing")
     yield run
     run.writer.close()
+
+
+@pytest.fixture
+def another(tmp_path: Path) -> Iterator[Growing]:
+    """A second run that is being written."""
+    run = Growing(tmp_path / "another")
+    yield run
+    run.writer.close()

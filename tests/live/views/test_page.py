@@ -4,6 +4,7 @@ import pytest
 
 from tests.live.synthetic import write_synthetic_run
 from workbench.live.control import Controller
+from workbench.live.store import RunWriter
 from workbench.live.views import VIEWS, ConflictView, Overview, Workbench
 from workbench.live.views.bar import SelectionBar
 from workbench.live.views.readings import Readings
@@ -198,3 +199,56 @@ def test_controls_of_a_run_that_nobody_trains_are_off(run):
     assert "has finished" in controls.answer.object
     controls.send("pause")
     assert "bad" in controls.answer.object
+
+
+def test_two_runs_are_controlled_together_or_one_of_them(growing, another):
+    growing.grow(1)
+    another.grow(1)
+    selection = Selection()
+    selection.choose(growing.run, another.run)
+    controls = TrainerControls(selection)
+    controllers = [Controller(run.writer) for run in (growing, another)]
+    assert controls.target.visible and controls.target.options == ["both runs", "growing", "another"]
+    controls.send("pause")
+    for controller in controllers:
+        controller.poll(1)
+    controls.poll()
+    assert [controller.controls.paused for controller in controllers] == [True, True]
+    assert controls.answer.object == '<span class="good">✓ pause applied at step 1</span>'
+    controls.target.value = "another"
+    controls.send("continue")
+    for controller in controllers:
+        controller.poll(1)
+    assert [controller.controls.paused for controller in controllers] == [True, False]
+    controls.target.value = "both runs"
+    growing.writer.status("stopped")
+    selection.poll()
+    controls.send("balance", 0.5)  # of the one that is left
+    controllers[1].poll(2)
+    controls.poll()
+    assert "balance = 0.5 applied at step 2" in controls.answer.object and len(growing.run.answers()) == 1
+
+
+def test_an_answer_that_differs_between_two_runs_says_whose_it_is(growing, another):
+    selection = Selection()
+    selection.choose(growing.run, another.run)
+    controls = TrainerControls(selection)
+    controls.send("balance", 0.5)
+    Controller(another.writer).poll(7)
+    controls.poll()
+    first, other = controls.answer.object.split("<br>")
+    assert "<b>growing</b>" in first and "waiting" in first and "<b>another</b>" in other and "step 7" in other
+
+
+def test_an_arm_of_a_study_is_named_on_the_page(tmp_path):
+    for arm in ("ours", "theirs"):
+        recipe = {"study": "mixlora", "arm": arm, "preset": "small", "seed": 3}
+        write_synthetic_run(tmp_path / arm, 5, n_layers=2)
+        with RunWriter.open(tmp_path / arm) as writer:
+            writer.set_meta("recipe", recipe)
+    page = Workbench(tmp_path / "ours", tmp_path / "theirs", root=tmp_path)
+    assert "mixlora: ours (small, seed 3)" in page.status.object
+    titles = [figure.layout.title.text for figure in page.views["Overview"].cards["load"].figures]
+    assert [title.split("·")[-1].split("<")[0].strip() for title in titles] == ["ours", "theirs"]
+    alone = Workbench(tmp_path / "ours", root=tmp_path)
+    assert "mixlora: ours (small, seed 3)" in alone.status.object

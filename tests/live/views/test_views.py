@@ -4,7 +4,9 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
+from torch import nn
 
+from workbench.lib.core.adapt import adapt
 from workbench.lib.measures.coactivation import coactivation
 from workbench.lib.measures.conflict import conflict_stats
 from workbench.lib.measures.routing import load_stats, routing_information
@@ -12,8 +14,10 @@ from workbench.lib.measures.spectra import effective_rank
 from workbench.lib.measures.transition import transition_lift
 from workbench.live.store import Run, RunWriter
 from workbench.live.views import VIEWS, CoactivationView, ConflictView, ImbalanceView, LossView, Overview, SpectraView
-from workbench.live.views.readings import Nothing
+from workbench.live.views.readings import Nothing, Readings, counterpart
 from workbench.live.views.selection import Selection
+from workbench.live.views.spectra import history
+from workbench.live.watch import watch
 
 
 def figure(view, card: str, which: int = 0) -> go.Figure:
@@ -375,3 +379,30 @@ def test_a_metric_that_is_no_loss_keeps_its_own_plot(tmp_path):
     view = LossView(tmp_path / "digits")
     assert [trace.name for trace in figure(view, "loss").data if trace.name] == ["train"]
     assert figure(view, "valid").layout.yaxis.title.text == "share correct"
+
+
+def test_a_run_without_the_chosen_part_shows_its_counterpart():
+    known = ["blocks.0.attention", "blocks.0.ffn.gate_up", "blocks.1.ffn.gate_up"]
+    assert counterpart("blocks.1.ffn.gate_up", known) == "blocks.1.ffn.gate_up"
+    assert counterpart("blocks.1.ffn.router", known) == "blocks.1.ffn.gate_up"
+    assert counterpart("blocks.0.attention.q", known) == "blocks.0.attention"
+    assert counterpart("head", known) == "blocks.0.attention"
+    assert counterpart("head", []) == "head" and counterpart(None, known) is None
+
+
+def test_the_rank_of_a_product_of_two_factors_is_known_from_the_values_there_are(tmp_path):
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(nn.Linear(12, 10), nn.ReLU()), "lora", "*", rank=3).model
+    with watch(model, tmp_path / "run", cadence={"structure": 1}) as watched:
+        for p in model.parameters():
+            if p.requires_grad:
+                nn.init.normal_(p)
+        watched.step()
+    readings = Readings(Run(tmp_path / "run"))
+    (name,) = readings.model["low_rank"]
+    data = history(readings, name)
+    layer = model[0]
+    full = torch.linalg.svdvals(layer.fixed_update().detach().double())
+    (_, ranks) = data.measure("effective_rank")["weight"]
+    assert data.series["weight"][1].shape == (1, 3)
+    assert ranks[0] == pytest.approx(float(effective_rank(full)) / 10, rel=1e-5)

@@ -30,14 +30,14 @@ def layer_select(selection: Selection) -> pn.widgets.Select:
     select = widget(pn.widgets.Select, 250, label="Layer", options={"–": 0})
 
     def follow(*_) -> None:
-        layers = selection.run.layers if selection.run else []
+        layers = next((run.layers for run in selection.shown if run.layers), [])
         if layers:
             names = short_names([layer.name for layer in layers])
             options = {f"{name} ({layers[i].n_experts} experts)": i for i, name in enumerate(names)}
             select.param.update(options=options, value=min(selection.layer, len(layers) - 1))
 
     select.param.watch(lambda event: selection.param.update(layer=event.new), "value")
-    selection.param.watch(follow, ["run", "layer"])
+    selection.param.watch(follow, ["run", "compare", "layer"])
     follow()
     return select
 

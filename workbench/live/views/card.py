@@ -10,6 +10,8 @@ from workbench.live.views import style
 from workbench.live.views.plot import Plot
 from workbench.live.views.readings import Nothing
 
+NARROW = 260  # pixels, of what says why there is nothing beside another run's plot
+
 
 class Card(pn.viewable.Viewer):
     """One plot with its explanation. ``show`` fills it: a figure, HTML, or ``Nothing`` for each run on show.
@@ -23,6 +25,7 @@ class Card(pn.viewable.Viewer):
         self.title, self.span, self.height, self.on_click = title, span, height, on_click
         self.contents: list[go.Figure | str | Nothing] = []
         self._key: object = None
+        self._slot_kinds: list[type] = []
         self._slots = pn.Row(sizing_mode="stretch_width", height=height, margin=0)
         text = f"<details><summary>How to read this</summary><p>{how}</p></details>"
         self._how = pn.pane.HTML(text, stylesheets=[style.TEXT], sizing_mode="stretch_width", margin=0)
@@ -42,9 +45,11 @@ class Card(pn.viewable.Viewer):
         span = {"grid-column": f"span {12 if wide else self.span}"}
         if self._column.styles != span:
             self._column.param.update(styles=span, css_classes=["wide"] if wide else [])
-        kinds = [Plot if isinstance(content, go.Figure) else pn.pane.HTML for content in contents]
-        if [type(pane) for pane in self._slots] != kinds:
-            self._slots.objects = [self._pane(content, step) for content in contents]
+        kinds = [type(content) for content in contents]
+        if kinds != self._slot_kinds:
+            self._slot_kinds = kinds
+            beside = wide and any(not isinstance(content, Nothing) for content in contents)
+            self._slots.objects = [self._pane(content, step, beside) for content in contents]
             return
         for pane, content in zip(self._slots, contents, strict=True):
             if isinstance(content, go.Figure):
@@ -69,8 +74,10 @@ class Card(pn.viewable.Viewer):
         """Whether the browser has drawn what was shown last."""
         return all(pane.settled for pane in self._slots if isinstance(pane, Plot))
 
-    def _pane(self, content: go.Figure | str | Nothing, step: int | None) -> pn.viewable.Viewable:
+    def _pane(self, content: go.Figure | str | Nothing, step: int | None, beside: bool) -> pn.viewable.Viewable:
         size = {"sizing_mode": "stretch_width", "height": self.height, "margin": 0}
+        if beside and isinstance(content, Nothing):
+            size |= {"max_width": NARROW}
         if isinstance(content, go.Figure):
             return Plot(content, step, self.on_click, **size)
         return pn.pane.HTML(self._html(content), stylesheets=[style.TEXT], **size)

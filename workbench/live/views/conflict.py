@@ -11,7 +11,7 @@ from workbench.lib.measures.conflict import ConflictStats, conflict_stats
 from workbench.live.records import CONFLICT
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
-from workbench.live.views.readings import Nothing, Readings, present, stamped
+from workbench.live.views.readings import Nothing, Readings, counterpart, present, stamped
 from workbench.live.views.view import View
 
 KINDS = {"raw cosine": "raw", "noise-corrected": "noise-corrected"}
@@ -89,30 +89,27 @@ class ConflictView(View):
         self.put("cosine", lambda: self.each(found, self._cosine), here, kind, group)
         self.put("self", lambda: self.each(found, self._self), here, group)
 
-    def _of_group(self, data: Conflicts) -> ConflictStats:
-        if self.group.value not in data.gramians:
-            raise Nothing(f"this run records no gradients of group {self.group.value}")
-        return data.stats(self.group.value)
-
     def _cosine(self, run: Readings, data: Conflicts):
-        stats = self._of_group(data)
+        group = counterpart(self.group.value, data.gramians)
+        stats = data.stats(group)
         matrix = stats.cosine if self.kind.value == "raw" else stats.corrected
         return figures.cosine_matrix(
             matrix[data.row(self.selection.step)].numpy(),
             run.domains,
             band=stats.band,
-            title=f"Gradient cosine, {self.group.value}{self.suffix(run)}",
+            title=f"Gradient cosine, {group}{self.suffix(run)}",
             kind=self.kind.value,
             theme=self.selection.theme,
         )
 
     def _self(self, run: Readings, data: Conflicts):
-        stats = self._of_group(data)
+        group = counterpart(self.group.value, data.gramians)
+        stats = data.stats(group)
         return figures.self_cosines(
             stats.self_cosine[data.row(self.selection.step)].numpy(),
             run.domains,
             band=stats.band,
-            title=f"Is there a signal?{self.suffix(run)}",
+            title=f"Is there a signal in {group}?{self.suffix(run)}",
             theme=self.selection.theme,
         )
 
@@ -129,8 +126,8 @@ class ConflictView(View):
                 data.steps,
                 lines(data),
                 measure=measure,
-                band=self._of_group(data).band,
-                selected=self.group.value,
+                band=data.stats(counterpart(self.group.value, data.gramians)).band,
+                selected=counterpart(self.group.value, data.gramians),
                 limits=(float(np.nanmin(values)) - 0.05, float(np.nanmax(values)) + 0.05),
                 title=f"{title}{self.suffix(run)}",
                 **self.look,
@@ -173,7 +170,7 @@ def group_contents(view: View, found: list, kind: str, selected: str | None) -> 
             [f"{run.domains[i]} – {run.domains[j]}" for i, j in zip(*upper, strict=True)],
             title=f"Gradient conflict by group{view.suffix(run)}",
             kind=kind,
-            selected=groups.index(selected) if selected in groups else None,
+            selected=None if selected is None else groups.index(counterpart(selected, groups)),
             theme=view.selection.theme,
         )
 

@@ -63,6 +63,8 @@ def support(run: Readings) -> tuple[np.ndarray, np.ndarray]:
 
 def domain_information(run: Readings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(steps (S,), information (L, S), its shuffled baseline (L, S)) of expert about domain, as shares of H(domain)."""
+    if len(run.domains) < 2:  # H is 0
+        raise Nothing("what a choice says of the domain needs at least two; this run has one")
     series = [run.tensors(LOAD_BY_DOMAIN.name(layer.name)) for layer in run.moe_layers()]
     rows = min(len(steps) for steps, _ in series)
     found = [

@@ -76,7 +76,7 @@ class LossView(View):
     def _valid(self) -> list:
         def read(run: Readings) -> Validation:
             curves, unit = validation(run)
-            domains = {name: curve for name, curve in curves.items() if name != "all"}
+            domains = {name: curve for name, curve in curves.items() if name != "all"} or curves
             if not domains:
                 raise Nothing("no evaluation yet" if run.status.live else "this run was never evaluated")
             return Validation(domains, unit)
@@ -155,7 +155,7 @@ def losses(run: Readings) -> Losses:
     unit, per_nat = _unit(run)
     found = validation(run)
     valid = {"all": found.curves["all"]} if found.unit == unit and "all" in found.curves else {}
-    events = [(event.step, event.text) for event in run.events("control")]
+    events = [(event.step, event.text) for kind in ("control", "phase") for event in run.events(kind)]
     return Losses(steps, train * per_nat, valid, events, unit, UNIFORM.get(unit))
 
 
@@ -177,4 +177,6 @@ def validation(run: Readings) -> Validation:
 
 def _unit(run: Readings) -> tuple[str, float]:
     """The unit a loss is shown in, and how many of it make a nat."""
-    return ("bits/byte", 1 / log(2)) if run.model.get("vocabulary") == "bytes" else ("nats/token", 1.0)
+    if run.model.get("vocabulary") == "bytes":
+        return "bits/byte", 1 / log(2)
+    return "nats/token" if run.arm is None else "task loss", 1.0  # tasks of studies are of many kinds

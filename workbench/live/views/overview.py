@@ -52,6 +52,8 @@ class Overview(View):
         matrices = run.model.get("matrices") or {}
         if not matrices:
             raise Nothing("this run records no spectra")
+        if not run.layers:
+            return spectra.history(run, next(iter(matrices)))
         return spectra.history(run, _of_block(matrices, run.layer(self.selection.layer).name))
 
 

@@ -1,7 +1,8 @@
 """A run as the views read it: series thinned to what a screen can show and followed as they grow."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -95,6 +96,19 @@ class Readings:
     def model(self) -> dict:
         """The part of meta that describes the model."""
         return self.meta.get("model") or {}
+
+    @property
+    def arm(self) -> str | None:
+        """The arm of a study that this run is the training of; None of any other run."""
+        return (self.meta.get("recipe") or {}).get("arm")
+
+    @property
+    def about(self) -> str:
+        """What the run is: its study, arm, preset and seed, or its name."""
+        recipe = self.meta.get("recipe") or {}
+        if self.arm is None:
+            return self.name
+        return f"{recipe['study']}: {self.arm} ({recipe['preset']}, seed {recipe['seed']})"
 
     @property
     def layers(self) -> list[Layer]:
@@ -191,6 +205,8 @@ class Readings:
             return Nothing("this run does not record it" if every == 0 else "this run holds no record of it")
         if every is None:
             return Nothing("nothing is recorded yet")
+        if self.last_step >= every:  # it was due, and did not come: a layer that tells no tokens or domains
+            return Nothing("this run has no record of it so far")
         due = "with the first step" if self.last_step < 0 else f"within {every} steps"
         return Nothing(f"nothing is recorded yet: the first record is due {due}, then every {every} steps")
 
@@ -213,6 +229,20 @@ class Readings:
             return question()
         except InputError as error:
             raise Nothing(str(error)) from error
+
+
+def counterpart(name: str | None, known: Iterable[str]) -> str | None:
+    """``name`` where it is known; else the first known name of the same part of a model, or the first of all."""
+    names = list(known)
+    if name is None or name in names or not names:
+        return name
+    parts = name.split(".")
+
+    def shared(other: str) -> int:
+        pairs = zip(parts, other.split("."), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    return max(names, key=shared)
 
 
 def attempt(read: Callable[[Readings], T], shown: Sequence[Readings]) -> list[T | Nothing]:

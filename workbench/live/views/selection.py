@@ -36,6 +36,11 @@ class Selection(param.Parameterized):
         """The last step of the runs on show; -1 where there is none."""
         return max((readings.last_step for readings in self.shown), default=-1)
 
+    def short_name(self, run: Readings) -> str:
+        """A run's arm where that tells those on show apart, or else its name."""
+        arms = {shown.arm for shown in self.shown}
+        return run.arm if None not in arms and len(arms) == len(self.shown) else run.name
+
     def poll(self) -> None:
         """Look at the runs again, unless what was drawn last is still under way; redraws if there is anything new."""
         if self.settled() and any([readings.poll() for readings in self.shown]):  # a list: each of them is polled

@@ -15,7 +15,7 @@ from workbench.lib.measures.spectra import SpectrumResult, measures
 from workbench.live.records import SPECTRUM
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
-from workbench.live.views.readings import Nothing, Readings, present, stamped
+from workbench.live.views.readings import Nothing, Readings, counterpart, present, stamped
 from workbench.live.views.view import View
 
 HOW = {
@@ -47,11 +47,15 @@ ROWS = {
 
 
 class History(NamedTuple):
-    """Records of one matrix: for each of weight, update, gradient (steps (S,), values (S, k)), and the shape (o, i)."""
+    """Records of one matrix: for each of weight, update, gradient (steps (S,), values (S, k)), and the shape (o, i).
+
+    Of a product of two factors the values are all there are, the others being 0 (``low_rank``).
+    """
 
     name: str
     series: dict[str, tuple[np.ndarray, np.ndarray]]
     shape: tuple[int, int]
+    low_rank: bool
 
     @property
     def n(self) -> int:
@@ -78,9 +82,16 @@ class History(NamedTuple):
         """One measure over time of each object; ranks as shares of n."""
         scale = 1 if name in ("rms_operator_norm", "spectral_norm") else self.n
         return {
-            kind: (steps, measures(_result(values, self.n), self.shape)[name].numpy() / scale)
+            kind: (steps, measures(self.result(values), self.shape)[name].numpy() / scale)
             for kind, (steps, values) in self.series.items()
         }
+
+    def result(self, values: np.ndarray) -> SpectrumResult:
+        """Recorded values (..., k) as a spectrum; what was left out of a partial one is not known."""
+        tensor = torch.as_tensor(values).double()
+        whole = self.low_rank or tensor.shape[-1] == self.n
+        tail = torch.full(tensor.shape[:-1], 0.0 if whole else torch.nan, dtype=torch.float64)
+        return SpectrumResult(tensor, tail, whole, "qr" if self.low_rank else "gram" if whole else "rsvd")
 
 
 class SpectraView(View):
@@ -105,7 +116,7 @@ class SpectraView(View):
         if known and self.matrix.options != known:
             kept = self.matrix.value if self.matrix.value in known else known[0]
             self.matrix.param.update(options=known, value=kept)
-        found = self.read(lambda run: history(run, self.matrix.value))
+        found = self.read(lambda run: history(run, counterpart(self.matrix.value, run.model.get("matrices") or {})))
         stamps = stamped(found, lambda data: data.newest)
         for rank in ("effective_rank", "stable_rank"):
             self.put(rank, lambda rank=rank: rank_contents(self, found, rank), stamps, self.matrix.value)
@@ -129,7 +140,7 @@ class SpectraView(View):
                 n=data.n,
                 null=_null_curve(data.shape),
                 first=data.series["weight"][1][0] if "weight" in data.series else None,
-                title=f"Singular spectrum, {self.matrix.value} {data.shape[0]} × {data.shape[1]}{self.suffix(run)}",
+                title=f"Singular spectrum, {data.name} {data.shape[0]} × {data.shape[1]}{self.suffix(run)}",
                 floor=floor,
                 theme=self.selection.theme,
             )
@@ -157,7 +168,7 @@ class SpectraView(View):
 
     def _numbers(self, run: Readings, data: History) -> str:
         spectra = data.at(self.selection.step)
-        values = {kind: measures(_result(sigma, data.n), data.shape) for kind, sigma in spectra.items()}
+        values = {kind: measures(data.result(sigma), data.shape) for kind, sigma in spectra.items()}
         null = null_measures(data.shape)
         rows = []
         for name, (label, share) in ROWS.items():
@@ -172,7 +183,7 @@ class SpectraView(View):
         heads = "".join(f"<th>{kind}</th>" for kind in spectra)
         title = f"Measures at this step{self.suffix(run)}"
         return (
-            f"<table><caption>{escape(title)}<small>{escape(self.matrix.value)}, n = {data.n}</small></caption>"
+            f"<table><caption>{escape(title)}<small>{escape(data.name)}, n = {data.n}</small></caption>"
             f"<tr><th></th>{heads}<th>random</th></tr>{body}</table>"
         )
 
@@ -198,7 +209,7 @@ def history(run: Readings, matrix: str | None) -> History:
             series[kind] = run.tensors(SPECTRUM.name(kind, matrix))
     if not series:
         run.tensors(SPECTRUM.name("weight", matrix))  # raises the Nothing that says when one is due
-    return History(matrix, series, tuple(shapes[matrix]))
+    return History(matrix, series, tuple(shapes[matrix]), matrix in (run.model.get("low_rank") or ()))
 
 
 def rank_contents(view: View, found: list, measure: str) -> list:
@@ -225,14 +236,6 @@ def rank_contents(view: View, found: list, measure: str) -> list:
             **view.look,
         ),
     )
-
-
-def _result(values: np.ndarray, n: int) -> SpectrumResult:
-    """Recorded values (..., k) as a spectrum; what was left out of a partial one is not known."""
-    tensor = torch.as_tensor(values).double()
-    exact = tensor.shape[-1] == n
-    tail = torch.full(tensor.shape[:-1], 0.0 if exact else torch.nan, dtype=torch.float64)
-    return SpectrumResult(tensor, tail, exact, "gram" if exact else "rsvd")
 
 
 @lru_cache(maxsize=64)

@@ -13,11 +13,11 @@ WINDOW = 100  # steps
 def status_line(readings: Readings, named: bool = False) -> str:
     """HTML: state as a coloured chip, step of total, steps a second, share of the step time that probes take.
 
-    ``named`` puts the name of the run before it.
+    ``named`` puts the name of the run before it, or what it is; that of the arm of a study is always there.
     """
     state, message = readings.status
     total = readings.meta.get("total_steps")
-    parts = [f"<b>{escape(readings.name)}</b>"] if named else []
+    parts = [f'<b title="{escape(readings.name)}">{escape(readings.about)}</b>'] if named or readings.arm else []
     parts.append(f'<span class="chip {state}" title="{escape(message)}">{state}</span>')
     if readings.last_step >= 0:
         of = f" of {total:,}" if total else ""

@@ -7,7 +7,7 @@ import panel as pn
 from workbench.errors import InputError
 from workbench.live.views import style
 from workbench.live.views.bar import text, widget
-from workbench.live.views.readings import Nothing
+from workbench.live.views.readings import Nothing, Readings
 from workbench.live.views.selection import Selection
 
 BUTTONS = {"pause": "❚❚ Pause", "continue": "▶ Continue", "step": "❚▶ Step", "stop": "■ Stop"}
@@ -15,8 +15,11 @@ SETTINGS = {"learning_rate": "Learning rate", "balance": "Balance coefficient", 
 SHOWN = {"failed": "has failed", "died": "died", "finished": "has finished", "stopped": "was stopped"}
 
 
+BOTH = "both runs"
+
+
 class TrainerControls(pn.viewable.Viewer):
-    """Sends commands to the trainer of the selected run and shows what became of the last one.
+    """Sends commands to the trainer of the selected run, or of both on show, and shows what became of the last one.
 
     Disabled for a run that nobody trains. A value is sent with Enter.
     """
@@ -29,9 +32,11 @@ class TrainerControls(pn.viewable.Viewer):
             name: widget(pn.widgets.TextInput, width, label=label)
             for (name, label), width in zip(SETTINGS.items(), (166, 190, 100), strict=True)
         }
+        self.target = widget(pn.widgets.Select, 190, label="Control", options=[BOTH], visible=False)
         self.answer = text(min_width=280)
-        self._sent: tuple[str, int] | None = None  # run and id of the command whose answer is awaited
+        self._sent: dict[Readings, int | str] = {}  # id of the command whose answer is awaited, or why it was refused
         self._row = pn.Row(
+            self.target,
             *self.buttons.values(),
             *self.settings.values(),
             self.answer,
@@ -43,43 +48,57 @@ class TrainerControls(pn.viewable.Viewer):
             button.on_click(lambda _, name=name: self.send(name))
         for name, setting in self.settings.items():
             setting.param.watch(lambda event, name=name: self._entered(name), "enter_pressed")  # not on leaving it
-        selection.param.watch(lambda *_: self.follow(), ["run", "news"])
+        self.target.param.watch(lambda _: self.follow(), "value")
+        selection.param.watch(lambda *_: self.follow(), ["run", "compare", "news"])
         self.follow()
 
+    @property
+    def controlled(self) -> list[Readings]:
+        """The runs that a command goes to: of those on show that are being trained, the chosen one or both."""
+        trained = [run for run in self.selection.shown if run.status.live and run.meta.get("kind") != "watch"]
+        return [run for run in trained if self.target.value in (BOTH, self.selection.short_name(run))]
+
     def follow(self) -> None:
-        """Show what the run's state allows, and the answer to the last command."""
-        run = self.selection.run
-        state = run.status.state if run else None
-        live = run is not None and run.status.live and run.meta.get("kind") != "watch"
+        """Show what the runs' states allow, and the answers to the last command."""
+        self._offer_targets()
+        runs, run = self.controlled, self.selection.run
+        states = {run.status.state for run in runs}
         for part in (*self.buttons.values(), *self.settings.values()):
-            part.disabled = not live
-        self.buttons["pause"].disabled = not live or state == "paused"
-        self.buttons["continue"].disabled = not live or state == "running"
-        if self._sent and run and self._sent[0] == run.name:
-            self._show_answer()
+            part.disabled = not runs
+        self.buttons["pause"].disabled = not states - {"paused"}
+        self.buttons["continue"].disabled = not states - {"running"}
+        if self._sent and set(self._sent) <= set(self.selection.shown):
+            self._show_answers()
+        elif runs:
+            self.answer.object = '<span class="muted">type a value and press Enter</span>'
         elif run is None:
             self.answer.object = '<span class="muted">no run to control</span>'
-        elif run.meta.get("kind") == "watch" and run.status.live:
+        elif run.status.live:
             self.answer.object = '<span class="muted">a watched model: its own program is in control</span>'
-        elif not live:
-            self.answer.object = f'<span class="muted">run {SHOWN.get(state, state)}: nothing to control</span>'
         else:
-            self.answer.object = '<span class="muted">type a value and press Enter</span>'
+            state = run.status.state
+            self.answer.object = f'<span class="muted">run {SHOWN.get(state, state)}: nothing to control</span>'
+
+    def _offer_targets(self) -> None:
+        names = [self.selection.short_name(run) for run in self.selection.shown]
+        options = [BOTH, *names] if len(names) > 1 else [BOTH]
+        if self.target.options != options:
+            self.target.param.update(options=options, value=BOTH, visible=len(names) > 1)
 
     def send(self, name: str, value: float | str | None = None) -> None:
         """Send a command; an error is shown in red, never raised."""
-        run = self.selection.run
-        try:
-            self._sent = (run.name, run.run.send(name, value))
-            self._show_answer()
-        except InputError as error:
-            self._sent = None
-            self.answer.object = f'<span class="bad">{escape(str(error))}</span>'
+        self._sent = {}
+        for run in self.controlled or [self.selection.run]:
+            try:
+                self._sent[run] = run.run.send(name, value)
+            except InputError as error:
+                self._sent[run] = str(error)
+        self._show_answers()
 
     def poll(self) -> None:
-        """Look for the awaited answer."""
+        """Look for the awaited answers."""
         if self._sent:
-            self._show_answer()
+            self._show_answers()
 
     def _entered(self, name: str) -> None:
         typed = self.settings[name].value_input.strip()
@@ -89,20 +108,30 @@ class TrainerControls(pn.viewable.Viewer):
             value = typed  # refused by the rule of the command, in its words
         self.send(name, value)
 
-    def _show_answer(self) -> None:
-        run, id_ = self.selection.run, self._sent[1]
+    def _show_answers(self) -> None:
+        found = {run: self._answer(run, sent) for run, sent in self._sent.items()}
+        if len(set(found.values())) == 1:  # one run, or both alike
+            lines = [next(iter(found.values()))]
+        else:
+            lines = [line and f"<b>{escape(self.selection.short_name(run))}</b> {line}" for run, line in found.items()]
+        if any(lines):
+            self.answer.object = "<br>".join(filter(None, lines))
+
+    def _answer(self, run: Readings, sent: int | str) -> str:
+        """What became of a command, "" where that cannot be read."""
+        if isinstance(sent, str):
+            return f'<span class="bad">{escape(sent)}</span>'
         try:
-            answer = next(answer for answer in reversed(run.run.answers()) if answer.id == id_)
+            answer = next(answer for answer in reversed(run.run.answers()) if answer.id == sent)
         except (InputError, Nothing, StopIteration):
-            return
+            return ""
         value = "" if answer.value is None else f" = {answer.value:g}"
         what = escape(answer.name.replace("_", " ") + value)
         if answer.error:
-            self.answer.object = f'<span class="bad">{what}: {escape(answer.error)}</span>'
-        elif answer.step is None:
-            self.answer.object = f'<span class="muted">{what}: sent, waiting for the trainer …</span>'
-        else:
-            self.answer.object = f'<span class="good">✓ {what} applied at step {answer.step:,}</span>'
+            return f'<span class="bad">{what}: {escape(answer.error)}</span>'
+        if answer.step is None:
+            return f'<span class="muted">{what}: sent, waiting for the trainer …</span>'
+        return f'<span class="good">✓ {what} applied at step {answer.step:,}</span>'
 
     def __panel__(self):
         return self._row

@@ -120,8 +120,8 @@ class View(pn.viewable.Viewer):
         return contents
 
     def suffix(self, run: Readings) -> str:
-        """What names the run in a title where two are shown."""
-        return f" · {run.name}" if self.selection.compare is not None else ""
+        """What names the run in a title where two are shown: its arm where that tells them apart, or its name."""
+        return f" · {self.selection.short_name(run)}" if self.selection.compare is not None else ""
 
     def read(self, read: Callable[[Readings], T]) -> list[T | Nothing]:
         """``read`` for every run on show; see ``attempt``."""
