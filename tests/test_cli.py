@@ -14,6 +14,7 @@ from tests.live.synthetic import synthetic_meta, write_synthetic_run
 from workbench import catalogue, doctor
 from workbench.cli import build_parser, main
 from workbench.cli.progress import progress_bar
+from workbench.live.arm import Arm
 from workbench.live.recipe import Recipe
 from workbench.live.store import RunStopped, RunWriter
 
@@ -95,6 +96,14 @@ def test_no_command_is_missing_from_the_help(shell):
         ("bench meo", "bench 'meo' is unknown; did you mean 'moe'"),
         ("bench moe --threads 0", "--threads: is '0' but must be a whole number of at least 1"),
         ("live --lr much", "--lr: invalid float value: 'much'"),
+        ("live --study mixlra", "'mixlra' is unknown; did you mean 'mixlora'"),
+        ("live --study mixlora --arm mixlor", "'mixlor' is unknown; did you mean 'mixlora'"),
+        ("live --study mixlora --arm mixlora mixlora", "--arm is 'mixlora', 'mixlora' but must be one arm, or two"),
+        ("live --study mixlora --preset smal", "preset 'smal' is unknown; did you mean 'small'"),
+        ("live --study mixlora --top-k 3", "--top-k is of the language model, but --study is mixlora"),
+        ("live --study moa", "arm 'dense' of moa trains nothing that could be watched: spans are fitted"),
+        ("live --arm mixlora", "--arm needs a --study"),
+        ("live --top-k 99", "top_k is 99 but must be between 1 and"),
         ("live --port 70000", "--port: is '70000' but must be a whole number from 1 to 65535"),
         ("run no_such_notebook", "notebook 'no_such_notebook' is unknown"),
         ("resume god", "run 'god' is unknown; did you mean 'good'"),
@@ -277,12 +286,22 @@ def test_live_passes_on_only_what_is_given(shell, monkeypatch: pytest.MonkeyPatc
     words = "--steps 5 --top-k 1 --balance 0 --domains python,docs --port 5010 --no-browser"
     assert shell("live", *words.split())[0] == 0
     assert asked == [
-        (({},), {"port": None, "open_browser": None}),
+        (([Recipe()],), {"port": None, "open_browser": None}),
         (
-            ({"steps": 5, "top_k": 1, "balance": 0.0, "domains": ("python", "docs")},),
+            ([Recipe(steps=5, top_k=1, balance=0.0, domains=("python", "docs"))],),
             {"port": 5010, "open_browser": False},
         ),
     ]
+
+
+def test_live_trains_one_or_two_arms_of_a_study(shell, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr("workbench.live.serve.live", lambda recipes, **kwargs: asked.append(recipes))
+    assert shell("live", "--study", "mixlora")[0] == 0
+    words = "--study mixlora --arm mixlora lora-equal --preset smoke --seed 3 --checkpoint-every 5"
+    assert shell("live", *words.split())[0] == 0
+    arms = [Arm("mixlora", arm, "smoke", 3, 5) for arm in ("mixlora", "lora-equal")]
+    assert asked == [[Arm("mixlora", "mixlora", "small", 0)], arms]
 
 
 def test_live_has_a_flag_for_every_value_of_the_recipe(shell):

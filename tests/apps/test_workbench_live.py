@@ -4,6 +4,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,16 +17,22 @@ VIEWS = ("Imbalance", "Co-activation", "Spectra", "Conflict")
 PATIENCE = 300_000  # milliseconds; a busy machine is slow, and this is not about speed
 
 
+@contextmanager
+def live(words: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The command, and the address it prints."""
+    command = [sys.executable, "-m", "workbench", "live", "--no-browser", *words.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
+        finally:
+            process.kill()
+
+
 @pytest.fixture
 def started(home):
     """The command, the address it prints, and its run."""
-    command = [sys.executable, "-m", "workbench", "live", "--no-browser", *SMALL.split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            address = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
-            yield process, address, Run(home / "runs" / address.split("run=")[1])
-        finally:
-            process.kill()
+    with live(SMALL) as (process, address):
+        yield process, address, Run(home / "runs" / address.split("run=")[1])
 
 
 def shown_step(page) -> int:
@@ -67,3 +75,33 @@ def test_a_real_training_is_watched_steered_and_ended(started, browser, until):
     said = process.stdout.read()
     assert process.wait() in (0, 130) and str(run.folder) in said and "resume" in said
     assert run.status.state == "stopped"
+
+
+def test_two_arms_of_a_study_are_watched_on_one_page_and_paused_together(home, browser, until):
+    with live("--study rmoe --arm gru linear") as (process, address):
+        names = re.findall(r"=([^&]+)", address)
+        runs = [Run(home / "runs" / name) for name in names]
+        assert [run.meta["recipe"]["arm"] for run in runs] == ["gru", "linear"]
+        page, wrong = browser.new_page(viewport={"width": 1280, "height": 2400}), []
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.goto(address)
+        page.get_by_role("button", name="Pause").click()
+        until(lambda: [run.status.state for run in runs] == ["paused", "paused"])
+        page.get_by_text("rmoe: gru (small, seed 0)").wait_for()
+        page.get_by_text("rmoe: linear (small, seed 0)").wait_for()
+        for view, title in (
+            ("Imbalance", "Expert load over training"),
+            ("Co-activation", "of pairs"),
+            ("Spectra", "Sing"),
+        ):
+            choice = page.get_by_role("button", name=view, exact=True)
+            choice.or_(page.get_by_role("radio", name=view, exact=True)).click()
+            for arm in ("gru", "linear"):
+                page.locator(".gtitle:visible").filter(has_text=title).filter(has_text=f"· {arm}").first.wait_for()
+        page.close()
+        assert wrong == []
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+        assert process.wait(60) in (0, 130) and all(f"workbench resume {name}" in said for name in names)
+        assert [run.status.state for run in runs] == ["stopped", "stopped"]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from workbench.errors import InputError
+from workbench.live.arm import Arm, read_recipe
 from workbench.live.recipe import Recipe
 from workbench.live.store import DATABASE, Run
 from workbench.live.trainer import resume, train_run
@@ -24,7 +25,7 @@ from workbench.live.trainer import resume, train_run
 TIMED = ("train/step_seconds", "cost/probe_seconds", "cost/store_seconds")
 
 
-def life(folder: Path, recipe: Recipe) -> int:
+def life(folder: Path, recipe: Recipe | Arm) -> int:
     """Start the run or go on with it, in a child process."""
     child = os.fork()
     if child:
@@ -91,15 +92,18 @@ def record(folder: Path) -> dict[str, tuple[list[int], bytes]]:
         return rows
 
 
-def main(folder: Path, kills: int, recipe: Recipe) -> None:
+def main(folder: Path, kills: int, recipe: Recipe | Arm) -> None:
     import_module("torch._dynamo")  # the optimizers want it; imported here once, not in every life
-    recipe.build()
+    if isinstance(recipe, Recipe):
+        recipe.build()
     random.seed(0)
     assert ended(life(folder / "whole", recipe), lambda: False)
     seen, killed = [], folder / "killed"
+    with Run(folder / "whole") as run:
+        reach = max(2, run.meta["total_steps"] // kills)
     for _ in range(kills):
         child = life(killed, recipe)
-        if ended(child, moment(killed, max(2, recipe.steps // kills))):
+        if ended(child, moment(killed, reach)):
             break
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -121,4 +125,4 @@ def main(folder: Path, kills: int, recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), Recipe.from_json(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), read_recipe(sys.argv[3]))

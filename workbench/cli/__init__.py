@@ -99,7 +99,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     )
     sub.add_argument("--quick", action="store_true", help="small problems that take seconds, not to judge by")
 
-    sub = command("live", "train a small model and watch it in a browser", json=False)
+    sub = command("live", "train a small model, or arms of a study, and watch it in a browser", json=False)
     sub.add_argument(
         "--port", type=whole(1, 65535), metavar="N", help="port of the page (default: a free one from 5006)"
     )

@@ -172,10 +172,10 @@ def _show_bench(result: dict) -> None:
 
 
 def live(args: argparse.Namespace) -> None:
-    from workbench.cli.live import overrides
+    from workbench.cli.live import recipes
     from workbench.live.serve import live as serve_live
 
-    serve_live(overrides(args), port=args.port, open_browser=False if args.no_browser else None)
+    serve_live(recipes(args), port=args.port, open_browser=False if args.no_browser else None)
 
 
 def run(args: argparse.Namespace) -> int:

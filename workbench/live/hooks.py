@@ -1,4 +1,7 @@
-"""What happens around the steps of a run: commands before them, the record and the checkpoints after them."""
+"""What happens around the steps of a run: commands before them, the record and the checkpoints after them.
+
+A run may be several trainings one after the other; `first` is the number of its steps before the training of a hook.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
+from workbench.errors import InputError
 from workbench.lib.core import checkpoint
-from workbench.lib.core.moe import moe_layers
+from workbench.lib.core.observe import routed_layers
 from workbench.lib.core.train import Hook, State
 from workbench.live.control import Controller, Controls
 from workbench.live.store import Answer, RunStopped
@@ -25,16 +29,17 @@ class Control(Hook):
         replay: commands that were carried out in steps that are made again; each is, at its step.
     """
 
-    def __init__(self, controller: Controller, replay: Sequence[Answer] = ()):
-        self.controller, self.replay = controller, replay
+    def __init__(self, controller: Controller, replay: Sequence[Answer] = (), first: int = 0):
+        self.controller, self.replay, self.first = controller, replay, first
         self._applied: dict[str, float | None] = dict.fromkeys(SETTINGS)
 
     def before_step(self, state: State) -> None:
+        step = self.first + state.step
         for answer in self.replay:
-            if answer.step == state.step:
+            if answer.step == step:
                 setattr(self.controller.controls, answer.name, answer.value)
-                self.controller.channel.event(state.step, "control", f"{answer.name} = {answer.value:g}")
-        controls = self.controller.before_step(state.step)
+                self.controller.channel.event(step, "control", f"{answer.name} = {answer.value:g}")
+        controls = self.controller.before_step(step)
         state.stop = state.stop or controls.stop
         for name in SETTINGS:
             value = getattr(controls, name)
@@ -46,36 +51,57 @@ class Control(Hook):
         if name == "learning_rate":
             state.lr_scale = value / state.config.lr
             return
-        layers = moe_layers(state.model)
-        deaf = [layer for layer, module in layers.items() if not _set(module.router, name, value)]
-        if deaf:
-            text = f"{name} = {value:g} changes nothing in {', '.join(deaf)}: the router has no such setting"
-            self.controller.channel.event(state.step, "note", text)
+        layers = routed_layers(state.model)
+        deaf = {layer: why for layer, module in layers.items() if (why := _set(module.router, name, value))}
+        if deaf or not layers:
+            where = f"in {', '.join(deaf)}: {next(iter(deaf.values()))}" if deaf else "here: this model has no router"
+            text = f"{name} = {value:g} changes nothing {where}"
+            self.controller.channel.event(self.first + state.step, "note", text)
 
 
-def _set(router: nn.Module, name: str, value: float) -> bool:
-    """Set "balance" or "top_k" of a router; whether it has that setting."""
-    if name == "top_k" and hasattr(router, "set_top_k"):
+BALANCE = ("lbl", "band", "top1", "balance")
+"""What a router calls the loss that keeps its load even."""
+
+
+def _set(router: nn.Module, name: str, value: float) -> str | None:
+    """Set "balance" or "top_k" of a router; why it cannot be set, if so."""
+    if name == "balance":
+        own = [loss for loss in BALANCE if loss in router.coefficients]
+        router.coefficients.update(dict.fromkeys(own, value))
+        return None if own else "the router has no such setting"
+    if not hasattr(router, "set_top_k"):
+        return "the router has no such setting"
+    try:
         router.set_top_k(value)
-        return True
-    if name == "balance" and "lbl" in router.coefficients:
-        router.coefficients["lbl"] = value
-        return True
-    return False
+    except InputError as error:  # a rule with a K of its own
+        return str(error)
+    return None
 
 
 class Recorder(Hook):
     """Hands every step and every evaluation to the probes."""
 
-    def __init__(self, probes: Watch):
-        self.probes = probes
+    def __init__(self, probes: Watch, first: int = 0):
+        self.probes, self.first = probes, first
 
     def after_evaluation(self, state: State) -> None:
-        self.probes.evaluation(state.metrics, step=state.step)
+        self.probes.evaluation(state.metrics, step=self.first + state.step)
 
     def after_step(self, state: State) -> None:
         values = {"aux": state.aux, "lr": state.lr, "grad_norm": state.grad_norm}
         self.probes.step(state.loss, seconds=state.seconds, **values)
+
+
+class Evaluation(Hook):
+    """Evaluates every so many steps a training that does not while it goes; it comes before the recorder."""
+
+    def __init__(self, probes: Watch, every: int, first: int = 0):
+        self.probes, self.every, self.first = probes, every, first
+
+    def after_step(self, state: State) -> None:
+        made, its_own = state.step + 1, state.config.eval_every is not None
+        if made % self.every == 0 and not (its_own and made == state.config.steps):
+            self.probes.evaluate(self.first + state.step)
 
 
 class Keeper(Hook):
@@ -87,11 +113,12 @@ class Keeper(Hook):
         kept: steps made at the checkpoint that is there already, -1 for none.
     """
 
-    def __init__(self, folder: Path, every: int, controller: Controller, probes: Watch, kept: int):
-        self.folder, self.every, self.controller, self.probes, self._kept = folder, every, controller, probes, kept
+    def __init__(self, folder: Path, every: int, controller: Controller, probes: Watch, kept: int, first: int = 0):
+        self.folder, self.every, self.controller, self.probes = folder, every, controller, probes
+        self._kept, self.first = kept, first
 
     def after_step(self, state: State) -> None:
-        made = state.step + 1
+        made = self.first + state.step + 1
         if self.every and made % self.every == 0 and math.isfinite(state.loss) and math.isfinite(state.grad_norm):
             self.keep(state, made)
 

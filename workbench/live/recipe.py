@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 from workbench.errors import InputError, unknown
 
@@ -62,6 +62,10 @@ class Recipe:
     checkpoint_every: int = _value(100, 0, 10**8, "steps between checkpoints; 0 for one at the end")
     threads: int = _value(1, 1, 256, "threads of the trainer; the same number gives the same numbers")
 
+    trainings: ClassVar[int] = 1
+    cadence: ClassVar[Mapping[str, int]] = {}  # as `watch.Cadence` has it
+    evaluations: ClassVar[int] = 0  # beside those of the training itself
+
     def __post_init__(self):
         for item in fields(self):
             value = _checked(item.name, getattr(self, item.name), _TYPES[item.name], item.metadata)
@@ -92,23 +96,18 @@ class Recipe:
                 raise unknown("recipe value", name, _TYPES)
         return cls(**values)
 
-    @classmethod
-    def from_json(cls, text: str) -> "Recipe":
-        """The inverse of `to_json`."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"the recipe is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InputError(f"the recipe is a JSON {type(values).__name__} but must be an object of names and values")
-        return cls.from_dict(values)
-
     def to_dict(self) -> dict[str, Any]:
         """All values, as JSON has them."""
         return asdict(self) | {"domains": list(self.domains)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
+
+    def train(self) -> None:
+        """Build and train it."""
+        from workbench.lib.core.train import train
+
+        train(*self.build())
 
     def build(self) -> "tuple[DecoderLM, LanguageModelling, TrainConfig]":
         """The model with its initial weights, its task and how to train it: the same for the same recipe.
@@ -202,7 +201,7 @@ ROUTERS: dict[str, Callable[[Recipe], "list[Router]"]] = {
 WITHOUT_BALANCE = ("hash", "expert-choice")
 """Routers that are balanced by construction and have no balance loss."""
 
-_TYPES = get_type_hints(Recipe)
+_TYPES = {item.name: get_type_hints(Recipe)[item.name] for item in fields(Recipe)}
 
 
 def _checked(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:

@@ -1,12 +1,13 @@
-"""`workbench live`: a training in its own process, and the live pages of it on this machine, until Ctrl-C.
+"""`workbench live`: one or two trainings, each in its own process, and the live pages of them, until Ctrl-C.
 
-- The server runs in this process and only reads the run, so it cannot hold up the training.
+- The server runs in this process and only reads the runs, so it cannot hold up the trainings.
 - It answers on 127.0.0.1 alone, and only pages of its own address may open a connection to it.
-- The training ends with this process, however that ends: it stops when its standard input closes.
+- The trainings end with this process, however that ends: they stop when their standard input closes.
 """
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,8 +15,8 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -23,6 +24,7 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 from workbench.errors import InputError
+from workbench.live.arm import Arm
 from workbench.live.recipe import Recipe
 from workbench.live.records import LOSS
 from workbench.live.store import Run, new_folder
@@ -33,7 +35,8 @@ FIRST_PORT, PORTS = 5006, 100
 ROOT = Path(__file__).resolve().parents[2]
 
 LOG = "trainer.log"
-START_SECONDS = 300.0  # for the first step: imports and, the first time, reading the data
+START_SECONDS = 60.0  # after which it is said that the first step is still to come
+ANSWER_SECONDS = 300.0  # for the first page
 STOP_SECONDS = 30.0  # for the step being made and its checkpoint
 REPORT_SECONDS = 10.0
 POLL_SECONDS = 0.1
@@ -44,51 +47,63 @@ def _say(text: str) -> None:
 
 
 def live(
-    overrides: Mapping[str, Any],
+    recipes: Sequence[Recipe | Arm],
     port: int | None = None,
     open_browser: bool | None = None,
     console: Callable[[str], None] = _say,
 ) -> None:
-    """Train a recipe and serve its live pages until Ctrl-C (or SIGTERM, or SIGHUP).
+    """Train one recipe, or two side by side, and serve the live pages until Ctrl-C (or SIGTERM, or SIGHUP).
 
     Args:
-        overrides: values of the `Recipe` that are not the defaults.
+        recipes: what to train, each in a process of its own.
         port: of the server; the first free one from 5006 if left out.
         open_browser: whether to open the page in a browser; if left out, where there is a screen.
         console: takes the lines that are said.
 
     Raises:
-        InputError: a value of the recipe or the port cannot be used, or the trainer refuses to start.
+        InputError: the port cannot be used, or a trainer refuses to start.
     """
-    recipe = Recipe.from_dict(overrides)
     pages = app_files()
     port = free_port(port)
-    folder = new_folder("live")
+    folders = [new_folder(_kind(recipe)) for recipe in recipes]
     handlers = _interrupt_on(signal.SIGTERM, signal.SIGHUP)
-    trainer = server = None
+    trainers: list[subprocess.Popen] = []
+    server = None
     try:
-        console(f"starting run {folder.name}")
-        trainer = start_trainer(folder, recipe)
+        for folder, recipe in zip(folders, recipes, strict=True):
+            console(f"starting run {folder.name}")
+            trainers.append(start_trainer(folder, recipe))
         server = start_server(pages, port)
-        _wait_for_first_step(trainer, folder)
-        address = f"http://localhost:{port}/live?run={quote(folder.name)}"
+        running = list(zip(trainers, folders, strict=True))
+        for trainer, folder in running:
+            _wait_for_first_step(trainer, folder, console)
+        shown = "&compare=".join(quote(folder.name) for folder in folders)
+        address = f"http://localhost:{port}/live?run={shown}"
         _load(address.replace("localhost", HOST))
         console(f"watch it at {address} (Ctrl-C ends it)")
         if _has_screen() if open_browser is None else open_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        _follow(trainer, folder, recipe.steps, console)
+        _follow(running, console)
         console("the pages stay until Ctrl-C")
         threading.Event().wait()
     except KeyboardInterrupt:
         console("ending")
     finally:
-        if trainer is not None:
-            stop_trainer(trainer)
+        stop_trainers(trainers)
         if server is not None:
             server.stop()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        _last_words(folder, console)
+        for folder in folders:
+            _last_words(folder, console)
+
+
+def _kind(recipe: Recipe | Arm) -> str:
+    """What the name of the run says it is."""
+    if isinstance(recipe, Recipe):
+        return "live"
+    name = recipe.arm if recipe.arm.startswith(recipe.study) else f"{recipe.study}-{recipe.arm}"
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")
 
 
 def app_files() -> dict[str, Path]:
@@ -115,7 +130,7 @@ def free_port(port: int | None) -> int:
     raise InputError(f"{taken} but must be a free port that this user may open")
 
 
-def start_trainer(folder: Path, recipe: Recipe) -> subprocess.Popen:
+def start_trainer(folder: Path, recipe: Recipe | Arm) -> subprocess.Popen:
     """The training in a process that Ctrl-C in this terminal does not reach; what it says goes to its log."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "workbench.live.trainer", str(folder), "--recipe", recipe.to_json(), "--attached"]
@@ -133,13 +148,20 @@ def start_trainer(folder: Path, recipe: Recipe) -> subprocess.Popen:
 
 def stop_trainer(trainer: subprocess.Popen) -> None:
     """Let the training end after its step, with a checkpoint; a second Ctrl-C, or a step without end, kills it."""
-    trainer.terminate()
-    try:
-        trainer.wait(STOP_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        trainer.kill()
-        trainer.wait()
-    trainer.stdin.close()
+    stop_trainers([trainer])
+
+
+def stop_trainers(trainers: Sequence[subprocess.Popen]) -> None:
+    """The same for several, at once."""
+    for trainer in trainers:
+        trainer.terminate()
+    for trainer in trainers:
+        try:
+            trainer.wait(STOP_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            trainer.kill()
+            trainer.wait()
+        trainer.stdin.close()
 
 
 def start_server(pages: Mapping[str, Path], port: int) -> Any:
@@ -166,9 +188,10 @@ def _not_a_closed_page(record: logging.LogRecord) -> bool:
     return not (record.exc_info and record.exc_info[0] and record.exc_info[0].__name__ == "WebSocketClosedError")
 
 
-def _wait_for_first_step(trainer: subprocess.Popen, folder: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+def _wait_for_first_step(trainer: subprocess.Popen, folder: Path, console: Callable[[str], None]) -> None:
+    """Wait as long as the trainer lives: the bed of a study may have to be trained first."""
+    patience = time.monotonic() + START_SECONDS
+    while True:
         with suppress(InputError), Run(folder) as run:  # it is not a run before the trainer has made it one
             if run.last_step >= 0:
                 return
@@ -178,16 +201,18 @@ def _wait_for_first_step(trainer: subprocess.Popen, folder: Path) -> None:
             if trainer.returncode == 2:
                 raise InputError(reason)
             raise SystemExit(f"workbench: the training ended before its first step: {reason} (see {folder / LOG})")
+        if time.monotonic() > patience:
+            console(f"still before its first step: {folder.name} prepares what it starts from")
+            patience = time.monotonic() + REPORT_SECONDS
         time.sleep(POLL_SECONDS)
-    raise SystemExit(f"workbench: the training made no step in {START_SECONDS:.0f} seconds (see {folder / LOG})")
 
 
 def _load(address: str) -> None:
     """Ask for a page until the server answers: the first session loads what all later ones use."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
-            with urlopen(address, timeout=START_SECONDS) as page:
+            with urlopen(address, timeout=ANSWER_SECONDS) as page:
                 page.read()
             return
         except URLError as error:  # its thread does not listen yet
@@ -196,22 +221,39 @@ def _load(address: str) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _follow(trainer: subprocess.Popen, folder: Path, total: int, console: Callable[[str], None]) -> None:
-    """Say how the training goes, until it ends."""
-    with Run(folder) as run:
-        said_at, said_step = time.monotonic(), run.last_step
-        while trainer.poll() is None:
+def _follow(running: Sequence[tuple[subprocess.Popen, Path]], console: Callable[[str], None]) -> None:
+    """Say how the trainings go, until all have ended."""
+    with ExitStack() as stack:
+        left = [(trainer, _Said(stack.enter_context(Run(folder)))) for trainer, folder in running]
+        several = len(left) > 1
+        while left:
+            for trainer, said in list(left):
+                if trainer.poll() is None:
+                    said.report(console, several)
+                else:
+                    state, message = said.run.status
+                    console(f"run {said.run.name} {state}{': ' if message else ''}{message}")
+                    left.remove((trainer, said))
             time.sleep(POLL_SECONDS)
-            now, step = time.monotonic(), run.last_step
-            if now - said_at < REPORT_SECONDS or step == said_step:
-                continue
-            rate = (step - said_step) / (now - said_at)
-            loss = run.scalars(LOSS.name(), start=step)[1][0]
-            left = (total - step - 1) / rate / 60
-            console(f"step {step + 1} of {total}, loss {loss:.3f}, {rate:.1f} steps/s, {left:.0f} min left")
-            said_at, said_step = now, step
-        state, message = run.status
-        console(f"run {run.name} {state}{': ' if message else ''}{message}")
+
+
+class _Said:
+    """What was last said of a run."""
+
+    def __init__(self, run: Run):
+        self.run, self.at, self.step = run, time.monotonic(), run.last_step
+
+    def report(self, console: Callable[[str], None], named: bool) -> None:
+        """Say its step, loss and speed, unless that was said a moment ago."""
+        now, step = time.monotonic(), self.run.last_step
+        if now - self.at < REPORT_SECONDS or step == self.step:
+            return
+        total, rate = self.run.meta["total_steps"], (step - self.step) / (now - self.at)
+        loss = self.run.scalars(LOSS.name(), start=step)[1][0]
+        left = (total - step - 1) / rate / 60
+        name = f"{self.run.name}: " if named else ""
+        console(f"{name}step {step + 1} of {total}, loss {loss:.3f}, {rate:.1f} steps/s, {left:.0f} min left")
+        self.at, self.step = now, step
 
 
 def _last_words(folder: Path, console: Callable[[str], None]) -> None:

@@ -41,6 +41,10 @@ class Study:
         tested: the part of the claim that is tested, where that is narrower or sharper than the paper's; else None.
         version: raised whenever the numbers change; a stored result of another version is not used.
         power: what the number of seeds has to be enough for, and what was found of it.
+        main: the paper's method among the arms, or settings -> its name: what is trained live where no arm is named. If
+            left out, the arm called like the system, or else the first.
+        trainings: arm -> how many trainings of one model make the arm, one after the other; or, of an arm that trains
+            nothing, what it does instead, in words. What an arm trains after these is not shown live.
     """
 
     system: Method
@@ -55,6 +59,8 @@ class Study:
     tested: str | None = None
     version: int = 1
     power: Power | None = None
+    main: str | Callable[[Settings], str] | None = None
+    trainings: Callable[[str], int | str] = lambda arm: 1
 
     @property
     def slug(self) -> str:
@@ -63,6 +69,13 @@ class Study:
     def arms_of(self, settings: Settings) -> list[str]:
         """The arms that run at these settings."""
         return list(self.arms(settings) if callable(self.arms) else self.arms)
+
+    def main_arm(self, settings: Settings) -> str:
+        """The arm of the paper's method at these settings."""
+        if self.main is not None:
+            return self.main(settings) if callable(self.main) else self.main
+        arms = self.arms_of(settings)
+        return self.slug if self.slug in arms else arms[0]
 
     def execute(
         self,
@@ -74,7 +87,7 @@ class Study:
         fresh: bool = False,
     ) -> StudyResult:
         """Run every arm at every seed that is not there yet, and judge; see `run_study`."""
-        least = int(self._settings(preset)["seeds"])
+        least = int(self.settings(preset)["seeds"])
         if seeds is not None and not least <= seeds <= MOST_SEEDS:
             raise InputError(f"seeds is {seeds} but must be from {least}, as {preset} has, to {MOST_SEEDS}")
         given = () if fresh else self._stored_rows(preset)
@@ -88,7 +101,7 @@ class Study:
         Raises:
             InputError: the study declares none.
         """
-        arms = self.arms_of(self._settings(preset))
+        arms = self.arms_of(self.settings(preset))
         if self.power is None:
             raise InputError(f"slug {self.slug!r} names no baselines: its STUDY has to declare power=Power(...)")
         for arm in self.power.baselines:
@@ -116,7 +129,7 @@ class Study:
             return f"has other arms or seeds than {found.preset}"
         return None
 
-    def _settings(self, preset: str) -> Settings:
+    def settings(self, preset: str) -> Settings:
         if preset not in self.presets:
             raise unknown("preset", preset, self.presets)
         return self.presets[preset]

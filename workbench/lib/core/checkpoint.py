@@ -24,7 +24,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from workbench.errors import InputError
-from workbench.lib.core.moe import moe_layers
+from workbench.lib.core.observe import routed_layers
 from workbench.sealed import sealed_folder, sweep
 
 FORMAT = 1
@@ -229,12 +229,12 @@ def _unflatten(
 def _router_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {
         name: {"top_k": layer.router.top_k, "coefficients": dict(layer.router.coefficients)}
-        for name, layer in moe_layers(model).items()
+        for name, layer in routed_layers(model).items()
     }
 
 
 def _restore_routers(model: nn.Module, settings: dict[str, dict[str, Any]]) -> None:
-    layers = moe_layers(model)
+    layers = routed_layers(model)
     if layers.keys() != settings.keys():
         raise ValueError("it has other mixture-of-experts layers")
     for name, layer in layers.items():

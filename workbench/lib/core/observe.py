@@ -50,6 +50,12 @@ def announcing(model: nn.Module) -> list[Announcing]:
     return [module for module in model.modules() if isinstance(module, Announcing)]
 
 
+def routed_layers(model: nn.Module) -> dict[str, Announcing]:
+    """Those whose router has settings that may change while training, by their name in the model."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, Announcing))
+    return {name: module for name, module in found if hasattr(getattr(module, "router", None), "coefficients")}
+
+
 def _decision(routing: Routing, context: Context) -> tuple[Routing, Context]:
     return routing, context
 

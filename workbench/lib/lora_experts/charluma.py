@@ -189,6 +189,13 @@ class PoolLayer(RoutedLayer):
             self.announce(_by_token(routing, tokens.shape[1]), self.context(h))
         return self.experts(tokens @ self.a.T, routing).view(*h.shape[:-1], -1)
 
+    def context(self, x: Tensor) -> Context:
+        """What is known of the rows of x; where nobody tells the task, that is the language."""
+        context = super().context(x)
+        if context.domain is None:
+            context.domain = self.side.rows("language", x)
+        return context
+
     @staticmethod
     def _by_image(language: Tensor | None, images: int) -> Tensor | None:
         if language is None:

@@ -208,4 +208,5 @@ STUDY = Study(
     judge=judge,
     tested="Small key blocks, at equally many keys visited, and a short convolution on keys raise the signal-to-noise "
     "ratio of block selection until sparse attention recalls as dense attention does.",
+    main=lambda settings: f"moba-{settings['blocks'][-1]}",
 )

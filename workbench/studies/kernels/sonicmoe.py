@@ -213,4 +213,5 @@ STUDY = Study(
     arms=arms,
     run=run,
     judge=judge,
+    main=lambda settings: f"nearest-{settings['rounding'][1][1]}",
 )

@@ -174,4 +174,6 @@ STUDY = Study(
     arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
+    main=OURS,
+    trainings=lambda arm: 1 if arm == "no-warm-up" else 2,
 )

@@ -217,4 +217,5 @@ STUDY = Study(
     arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
+    main="mixture",
 )

@@ -85,7 +85,7 @@ def train_apart(domain: str, rank: int, seed: int, settings: Settings) -> Adapte
     recipe = {name: value for name, value in settings.items() if name not in ("seeds", "batches")}
     recipe |= {"domain": domain, "rank": rank, "seed": seed, "data": bed.digests(public) | bed.digests(task.data)}
     code = [flexmore, low_rank, routers, expert_ffn, bed, sys.modules[__name__]]
-    pretrained("flexmore-expert", recipe, lambda: model, teach, code)
+    pretrained("flexmore-expert", recipe, lambda: model, teach, code, watched=True)
     return adapted
 
 
@@ -192,4 +192,6 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    main="chosen ranks",
+    trainings=lambda arm: "it is the public model as it is kept" if arm == "public" else 1,  # the first owner's
 )

@@ -185,4 +185,5 @@ STUDY = Study(
     arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
+    main=OURS,
 )

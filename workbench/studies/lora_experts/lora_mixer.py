@@ -229,4 +229,6 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    main=f"described, {MORE}",
+    trainings=lambda arm: "LoRAs that are trained once and kept are put together" if arm in BOUNDS else 1,
 )

@@ -37,6 +37,7 @@ LORA_LR, GATE_LR, TUNE_LR = 2e-3, 1e-2, 1e-3
 MARGIN = 0.01  # share of the frozen denoiser's error in the parts
 
 ARMS = ("base", "tuned", "joint", "merged", "local", "global", "mole")
+STILL = {"base": "it is the denoiser as it is kept", "merged": "LoRAs that are trained once and kept are added"}
 GATES = {"local": (True, False), "global": (False, True), "mole": (True, True)}
 
 RULE = (
@@ -224,4 +225,6 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    main="mole",
+    trainings=lambda arm: STILL.get(arm, 1),
 )

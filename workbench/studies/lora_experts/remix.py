@@ -210,4 +210,5 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    main="remix-4",
 )

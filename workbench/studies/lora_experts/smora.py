@@ -115,4 +115,5 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    main=FINE,
 )

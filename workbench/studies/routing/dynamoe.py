@@ -245,4 +245,5 @@ STUDY = Study(
     arms=arms,
     run=run,
     judge=judge,
+    main="descending",
 )

@@ -234,4 +234,5 @@ STUDY = Study(
     judge=judge,
     tested="Cosine-routed models with one to four hops are equivalent in perplexity at equal active parameters; hops "
     "are collinear, one scalar replaces them, and skipping them where they do little costs nothing.",
+    main="H2",
 )

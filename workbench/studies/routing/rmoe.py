@@ -170,4 +170,5 @@ STUDY = Study(
     tested="Handing each router the state of the router below gives a better language model than routers of as many "
     "parameters that decide alone, because of what the state knows, and makes consecutive layers agree more.",
     power=Power(BASELINES, effect=MARGIN),
+    main="gru",
 )

@@ -234,4 +234,5 @@ STUDY = Study(
     arms=itemgetter("arms"),
     run=run,
     judge=judge,
+    main="progressive",
 )

@@ -1,0 +1,255 @@
+"""What goes on around the trainings of a run: its record, its commands, its checkpoints."""
+
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import workbench
+from workbench.errors import InputError
+from workbench.lib.core import checkpoint
+from workbench.lib.core.budget import measure_budget
+from workbench.lib.core.train import Hook, State
+from workbench.live.arm import Arm
+from workbench.live.control import Controller, Controls
+from workbench.live.hooks import SETTINGS, Control, Evaluation, Keeper, Recorder
+from workbench.live.probes.conflict import undisturbed
+from workbench.live.provenance import revision, versions
+from workbench.live.recipe import Recipe
+from workbench.live.store import CHECKPOINTS, Answer, RunStopped, RunWriter
+from workbench.live.watch import Cadence, Watch, describe
+
+Progress = Callable[[int, int, str], None]
+"""progress(steps made, steps in all, a few words)"""
+
+
+class Over(BaseException):
+    """The run has ended, whatever its recipe would do next."""
+
+
+class Past(NamedTuple):
+    """What there was of a run when it was resumed."""
+
+    meta: Mapping[str, Any]
+    answers: Sequence[Answer]
+
+
+class Attendant:
+    """Attends the trainings that a recipe makes, as one run: those of one model, whose steps count on.
+
+    To be given to `lib.core.train.attended`. The run is made when the first training begins, and with the last one
+    `Over` ends whatever called for it. Used in `with`, which records how the run ended.
+
+    A run that is resumed makes only the training again that its checkpoint is from, and what comes after it: of the
+    trainings before, what is left is in the weights.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe | Arm, progress: Progress | None = None, past: Past | None = None):
+        self.folder, self.recipe, self.progress = folder, recipe, progress
+        self.checkpoints = folder / CHECKPOINTS
+        self.cadence = Cadence(**recipe.cadence)
+        self.past = past  # until the run is where it was
+        self.trained = self.steps = 0  # trainings that are over, and their steps
+        self.state: State | None = None  # of the training now, or of the last
+        self.writer: RunWriter | None = None
+        self.controller: Controller | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Attendant":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    @contextmanager
+    def __call__(self, state: State) -> Iterator[Sequence[Hook]]:
+        first, resumed = self.steps, self.past is not None
+        self._begin(state)
+        probes = Watch(state.model, state.task, self.cadence, self.recipe.seed)
+        try:
+            found = self._newest(state) if resumed else None
+            if found and found.step >= self.total and not self._is_last:
+                state.step = state.config.steps
+                hooks = []
+            else:
+                start = found.step if found else first
+                replay = self._catch_up(found, start) if resumed else ()
+                if found:
+                    probes.restore(found.extra)
+                if start == first and self.trained:
+                    self.writer.event(start, "phase", self._which)
+                probes.attach(self.writer, own=False, next_step=start)
+                state.step = start - first
+                keeper = Keeper(
+                    self.checkpoints,
+                    self.recipe.checkpoint_every,
+                    self.controller,
+                    probes,
+                    kept=start if found else -1,
+                    first=first,
+                )
+                hooks = [Control(self.controller, replay, first), Recorder(probes, first), keeper]
+                if self.recipe.evaluations and not state.config.eval_every:
+                    every = max(1, state.config.steps // self.recipe.evaluations)
+                    hooks.insert(1, Evaluation(probes, every, first))
+                if self.progress:
+                    hooks.append(_Report(self.progress, first, self.total))
+            yield hooks
+            if hooks:
+                keeper.keep(state, first + state.step)
+        except RunStopped:
+            _make_room(self.checkpoints)
+            raise
+        finally:
+            probes.close()
+        self.trained, self.steps = self.trained + 1, first + state.step
+        if self._is_over:
+            raise Over
+
+    def finish(self) -> State:
+        """Say in the run how it ended, and return the last state."""
+        if self.writer is None or not self._is_over:
+            raise RuntimeError(f"{self.trained} of {self.recipe.trainings} trainings were made: {self.recipe}")
+        self.writer.set_meta("weights_sha256", checkpoint.weights_digest(self.state.model))
+        if self.trained == self.recipe.trainings and (self.steps == self.total or not self.controller.controls.stop):
+            self.writer.status("finished")
+        else:
+            self.writer.status("stopped", f"{self._reason[-1]} after {self.steps} of {self.total} steps")
+        return self.state
+
+    @property
+    def _is_last(self) -> bool:
+        return self.trained + 1 == self.recipe.trainings
+
+    @property
+    def _is_over(self) -> bool:
+        return self.trained == self.recipe.trainings or bool(self.controller and self.controller.controls.stop)
+
+    @property
+    def _which(self) -> str:
+        return f"training {self.trained + 1} of {self.recipe.trainings}"
+
+    def _begin(self, state: State) -> None:
+        """Make or open the run, or tell it of a further training."""
+        if self.state is not None and state.model is not self.state.model:
+            raise RuntimeError(f"{self._which} is of another model than the one before: {self.recipe}")
+        self.state, self.total = state, self.steps + state.config.steps
+        if self.writer is None and self.past is None:
+            self.writer = self._stack.enter_context(RunWriter.create(self.folder, self._meta(state)))
+        elif self.writer is None:
+            _check_data(self.folder.name, state.task.manifest, self.past.meta["data"])
+            self.writer = self._stack.enter_context(RunWriter.open(self.folder))
+        else:
+            for key, value in (("model", self._model(state)), ("total_steps", self.total)):
+                self.writer.set_meta(key, value)
+            self.writer.status("running", self._which)  # another word, so that readers look at the meta again
+        if self.past is None and self.controller is None:
+            self._control(None)
+
+    def _control(self, found: checkpoint.Checkpoint | None) -> None:
+        self.controller = Controller(self.writer, Controls(**found.controls) if found else None)
+        self._reason = self._stack.enter_context(_stop_signals(self.controller))
+
+    def _newest(self, state: State) -> checkpoint.Checkpoint | None:
+        """The newest checkpoint, its weights in the model, and in the optimizer what is of this training."""
+        found = checkpoint.load(self.checkpoints, state.model)
+        inside = found and self.steps < found.step and (found.step < self.total or self._is_last)
+        return checkpoint.load(self.checkpoints, state.model, state.optimizer) if inside else found
+
+    def _catch_up(self, found: checkpoint.Checkpoint | None, start: int) -> list[Answer]:
+        """Take back what was recorded after the checkpoint; the commands that were carried out since."""
+        past, self.past = self.past, None
+        self.writer.truncate(start - 1)
+        _tell(self.writer, found, start)
+        self._control(found)
+        done = [a for a in past.answers if a.name in SETTINGS and not a.error and a.step is not None]
+        return [answer for answer in done if answer.step >= start]
+
+    def _meta(self, state: State) -> dict[str, Any]:
+        every = state.config.eval_every
+        if not every and self.recipe.evaluations:
+            every = max(1, state.config.steps // self.recipe.evaluations)
+        return {
+            "kind": "train",
+            "seed": self.recipe.seed,
+            "recipe": self.recipe.to_dict(),
+            "versions": versions(),
+            "git": revision(Path(workbench.__file__).parent.parent),
+            "data": state.task.manifest,
+            "total_steps": self.total,
+            "cadence": asdict(self.cadence) | {"evaluation": every or 0},
+            "model": self._model(state),
+        }
+
+    def _model(self, state: State) -> dict[str, Any]:
+        batch = state.task.batch("train", state.config.batch_size, torch.Generator().manual_seed(0))
+        with undisturbed(state.model):
+            budget = measure_budget(state.model, state.task, batch)
+        described = describe(state.model, state.task)
+        return described | {"active_parameters": budget.active_params, "flops": budget.flops}
+
+
+def _check_data(name: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    for key, entry in now.items():
+        if _digest(entry) != _digest(then.get(key)):
+            raise InputError(f"run {name} cannot be resumed: its data {key!r} have changed on this machine")
+
+
+def _digest(entry: Any) -> Any:
+    """Of a set in a manifest its digest; of a plain value that value as JSON gives it back."""
+    if isinstance(entry, Mapping):
+        return entry["sha256"]
+    return list(entry) if isinstance(entry, tuple) else entry
+
+
+def _tell(writer: RunWriter, found: checkpoint.Checkpoint | None, start: int) -> None:
+    """Note in the run how it goes on, and what may keep it from being bit-equal."""
+    last = start - 1  # the step it goes on after; a later resume from there forgets only what came after that
+    writer.event(last, "resume", f"from the checkpoint after {start} steps" if found else "from the beginning")
+    for damage in found.skipped if found else ():
+        writer.event(last, "note", f"a newer checkpoint is damaged, {damage}")
+    if found and found.torch_version != torch.__version__:
+        text = f"torch is {torch.__version__} but was {found.torch_version}: the numbers may round differently"
+        writer.event(last, "note", text)
+
+
+class _Report(Hook):
+    def __init__(self, progress: Progress, first: int, total: int):
+        self.progress, self.first, self.total = progress, first, total
+
+    def after_step(self, state: State) -> None:
+        self.progress(self.first + state.step + 1, self.total, f"loss {state.loss:.3f}")
+
+
+@contextmanager
+def _stop_signals(controller: Controller) -> Iterator[list[str]]:
+    """SIGTERM and Ctrl-C ask the run to stop; yields why it was asked. Outside the main thread they are left alone."""
+    reason = ["stopped by command"]
+
+    def stop(number: int, frame: object) -> None:
+        if number == signal.SIGINT and controller.controls.stop:
+            raise KeyboardInterrupt
+        reason.append(f"stopped by {signal.Signals(number).name}")
+        controller.controls.stop = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield reason
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield reason
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _make_room(folder: Path) -> None:
+    """On a full disk, give up the older of two checkpoints, so that the run can say why it ended."""
+    for path in sorted(folder.glob("step-*"))[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
