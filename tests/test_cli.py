@@ -24,6 +24,7 @@ COMMANDS = (
     "verdicts",
     "bench",
     "live",
+    "view",
     "run",
     "runs",
     "resume",
@@ -96,6 +97,9 @@ def test_no_command_is_missing_from_the_help(shell):
         ("bench moe --threads 0", "--threads: is '0' but must be a whole number of at least 1"),
         ("live --lr much", "--lr: invalid float value: 'much'"),
         ("live --port 70000", "--port: is '70000' but must be a whole number from 1 to 65535"),
+        ("view god", "run 'god' is unknown; did you mean 'good'"),
+        ("view bad", "bad"),
+        ("view good --port 0", "--port: is '0' but must be a whole number from 1 to 65535"),
         ("run no_such_notebook", "notebook 'no_such_notebook' is unknown"),
         ("resume god", "run 'god' is unknown; did you mean 'good'"),
         ("resume bad", "bad"),
@@ -290,6 +294,21 @@ def test_live_has_a_flag_for_every_value_of_the_recipe(shell):
     assert [field.name for field in fields(Recipe) if f"--{field.name.replace('_', '-')} " not in out] == []
 
 
+def test_view_opens_the_newest_run_or_the_one_that_is_named(shell, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr("workbench.live.serve.view", lambda *args, **kwargs: asked.append((args, kwargs)))
+    assert shell("view") == shell("view", "mine", "--port", 5010, "--no-browser") == (0, "", "")
+    assert asked == [
+        (("latest",), {"port": None, "open_browser": None}),
+        (("mine",), {"port": 5010, "open_browser": False}),
+    ]
+
+
+def test_view_without_any_run_says_what_makes_one(shell, home: Path):
+    status, _, err = shell("view")
+    assert status == 2 and "there is no run" in err and "workbench live" in err
+
+
 # -- notebooks
 
 
@@ -472,4 +491,4 @@ def test_where_prints_folders_that_a_shell_can_use(shell, home: Path):
 def test_results_and_json_are_never_mixed():
     """Every command that a program would read has --json."""
     parsers = build_parser()._subparsers._group_actions[0].choices
-    assert {name for name, parser in parsers.items() if "--json" not in parser.format_help()} == {"live"}
+    assert {name for name, parser in parsers.items() if "--json" not in parser.format_help()} == {"live", "view"}

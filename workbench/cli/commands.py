@@ -178,6 +178,12 @@ def live(args: argparse.Namespace) -> None:
     serve_live(overrides(args), port=args.port, open_browser=False if args.no_browser else None)
 
 
+def view(args: argparse.Namespace) -> None:
+    from workbench.live.serve import view as serve_view
+
+    serve_view(args.run, port=args.port, open_browser=False if args.no_browser else None)
+
+
 def run(args: argparse.Namespace) -> int:
     from workbench import notebook
 

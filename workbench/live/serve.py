@@ -1,5 +1,7 @@
 """`workbench live`: a training in its own process, and the live pages of it on this machine, until Ctrl-C.
 
+`workbench view` serves the same pages of runs that are kept, and trains nothing.
+
 - The server runs in this process and only reads the run, so it cannot hold up the training.
 - It answers on 127.0.0.1 alone, and only pages of its own address may open a connection to it.
 - The training ends with this process, however that ends: it stops when its standard input closes.
@@ -25,7 +27,7 @@ from urllib.request import urlopen
 from workbench.errors import InputError
 from workbench.live.recipe import Recipe
 from workbench.live.records import LOSS
-from workbench.live.store import Run, new_folder
+from workbench.live.store import Run, find, new_folder, run_name
 from workbench.paths import shipped
 
 HOST = "127.0.0.1"
@@ -71,11 +73,7 @@ def live(
         trainer = start_trainer(folder, recipe)
         server = start_server(pages, port)
         _wait_for_first_step(trainer, folder)
-        address = f"http://localhost:{port}/live?run={quote(folder.name)}"
-        _load(address.replace("localhost", HOST))
-        console(f"watch it at {address} (Ctrl-C ends it)")
-        if _has_screen() if open_browser is None else open_browser:
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        _show(port, folder.name, open_browser, console)
         _follow(trainer, folder, recipe.steps, console)
         console("the pages stay until Ctrl-C")
         threading.Event().wait()
@@ -89,6 +87,42 @@ def live(
         for number, handler in handlers.items():
             signal.signal(number, handler)
         _last_words(folder, console)
+
+
+def view(
+    run: str | Path = "latest",
+    port: int | None = None,
+    open_browser: bool | None = None,
+    console: Callable[[str], None] = _say,
+) -> None:
+    """Serve the live pages, opened on a run that is kept, until Ctrl-C (or SIGTERM, or SIGHUP).
+
+    Args:
+        run: its name, a prefix that only it has, its folder, or "latest".
+        port, open_browser, console: as of `live`.
+
+    Raises:
+        InputError: there is no such run, it cannot be read, or the port cannot be used.
+    """
+    with find(run) as found:
+        name = run_name(found.folder)
+        state, steps = found.status.state, found.last_step + 1
+    pages = app_files()
+    port = free_port(port)
+    handlers = _interrupt_on(signal.SIGTERM, signal.SIGHUP)
+    server = None
+    try:
+        server = start_server(pages, port)
+        console(f"run {found.name} {state} after {steps} steps, kept at {found.folder}")
+        _show(port, name, open_browser, console)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        console("ending")
+    finally:
+        if server is not None:
+            server.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def app_files() -> dict[str, Path]:
@@ -180,6 +214,15 @@ def _wait_for_first_step(trainer: subprocess.Popen, folder: Path) -> None:
             raise SystemExit(f"workbench: the training ended before its first step: {reason} (see {folder / LOG})")
         time.sleep(POLL_SECONDS)
     raise SystemExit(f"workbench: the training made no step in {START_SECONDS:.0f} seconds (see {folder / LOG})")
+
+
+def _show(port: int, run: str, open_browser: bool | None, console: Callable[[str], None]) -> None:
+    """Wait until the page of a run answers, say where it is, and open it where there is a screen."""
+    address = f"http://localhost:{port}/live?run={quote(run)}"
+    _load(address.replace("localhost", HOST))
+    console(f"watch it at {address} (Ctrl-C ends it)")
+    if _has_screen() if open_browser is None else open_browser:
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
 def _load(address: str) -> None:
