@@ -156,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"workbench: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("workbench: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # its words, if any, say what is kept
+        print(": ".join(filter(None, ["workbench: interrupted", str(stop)])), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader of a pipe has gone (| head); keep the interpreter from complaining about it at exit
