@@ -50,10 +50,13 @@ def clean(content: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     figures = []
     content.metadata = {key: content.metadata[key] for key in ("kernelspec",) if key in content.metadata}
     content.metadata["language_info"] = {"name": "python"}
+    for cell in content.cells:
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags" and value}
+        for name, picture in cell.get("attachments", {}).items():  # of docs/, which JupyterLab does not serve
+            picture["image/png"] = base64.b64encode((HERE.parent / "docs" / name).read_bytes()).decode()
     code = [cell for cell in content.cells if cell.cell_type == "code"]
     for count, cell in enumerate(code, start=1):
         cell.execution_count = count
-        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags" and value}
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" and not is_live(output)]
         for output in cell.outputs:
             if output.output_type == "execute_result":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import workbench
 from workbench import catalogue
 from workbench.catalogue import FAMILIES, Method, methods
 from workbench.errors import InputError
@@ -27,6 +28,15 @@ def test_all_seventy_systems_are_listed_once():
     assert len(rows) == 70
     assert Counter(row.family for row in rows) == SIZES
     assert [slug for slug, count in Counter(row.slug for row in rows).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("place", ["README.md", "the docstring of workbench"])
+def test_readme_and_the_docstring_say_which_systems_stand(place: str):
+    families = [", ".join(row.slug for row in READY if row.family == family) + f" ({family})" for family in FAMILIES]
+    standing = "; ".join(family for family in families if not family.startswith(" ("))
+    text = workbench.__doc__ if place != "README.md" else (ROOT / place).read_text()
+    said = " ".join(text.replace("`", "").split())
+    assert f"{len(READY)} of the {len(methods())} stand today: {standing}. The others are planned" in said
 
 
 def test_rows_come_in_the_order_of_the_families():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.live.synthetic import synthetic_meta, write_synthetic_run
-from workbench import catalogue, doctor
+from workbench import catalogue, doctor, notebook
 from workbench.cli import build_parser, main
 from workbench.cli.progress import progress_bar
 from workbench.live.arm import Arm
@@ -25,6 +25,7 @@ COMMANDS = (
     "verdicts",
     "bench",
     "live",
+    "view",
     "run",
     "runs",
     "resume",
@@ -105,6 +106,9 @@ def test_no_command_is_missing_from_the_help(shell):
         ("live --arm mixlora", "--arm needs a --study"),
         ("live --top-k 99", "top_k is 99 but must be between 1 and"),
         ("live --port 70000", "--port: is '70000' but must be a whole number from 1 to 65535"),
+        ("view god", "run 'god' is unknown; did you mean 'good'"),
+        ("view bad", "bad"),
+        ("view good --port 0", "--port: is '0' but must be a whole number from 1 to 65535"),
         ("run no_such_notebook", "notebook 'no_such_notebook' is unknown"),
         ("resume god", "run 'god' is unknown; did you mean 'good'"),
         ("resume bad", "bad"),
@@ -206,8 +210,8 @@ def test_an_interrupted_study_says_that_it_goes_on(shell, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("workbench.studies.core.run_study", run_study)
-    status, _, err = shell("study", "rmoe")
-    assert status == 130 and "the rows that are done are kept; the same command goes on from there" in err
+    said = "workbench: interrupted: the rows that are done are kept; the same command goes on from there\n"
+    assert shell("study", "rmoe") == (130, "", said)
 
 
 def test_study_prints_the_seeds_that_are_needed(shell, monkeypatch: pytest.MonkeyPatch):
@@ -262,6 +266,16 @@ def test_a_run_that_ends_badly_is_one_line_and_status_1(shell, two_runs: Path, m
     assert shell("resume", "good") == (1, "", f"workbench: {error}\n")
 
 
+def test_a_resumed_run_that_is_interrupted_says_how_to_go_on(shell, two_runs: Path, monkeypatch: pytest.MonkeyPatch):
+    def stopped(folder: Path, progress) -> None:
+        with RunWriter.open(folder) as writer:
+            writer.status("stopped", "stopped by SIGINT after 3 of 9 steps")
+
+    monkeypatch.setattr("workbench.live.trainer.resume", stopped)
+    said = f"good: stopped after 3 steps, kept at {two_runs / 'good'}; go on with: workbench resume good"
+    assert shell("resume", "good") == (130, "", f"workbench: interrupted: {said}\n")
+
+
 def test_export_writes_parquet(shell, two_runs: Path, tmp_path: Path):
     assert shell("export", "good", tmp_path / "a") == (0, f"{tmp_path / 'a'}\n", "")
     files = json.loads(shell("export", "good", tmp_path / "b", "--json")[1])["files"]
@@ -307,6 +321,21 @@ def test_live_trains_one_or_two_arms_of_a_study(shell, monkeypatch: pytest.Monke
 def test_live_has_a_flag_for_every_value_of_the_recipe(shell):
     out = shell("live", "--help")[1]
     assert [field.name for field in fields(Recipe) if f"--{field.name.replace('_', '-')} " not in out] == []
+
+
+def test_view_opens_the_newest_run_or_the_one_that_is_named(shell, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr("workbench.live.serve.view", lambda *args, **kwargs: asked.append((args, kwargs)))
+    assert shell("view") == shell("view", "mine", "--port", 5010, "--no-browser") == (0, "", "")
+    assert asked == [
+        (("latest",), {"port": None, "open_browser": None}),
+        (("mine",), {"port": 5010, "open_browser": False}),
+    ]
+
+
+def test_view_without_any_run_says_what_makes_one(shell, home: Path):
+    status, _, err = shell("view")
+    assert status == 2 and "there is no run" in err and "workbench live" in err
 
 
 # -- notebooks
@@ -368,13 +397,16 @@ def test_a_failing_notebook_is_kept_and_status_1(shell, tmp_path: Path):
 
 @pytest.mark.notebook
 def test_ctrl_c_ends_a_notebook_with_one_line_and_130(tmp_path: Path, until):
-    path = write_notebook(tmp_path / "nb.ipynb", "open('started', 'w').close(); import time; time.sleep(600)")
+    code = "print('before', flush=True)\nopen('started', 'w').close()\nimport time; time.sleep(600)"
+    path = write_notebook(tmp_path / "nb.ipynb", code)
     command = [sys.executable, "-m", "workbench", "run", str(path), "-o", "out.ipynb"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until(lambda: (tmp_path / "started").exists() or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everything in the foreground
     _, err = process.communicate()
-    assert (process.returncode, err) == (130, "workbench: interrupted\n")
+    assert (process.returncode, err) == (130, "workbench: interrupted: nb is kept at out.ipynb, as far as it came\n")
+    kept = notebook.read(tmp_path / "out.ipynb")
+    assert "before\n" in [output.get("text") for cell in kept.cells for output in cell.get("outputs", ())]
 
 
 # -- data and doctor
@@ -402,6 +434,16 @@ def test_data_get_of_a_set_that_is_there_says_so(shell, home: Path):
         "python",
         "digits",
     ]
+
+
+def test_a_fetch_that_is_interrupted_says_what_is_here(shell, home: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workbench.lib.data.fetch.download", interrupted)
+    said = "workbench: interrupted: kept: digits; not fetched: abc, phones\n"
+    assert shell("data", "get", "digits", "abc", "phones") == (130, "", said)
+    assert not list((home / "data").rglob("*.whl")) and not list((home / "data").glob(".get-*"))
 
 
 @pytest.mark.parametrize(("state", "status"), [(doctor.OK, 0), (doctor.WARN, 0), (doctor.FAIL, 1)])
@@ -440,8 +482,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert process.wait() == 1
 
 
-def test_progress_is_silent_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("WORKBENCH_QUIET")
+def test_progress_is_silent_where_quiet_is_asked_for(capsys: pytest.CaptureFixture):
     with progress_bar("working") as progress:
         progress(1, 2, "half")
     assert capsys.readouterr() == ("", "")
@@ -491,4 +532,4 @@ def test_where_prints_folders_that_a_shell_can_use(shell, home: Path):
 def test_results_and_json_are_never_mixed():
     """Every command that a program would read has --json."""
     parsers = build_parser()._subparsers._group_actions[0].choices
-    assert {name for name, parser in parsers.items() if "--json" not in parser.format_help()} == {"live"}
+    assert {name for name, parser in parsers.items() if "--json" not in parser.format_help()} == {"live", "view"}

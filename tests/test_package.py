@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 import workbench
+from tests.live.synthetic import write_synthetic_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,6 +118,19 @@ def test_an_installed_wheel_finds_its_own_apps_and_notebooks_and_no_others(wheel
     pages = "from workbench.live.serve import app_files; print(*app_files(), app_files()['live'])"
     names = sorted(path.stem for path in (ROOT / "apps").glob("*.py"))
     assert installed(wheel, "-c", pages).split() == [*names, str(wheel / "workbench" / "apps" / "live.py")]
+
+
+def test_an_installed_wheel_shows_a_run(wheel: Path, home: Path):
+    write_synthetic_run(home / "runs" / "mine", 3, n_layers=2, n_experts=4, n_tokens=64)
+    command = [sys.executable, "-m", "workbench", "view", "--no-browser"]
+    environment = os.environ | {"PYTHONPATH": str(wheel)}
+    with subprocess.Popen(command, cwd=wheel.parent, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        address = next((found[0] for line in process.stdout if (found := re.search(r"http://\S+", line))), None)
+        assert address and address.endswith("/live?run=mine")
+        with urlopen(address) as page:
+            assert page.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
 
 
 def test_a_checkout_has_them_beside_the_package():

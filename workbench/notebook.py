@@ -14,12 +14,14 @@ followed by a colon and a description. ``papermill`` itself runs the same notebo
 """
 
 import ast
+import asyncio
 import hashlib
 import json
 import math
 import re
-import sys
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -33,6 +35,7 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 ANY = {"int": "a whole number", "float": "a finite number", "str": "text", "bool": "true or false"}
 
 Value = int | float | str | bool | None
+Progress = Callable[[int, int, str], None]
 
 
 class NotebookError(RuntimeError):
@@ -222,7 +225,7 @@ def run(
     given: Mapping[str, Value] | None = None,
     output: Path | None = None,
     *,
-    progress: bool | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Execute a notebook with parameters and return where the executed one is.
 
@@ -230,11 +233,12 @@ def run(
         notebook: a path, or the name of one of the workbench's own (``01_routing``).
         given: parameters by name; text is converted to the declared type.
         output: where to write; ``out/<notebook>-<hash>.ipynb`` unless given.
-        progress: a bar over the cells; by default where stderr is a terminal.
+        progress: called as progress(cells done, cells in all, first line of the cell that begins).
 
     Raises:
         InputError: before anything runs: the notebook, a parameter or the output cannot be used.
         NotebookError: a cell failed; the notebook is kept at ``output`` as far as it came, with the error in it.
+        KeyboardInterrupt: it was interrupted, and is kept in the same way.
     """
     path = find(notebook)
     values = check(path, given or {})
@@ -249,7 +253,10 @@ def run(
         output.touch()
     except OSError as error:
         raise InputError(f"output {output} cannot be written: {error.strerror}") from None
-    _execute(path, values, output, kernel, sys.stderr.isatty() if progress is None else progress)
+    try:
+        _execute(path, values, output, kernel, progress)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{path.stem} is kept at {output}, as far as it came") from stop
     return output
 
 
@@ -264,29 +271,76 @@ def _kernel(path: Path) -> str:
     return name
 
 
-def _execute(path: Path, values: dict[str, Value], output: Path, kernel: str, progress: bool) -> None:
+def _execute(path: Path, values: dict[str, Value], output: Path, kernel: str, progress: Progress | None) -> None:
     import papermill  # after the checks: a wrong name is told in a moment
     from jupyter_client.manager import AsyncKernelManager
     from nbclient.exceptions import CellControlSignal, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     source, target = (str(name).replace("{", "{{").replace("}", "}}") for name in (path, output))  # it formats paths
-    with TemporaryFile() as log:
+    with TemporaryFile() as log, _CtrlC() as ctrl_c:
 
         class QuietKernel(AsyncKernelManager):
             """A kernel whose process does not write between the lines of this one; cells' output is not touched."""
 
             async def start_kernel(self, **options: Any) -> None:
                 await super().start_kernel(stdout=log, stderr=log, **options)
+                ctrl_c.kernel = self
 
-        options = {"kernel_name": kernel, "kernel_manager_class": QuietKernel, "progress_bar": progress}
+        total = len(read(path).cells) + bool(values)  # the values are a cell, too
+
+        def begins(cell: Mapping[str, Any], cell_index: int) -> None:
+            if ctrl_c.pressed:  # between two cells, or the last one did not mind
+                raise _Interrupted
+            if progress:
+                progress(cell_index, total, next(iter(cell["source"].strip().splitlines()), ""))
+
+        options = {"kernel_name": kernel, "kernel_manager_class": QuietKernel, "on_cell_start": begins}
         try:
-            papermill.execute_notebook(source, target, values, **options)
+            papermill.execute_notebook(source, target, values, progress_bar=False, **options)
+        except _Interrupted:
+            raise KeyboardInterrupt from None
         except PapermillExecutionError as error:
-            if error.ename == "KeyboardInterrupt":  # the kernel was told sooner than this process
+            if error.ename == "KeyboardInterrupt":
                 raise KeyboardInterrupt from error
             raise NotebookError(f"In [{error.exec_count}]: {error.ename}: {error.evalue}".strip(), output) from error
         except (DeadKernelError, CellControlSignal) as error:
             log.seek(0)
             last = log.read().decode(errors="replace").strip().splitlines()[-1:]
             raise NotebookError(": ".join([f"the kernel ended: {error}", *last]), output) from error
+
+
+class _Interrupted(Exception):
+    """Ends the execution before a cell. A KeyboardInterrupt would tear down the event loop with the kernel in it."""
+
+
+class _CtrlC:
+    """While open, Ctrl-C interrupts the running cell, as in Jupyter; a second one ends this process at once.
+
+    The kernel is in a session of its own, which the terminal does not tell.
+    """
+
+    def __init__(self):
+        self.kernel: Any = None
+        self.pressed = False
+
+    def __enter__(self) -> "_CtrlC":
+        self._before = signal.getsignal(signal.SIGINT)
+        self._ours = threading.current_thread() is threading.main_thread() and callable(self._before)
+        if self._ours:
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number: int, frame: object) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if self.pressed or self.kernel is None or loop is None:
+            self._before(number, frame)
+        self.pressed = True
+        loop.call_soon_threadsafe(lambda: loop.create_task(self.kernel.interrupt_kernel()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from workbench.bench import attention
-from workbench.bench.core import BOTH, FORWARD, LIMIT, OURS, run_cases
+from workbench.bench.core import BOTH, FORWARD, LIMIT, OURS, timed
 
 
 @pytest.mark.parametrize("direction", [FORWARD, BOTH])
@@ -18,7 +18,7 @@ def test_contestants_run(direction):
 
 
 def test_rows_name_the_peer_and_the_limit():
-    rows = run_cases([attention.case(128, 16)], threads=(1,), repeats=1)
+    rows = [row for rows in timed([attention.case(128, 16)], threads=(1,), repeats=1) for row in rows]
     assert len(rows) == 4
     ours = [row for row in rows if row["implementation"] == OURS]
     assert [row["direction"] for row in ours] == [FORWARD, BOTH]

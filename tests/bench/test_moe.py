@@ -81,6 +81,30 @@ def test_a_run_times_every_combination_and_keeps_a_record(small, home):
     assert result["record"].startswith(str(home / "bench"))
 
 
+def test_what_was_timed_before_an_interruption_is_kept(small, home):
+    def interrupt(at: int):
+        def progress(done: int, total: int, now: str) -> None:
+            if done == at:
+                raise KeyboardInterrupt
+
+        return progress
+
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt, match="bench moe had timed nothing yet"):
+        bench.run("moe", threads=(1, 2), repeats=1, progress=interrupt(0))
+    assert not (home / "bench").exists()
+    with pytest.raises(KeyboardInterrupt, match="6 timings of bench moe are kept at") as caught:
+        bench.run("moe", threads=(1, 2), repeats=1, progress=interrupt(2))
+    assert torch.get_num_threads() == before
+    (path,) = (home / "bench").glob("moe-*.json")
+    kept = json.loads(path.read_text())
+    assert str(caught.value).endswith(str(path)) and kept["interrupted"] is True
+    assert [(row["threads"], row["direction"]) for row in kept["rows"][::3]] == [
+        (1, "forward"),
+        (1, "forward+backward"),
+    ]
+
+
 def test_memory_is_flat_for_ours_and_grows_for_the_rest(small):
     rows = moe.tables()["memory"]
     by_name: dict[str, list[int]] = {}

@@ -12,9 +12,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, Queue
+from urllib.parse import unquote
 
 import pytest
 
+from tests.live.synthetic import write_synthetic_run
 from workbench.errors import InputError
 from workbench.live import serve
 from workbench.live.recipe import Recipe
@@ -39,8 +41,8 @@ SMALL = (
 class Program:
     """The command in a process, and the lines it says."""
 
-    def __init__(self, recipe: str):
-        command = [sys.executable, "-c", SCRIPT, recipe]
+    def __init__(self, *command: str):
+        command = [sys.executable, *command]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.said: list[str] = []
         self._lines: Queue[str] = Queue()
@@ -77,7 +79,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def program(home: Path) -> Iterator[tuple[Program, int, str]]:
-    started = Program(SMALL)
+    started = Program("-c", SCRIPT, SMALL)
     try:
         found = started.wait_for(r"http://localhost:(\d+)/live\?run=(\S+)")
         yield started, int(found[1]), found[2]
@@ -142,8 +144,21 @@ def test_ctrl_c_ends_the_training_and_says_where_the_run_is(program, home: Path)
         get(port, "/")
 
 
+def test_view_shows_a_run_that_is_kept_and_trains_nothing(home: Path, tmp_path: Path):
+    """A run outside the person's own, by its folder: the page says which, and its address leads there again."""
+    write_synthetic_run(tmp_path / "else where" / "mine", 3, n_layers=2, n_experts=4, n_tokens=64)
+    before = list((home / "runs").glob("*"))
+    started = Program("-m", "workbench", "view", str(tmp_path / "else where" / "mine"), "--no-browser")
+    found = started.wait_for(r"http://localhost:(\d+)(/live\?run=(\S+))")
+    assert started.said[0] == f"run mine finished after 3 steps, kept at {tmp_path / 'else where' / 'mine'}"
+    assert unquote(found[3]) == str(tmp_path / "else where" / "mine")
+    status, text = get(int(found[1]), found[2])
+    assert status == 200 and "unknown" not in text
+    assert started.end() == 0 and list((home / "runs").glob("*")) == before
+
+
 def test_a_trainer_that_refuses_says_why(home: Path):
-    started = Program(SMALL.replace('"docs"', '"abc"'))
+    started = Program("-c", SCRIPT, SMALL.replace('"docs"', '"abc"'))
     found = started.wait_for("refused: (.*)")
     assert "'abc' is not on this machine" in found[1] and "workbench data get abc" in found[1]
     assert started.process.wait() == 1

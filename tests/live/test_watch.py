@@ -1,5 +1,8 @@
 """`watch` in a training script of one's own: what is recorded, when, and that it can be taken off again."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from workbench.lib.core.moe import MoELayer, moe_layers
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.data.types import TextDomains
-from workbench.live.store import Run, RunWriter
+from workbench.live.store import Run, RunStopped, RunWriter
 from workbench.live.views.load import balance
 from workbench.live.views.readings import Readings
 from workbench.live.watch import Cadence, watch
@@ -164,7 +167,7 @@ def test_a_writer_of_ones_own_is_continued_and_left_open(task, tmp_path: Path):
 def test_runs_are_named(home, task):
     model = language_model()
     watch(model, "one").close()
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match=r"run 'one' is there already .*resume=True .*overwrite=True"):
         watch(model, "one")
     assert not any(layer._observers for layer in moe_layers(model).values())
     with watch(model) as watching:
@@ -172,6 +175,160 @@ def test_runs_are_named(home, task):
     for name in ("", "..", " "):
         with pytest.raises(InputError, match="run is"):
             watch(model, name)
+
+
+# -- the same script again
+
+
+SCRIPT = """
+import sys, torch, workbench
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+with workbench.watch(model, "my-run", total_steps=8, **{how: True for how in sys.argv[1:]}) as watched:
+    for step in range(4):
+        model(torch.randn(8, 6)).square().mean().backward()
+        watched.step(loss=float(watched.next_step))
+    print(watched)
+"""
+
+
+def test_a_script_that_is_run_twice_is_told_what_it_can_say(home: Path, tmp_path: Path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name != "WORKBENCH_QUIET"}
+
+    def again(*how: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(tmp_path / "script.py"), *how]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    folder = home / "runs" / "my-run"
+    where = f"run my-run, kept at {folder}; look with: workbench view my-run"
+    first = again()
+    assert first.returncode == 0 and first.stderr == f"workbench: watching {where}\n"
+    assert first.stdout == f"<Watch, open after 4 steps: routing of 0 layers, spectra of 2 matrices; {where}>\n"
+    second = again()
+    said = "run 'my-run' is there already (finished after 4 steps): pass resume=True to go on with it, "
+    assert second.returncode == 1 and said + "overwrite=True to replace it" in second.stderr
+    assert again("resume").returncode == 0
+    with Run(folder) as run:
+        created, losses = run.created, run.scalars("train/loss")[1].tolist()
+        assert losses == [0, 1, 2, 3, 4, 5, 6, 7] and run.status.state == "finished"
+        assert [(event.step, event.kind) for event in run.events()] == [(3, "resume")]
+    assert again("overwrite").returncode == 0
+    with Run(folder) as run:
+        assert run.scalars("train/loss")[1].tolist() == [0, 1, 2, 3]
+        assert run.created > created and run.status.state == "finished" and run.meta["total_steps"] == 8
+    assert [path.name for path in folder.parent.iterdir()] == ["my-run"]
+
+
+def test_a_first_run_may_say_either(home: Path):
+    for how in ("resume", "overwrite"):
+        with watch(nn.Linear(2, 2), how, **{how: True}) as watching:
+            assert watching.next_step == 0
+
+
+def test_a_resumed_run_keeps_what_is_not_said_anew(home: Path):
+    watch(nn.Linear(2, 2), "run", total_steps=5, meta={"who": "me"}).close()
+    watch(nn.Linear(2, 2), "run", seed=3, meta={"why": "again"}, resume=True).close()
+    with Run(home / "runs" / "run") as run:
+        meta = run.meta
+    assert (meta["total_steps"], meta["seed"], meta["who"], meta["why"]) == (5, 3, "me", "again")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 3)), r"matrix '0' is \[3, 4\] but was \[4, 4\]"),
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "matrix '1' is .* but was not there"),
+        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "group '1' is 8 but was not there"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_model(model: nn.Module, message: str, home: Path):
+    watch(nn.Sequential(nn.Linear(4, 4)), "run").close()
+    with pytest.raises(InputError, match=f"run 'run' cannot go on with this model: {message}; overwrite=True"):
+        watch(model, "run", resume=True)
+    with watch(model, "run", overwrite=True) as watching:
+        assert watching.next_step == 0
+
+
+def test_other_layers_or_domains_are_another_model(task, home: Path):
+    watch(language_model(), "run", task=task).close()
+    with pytest.raises(InputError, match="domain 'a' is not there but was there"):
+        watch(language_model(), "run", resume=True)
+    other = language_model()
+    other.blocks[1].ffn.router.set_top_k(1)
+    with pytest.raises(InputError, match=r"layer 'blocks.1.ffn' is .*'top_k': 1.* but was .*'top_k': 2"):
+        watch(other, "run", task=task, resume=True)
+
+
+def test_what_cannot_be_resumed_or_replaced_is_left_alone(home: Path, tmp_path: Path):
+    model = nn.Linear(2, 2)
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match="needs the name or the folder of a run"):
+            watch(model, **how)
+    with pytest.raises(InputError, match="both True"):
+        watch(model, "run", resume=True, overwrite=True)
+    RunWriter.create(home / "runs" / "trained", {"kind": "train"}).close()
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match="'trained' is there already and no watched model's"):
+            watch(model, "trained", **how)
+    with watch(model, "busy"):
+        for how in ("resume", "overwrite"):
+            with pytest.raises(InputError, match="is being written by process"):
+                watch(model, "busy", **{how: True})
+    watch(model, tmp_path / "mine").close()
+    (tmp_path / "mine" / "weights.pt").write_text("precious")
+    with pytest.raises(InputError, match=r"holds weights.pt; move that"):
+        watch(model, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "weights.pt").read_text() == "precious"
+
+
+def test_the_old_run_stays_where_the_new_one_cannot_come(home: Path, monkeypatch: pytest.MonkeyPatch):
+    model = nn.Linear(2, 2)
+    with watch(model, "run") as watching:
+        watching.step(loss=1.0)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("workbench.live.writer._make", full)
+    with pytest.raises((InputError, RunStopped), match="No space left"):
+        watch(model, "run", overwrite=True)
+    monkeypatch.undo()
+    with Run(home / "runs" / "run") as run:
+        assert run.last_step == 0 and run.status.state == "finished"
+    assert [path.name for path in (home / "runs").iterdir()] == ["run"]
+
+
+def test_a_damaged_run_is_replaced_and_not_resumed(home: Path):
+    watch(nn.Linear(2, 2), "run").close()
+    (home / "runs" / "run" / "run.sqlite").write_bytes(b"rubbish" * 1000)
+    for how in ({}, {"resume": True}):
+        with pytest.raises(InputError, match=r"damaged.*; overwrite=True replaces it"):
+            watch(nn.Linear(2, 2), "run", **how)
+    watch(nn.Linear(2, 2), "run", overwrite=True).close()
+    with Run(home / "runs" / "run") as run:
+        assert run.status.state == "finished"
+
+
+def test_a_page_shows_the_run_that_replaced_the_one_it_showed(home: Path):
+    from workbench.live.views import Workbench
+
+    model = nn.Linear(2, 2)
+    with watch(model, "run") as watching:
+        for loss in (1.0, 2.0):
+            watching.step(loss=loss)
+    page = Workbench("run")
+    page.list_runs()
+    with watch(model, "run", overwrite=True) as watching:
+        watching.step(loss=5.0)
+        page.list_runs()
+        page.poll()
+        assert page.selection.run.scalars("train/loss")[1].tolist() == [5.0]
+        watching.step(loss=6.0)  # closing the old file has taken nothing from the new one
+        page.poll()
+        assert page.selection.run.scalars("train/loss")[1].tolist() == [5.0, 6.0]
+    page.selection.close()
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,18 @@ def test_stored_as_a_reader_finds_it(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_inside_the_notebook(name):
+    """JupyterLab serves the folder of the notebooks and nothing beside it."""
+    for cell in read(name).cells:
+        shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)|<img[^>]*src=[\"']([^\"']*)", cell.source)
+        for target in map("".join, shown if cell.cell_type == "markdown" else ()):
+            picture = target.removeprefix("attachment:")
+            assert picture != target, f"{target} is not attached to its cell"
+            attached = base64.b64decode(cell.attachments[picture]["image/png"])
+            assert attached == (FOLDER.parent / "docs" / picture).read_bytes(), "run notebooks/store.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_of_the_machine_is_stored(name):
     text = (FOLDER / f"{name}.ipynb").read_text()
     assert "papermill" not in read(name).metadata

@@ -29,11 +29,12 @@ def run(
         progress: called as progress(done, all, what) before each measurement.
 
     Returns:
-        {"bench", "machine", "threads", "repeats", "rows": as of `core.run_cases`, the bench's own tables, "record": the
+        {"bench", "machine", "threads", "repeats", "rows": as of `core.timed`, the bench's own tables, "record": the
         path of the file that keeps all this}.
 
     Raises:
         InputError: no bench has this name, or a number is below 1.
+        KeyboardInterrupt: it was interrupted; its words name the file that keeps what was timed until then.
     """
     from importlib import import_module
 
@@ -47,13 +48,14 @@ def run(
     repeats = bench.REPEATS if repeats is None else repeats
     core.check_counts(threads, repeats)
     tables = bench.tables(quick) if hasattr(bench, "tables") else {}
-    rows = core.run_cases(bench.cases(quick), threads=threads, repeats=repeats, progress=progress)
-    result = {
-        "bench": name,
-        "machine": core.machine(),
-        "threads": list(threads),
-        "repeats": repeats,
-        "rows": rows,
-        **tables,
-    }
+    result = {"bench": name, "machine": core.machine(), "threads": list(threads), "repeats": repeats, "rows": []}
+    try:
+        for rows in core.timed(bench.cases(quick), threads=threads, repeats=repeats, progress=progress):
+            result["rows"] += rows
+    except KeyboardInterrupt as stop:
+        if not result["rows"]:
+            raise KeyboardInterrupt(f"bench {name} had timed nothing yet") from stop
+        record = core.save(name, result | tables | {"interrupted": True})
+        raise KeyboardInterrupt(f"{len(result['rows'])} timings of bench {name} are kept at {record}") from stop
+    result |= tables
     return {**result, "record": str(core.save(name, result))}

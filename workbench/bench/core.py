@@ -60,7 +60,7 @@ def measure(contestants: Contestants, repeats: int) -> dict[str, list[float]]:
 
 
 def rows_of(case: str, threads: int, direction: str, seconds: dict[str, list[float]]) -> list[dict]:
-    """One row an implementation; see `run_cases`."""
+    """One row an implementation; see `timed`."""
     limit = seconds.get(LIMIT)
     peers = {name: spent for name, spent in seconds.items() if name != LIMIT}
     return [
@@ -82,14 +82,14 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def run_cases(
+def timed(
     cases: Sequence[Case],
     *,
     threads: Sequence[int],
     repeats: int,
     progress: Callable[[int, int, str], None] | None = None,
-) -> list[dict]:
-    """Time every case at every thread count.
+) -> Iterator[list[dict]]:
+    """Time every case at every thread count; what is timed is there before the next begins.
 
     Args:
         cases: what to time.
@@ -97,19 +97,19 @@ def run_cases(
         repeats: rounds that count.
         progress: called as progress(done, all, what) before each measurement.
 
-    Returns:
-        A row for each case, thread count, direction and implementation: {case, threads, direction, implementation,
-        median_s, ratio_to_limit: median of time / limit or None, speedup_over: {peer: median of peer's time / time}}.
+    Yields:
+        The rows of one case, thread count and direction, one for each implementation: {case, threads, direction,
+        implementation, median_s, ratio_to_limit: median of time / limit or None, speedup_over: {peer: median of peer's
+        time / time}}.
     """
     check_counts(threads, repeats)
-    rows: list[dict] = []
     plan = [(count, case, direction) for count in threads for case in cases for direction in case.directions]
     for done, (count, case, direction) in enumerate(plan):
         if progress is not None:
             progress(done, len(plan), f"{case.name}, {direction}, {count} thread{'s' * (count != 1)}")
         with torch_threads(count):
-            rows += rows_of(case.name, count, direction, measure(case.make(direction), repeats))
-    return rows
+            seconds = measure(case.make(direction), repeats)
+        yield rows_of(case.name, count, direction, seconds)
 
 
 def check_counts(threads: Sequence[int], repeats: int) -> None:

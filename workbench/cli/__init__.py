@@ -99,15 +99,21 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     )
     sub.add_argument("--quick", action="store_true", help="small problems that take seconds, not to judge by")
 
-    sub = command("live", "train a small model, or arms of a study, and watch it in a browser", json=False)
-    sub.add_argument(
-        "--port", type=whole(1, 65535), metavar="N", help="port of the page (default: a free one from 5006)"
-    )
-    sub.add_argument("--no-browser", action="store_true", help="only print the address")
+    def page(name: str, text: str) -> Parser:
+        sub = command(name, text, json=False)
+        port = "port of the page (default: a free one from 5006)"
+        sub.add_argument("--port", type=whole(1, 65535), metavar="N", help=port)
+        sub.add_argument("--no-browser", action="store_true", help="only print the address")
+        return sub
+
+    sub = page("live", "train a small model, or arms of a study, and watch it in a browser")
     if "live" in argv:
         from workbench.cli.live import add_recipe
 
         add_recipe(sub)
+
+    sub = page("view", "show a run that is kept, or one that another program writes, in a browser")
+    sub.add_argument("run", nargs="?", default="latest", metavar="RUN", help="name or folder (default: the newest)")
 
     sub = command("run", "run a notebook with parameters, checked before it starts")
     sub.add_argument("notebook", metavar="NOTEBOOK", help="a path, or a name such as 01_routing")
@@ -150,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"workbench: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("workbench: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # its words, if any, say what is kept
+        print(": ".join(filter(None, ["workbench: interrupted", str(stop)])), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader of a pipe has gone (| head); keep the interpreter from complaining about it at exit

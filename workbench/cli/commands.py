@@ -118,9 +118,8 @@ def _keeping(text: str) -> Iterator[Report]:
         warnings.showwarning = told
         try:
             yield progress
-        except KeyboardInterrupt:
-            print("workbench: the rows that are done are kept; the same command goes on from there", file=sys.stderr)
-            raise
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt("the rows that are done are kept; the same command goes on from there") from stop
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -178,6 +177,12 @@ def live(args: argparse.Namespace) -> None:
     serve_live(recipes(args), port=args.port, open_browser=False if args.no_browser else None)
 
 
+def view(args: argparse.Namespace) -> None:
+    from workbench.live.serve import view as serve_view
+
+    serve_view(args.run, port=args.port, open_browser=False if args.no_browser else None)
+
+
 def run(args: argparse.Namespace) -> int:
     from workbench import notebook
 
@@ -195,7 +200,8 @@ def run(args: argparse.Namespace) -> int:
     if len(given) < len(args.p):
         raise InputError("a parameter is given twice with -p")
     try:
-        output = notebook.run(args.notebook, given, args.output and Path(args.output))
+        with progress_bar(f"run {args.notebook}") as progress:
+            output = notebook.run(args.notebook, given, args.output and Path(args.output), progress=progress)
     except notebook.NotebookError as error:
         if args.json:
             as_json({"output": str(error.output), "error": str(error)})
@@ -246,10 +252,13 @@ def resume(args: argparse.Namespace) -> int:
         print(f"workbench: {error}", file=sys.stderr)
         return 1
     row = _describe_run(find(folder))
+    said = f"{row['name']}: {row['state']} after {row['steps']} steps, kept at {row['folder']}"
+    if row["state"] == "stopped" and "SIGINT" in row["message"]:  # its trainer ended in order, with a checkpoint
+        raise KeyboardInterrupt(f"{said}; go on with: workbench resume {row['name']}")
     if args.json:
         as_json(row)
     else:
-        print(f"{row['name']}: {row['state']} after {row['steps']} steps, kept at {row['folder']}")
+        print(said)
     return 0
 
 
@@ -317,10 +326,17 @@ def _data_list(args: argparse.Namespace) -> None:
 
 def _data_get(args: argparse.Namespace) -> None:
     from workbench.lib.data import available, get
+    from workbench.lib.data.sets import parts
+    from workbench.lib.data.store import intact
 
-    for name in args.names:
-        with progress_bar(f"get {name}") as progress:
-            get(name, lambda text, done, total: progress(done, total, text))
+    try:
+        for name in args.names:
+            with progress_bar(f"get {name}") as progress:
+                get(name, lambda text, done, total: progress(done, total, text))
+    except KeyboardInterrupt as stop:
+        asked = {part.name: intact(part) for name in args.names for part in parts(name)}
+        here, missing = (", ".join(name for name in asked if asked[name] is there) for there in (True, False))
+        raise KeyboardInterrupt(f"kept: {here or 'nothing'}; not fetched: {missing or 'nothing'}") from stop
     entries = [entry for entry in available() if entry.name in args.names]
     if args.json:
         return as_json([asdict(entry) for entry in entries])

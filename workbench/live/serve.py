@@ -1,5 +1,7 @@
 """`workbench live`: one or two trainings, each in its own process, and the live pages of them, until Ctrl-C.
 
+`workbench view` serves the same pages of runs that are kept, and trains nothing.
+
 - The server runs in this process and only reads the runs, so it cannot hold up the trainings.
 - It answers on 127.0.0.1 alone, and only pages of its own address may open a connection to it.
 - The trainings end with this process, however that ends: they stop when their standard input closes.
@@ -27,7 +29,7 @@ from workbench.errors import InputError
 from workbench.live.arm import Arm
 from workbench.live.recipe import Recipe
 from workbench.live.records import LOSS
-from workbench.live.store import Run, new_folder
+from workbench.live.store import Run, find, new_folder, run_name
 from workbench.paths import shipped
 
 HOST = "127.0.0.1"
@@ -77,12 +79,7 @@ def live(
         running = list(zip(trainers, folders, strict=True))
         for trainer, folder in running:
             _wait_for_first_step(trainer, folder, console)
-        shown = "&compare=".join(quote(folder.name) for folder in folders)
-        address = f"http://localhost:{port}/live?run={shown}"
-        _load(address.replace("localhost", HOST))
-        console(f"watch it at {address} (Ctrl-C ends it)")
-        if _has_screen() if open_browser is None else open_browser:
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        _show(port, [folder.name for folder in folders], open_browser, console)
         _follow(running, console)
         console("the pages stay until Ctrl-C")
         threading.Event().wait()
@@ -104,6 +101,42 @@ def _kind(recipe: Recipe | Arm) -> str:
         return "live"
     name = recipe.arm if recipe.arm.startswith(recipe.study) else f"{recipe.study}-{recipe.arm}"
     return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")
+
+
+def view(
+    run: str | Path = "latest",
+    port: int | None = None,
+    open_browser: bool | None = None,
+    console: Callable[[str], None] = _say,
+) -> None:
+    """Serve the live pages, opened on a run that is kept, until Ctrl-C (or SIGTERM, or SIGHUP).
+
+    Args:
+        run: its name, a prefix that only it has, its folder, or "latest".
+        port, open_browser, console: as of `live`.
+
+    Raises:
+        InputError: there is no such run, it cannot be read, or the port cannot be used.
+    """
+    with find(run) as found:
+        name = run_name(found.folder)
+        state, steps = found.status.state, found.last_step + 1
+    pages = app_files()
+    port = free_port(port)
+    handlers = _interrupt_on(signal.SIGTERM, signal.SIGHUP)
+    server = None
+    try:
+        server = start_server(pages, port)
+        console(f"run {found.name} {state} after {steps} steps, kept at {found.folder}")
+        _show(port, [name], open_browser, console)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        console("ending")
+    finally:
+        if server is not None:
+            server.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def app_files() -> dict[str, Path]:
@@ -205,6 +238,15 @@ def _wait_for_first_step(trainer: subprocess.Popen, folder: Path, console: Calla
             console(f"still before its first step: {folder.name} prepares what it starts from")
             patience = time.monotonic() + REPORT_SECONDS
         time.sleep(POLL_SECONDS)
+
+
+def _show(port: int, names: Sequence[str], open_browser: bool | None, console: Callable[[str], None]) -> None:
+    """Wait until the page of one or two runs answers, say where it is, and open it where there is a screen."""
+    address = f"http://localhost:{port}/live?run={'&compare='.join(quote(name) for name in names)}"
+    _load(address.replace("localhost", HOST))
+    console(f"watch it at {address} (Ctrl-C ends it)")
+    if _has_screen() if open_browser is None else open_browser:
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
 def _load(address: str) -> None:

@@ -20,6 +20,7 @@ from workbench.paths import home
 
 __all__ = [
     "CHECKPOINTS",
+    "DATABASE",
     "FORMAT",
     "Answer",
     "Command",
@@ -31,6 +32,7 @@ __all__ = [
     "Status",
     "find",
     "new_folder",
+    "run_name",
     "runs",
 ]
 
@@ -74,7 +76,7 @@ def find(name_or_path: str | Path, root: str | Path | None = None) -> Run:
     if text == "latest":
         newest = next((run for run in runs(root) if run.status.state != "damaged"), None)
         if newest is None:
-            raise InputError(f"there is no run in {_root(root)} yet")
+            raise InputError(f"there is no run in {_root(root)} yet; workbench live starts one")
         return newest
     starting = [path for path in known if text and path.name.startswith(text)]
     if len(starting) == 1:
@@ -84,6 +86,11 @@ def find(name_or_path: str | Path, root: str | Path | None = None) -> Run:
     if folder.is_dir() or len(folder.parts) > 1:
         return Run(folder)
     raise unknown("run", text, names)
+
+
+def run_name(folder: Path, root: str | Path | None = None) -> str:
+    """What `find` finds the run in ``folder`` by: its name among those in ``root``, elsewhere its path."""
+    return folder.name if folder.parent == _root(root) else str(folder)
 
 
 def new_folder(kind: str, root: str | Path | None = None) -> Path:

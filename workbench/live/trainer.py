@@ -49,7 +49,9 @@ def resume(run: str | Path, progress: Progress | None = None) -> State:
         folder, meta, state = past.folder, past.meta, past.status.state
         answers = past.answers()
     if meta.get("kind") != "train":
-        raise InputError(f"run {folder.name} is a watched model: its own program goes on with it")
+        raise InputError(
+            f"run {folder.name} is a watched model: its own program goes on with it, with watch(..., resume=True)"
+        )
     if state == "finished":
         raise InputError(f"run {folder.name} has finished its {meta['total_steps']} steps: nothing is left to resume")
     return _train(read_recipe(meta["recipe"]), folder, progress, Past(meta, answers))

@@ -8,9 +8,15 @@
             w.step(loss=loss.item())
             optimizer.zero_grad()
 
+`workbench view my-run` shows it, while it trains and later. A script that is run again says what becomes of its run:
+resume=True goes on after its last step (`range(w.next_step, 1000)`), overwrite=True replaces it.
+
 The workbench's own trainer records through the same object.
 """
 
+import os
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +35,7 @@ from workbench.live.probes.routing import RoutingProbe
 from workbench.live.probes.spectra import SpectrumProbe
 from workbench.live.provenance import revision, versions
 from workbench.live.records import PROBE_SECONDS, STORE_SECONDS, TOKENS, TRAIN, VALIDATION
-from workbench.live.store import RunWriter, new_folder
+from workbench.live.store import DATABASE, Run, RunWriter, new_folder, run_name
 from workbench.paths import home
 
 CONFLICT_ROWS = 6
@@ -70,6 +76,8 @@ def watch(
     seed: int = 0,
     meta: Mapping[str, Any] | None = None,
     conflict_rows: int = CONFLICT_ROWS,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> "Watch":
     """Attach probes to `model` and record what they find in a run.
 
@@ -83,7 +91,20 @@ def watch(
         seed: of the batches and starts that probes draw.
         meta: further entries of the run's meta.
         conflict_rows: rows of the half batches of the conflict probe.
+        resume: go on after the last step of the run of this name or folder, if there is one; `next_step` says where.
+            Its model must have the same layers, matrices, parameters and domains.
+        overwrite: replace the run of this name or folder, if there is one. It goes when the new one is there.
+
+    Where to look is said on stderr, unless ``$WORKBENCH_QUIET`` is set.
+
+    Raises:
+        InputError: the run is there already and neither `resume` nor `overwrite` says what to do; it is being written
+            by another process; it cannot go on with this model; or an argument has a value that is not allowed.
     """
+    if resume and overwrite:
+        raise InputError("resume and overwrite are both True: a run that is there goes on, or is replaced")
+    if (resume or overwrite) and (run is None or isinstance(run, RunWriter)):
+        raise InputError(f"{'resume' if resume else 'overwrite'}=True needs the name or the folder of a run")
     if not isinstance(cadence, Cadence):
         for name in cadence or {}:
             if name not in {item.name for item in fields(Cadence)}:
@@ -104,7 +125,10 @@ def watch(
                 "cadence": asdict(cadence),
                 "model": describe(model, task),
             }
-            probes.attach(RunWriter.create(_folder(run), entries | dict(meta or {})), own=True, next_step=0)
+            writer = _writer(_folder(run), entries, dict(meta or {}), resume, overwrite)
+            probes.attach(writer, own=True, next_step=writer.last_step + 1)
+            if not os.environ.get("WORKBENCH_QUIET"):
+                print(f"workbench: watching {probes.where}", file=sys.stderr)
     except BaseException:
         probes.close()
         raise
@@ -118,7 +142,61 @@ def _folder(run: str | Path | None) -> Path:
         if not run.strip(". "):
             raise InputError(f"run is {run!r} but must be a name, a folder or a RunWriter")
         return home() / "runs" / run
-    return Path(run)
+    return Path(run).expanduser().absolute()
+
+
+def _writer(folder: Path, entries: dict[str, Any], more: dict[str, Any], resume: bool, overwrite: bool) -> RunWriter:
+    """Of a new run, of one that goes on, or of one in place of another."""
+    if not (folder / DATABASE).exists():
+        return RunWriter.create(folder, entries | more)
+    try:
+        with Run(folder) as past:
+            meta, stands = past.meta, f"{past.status.state} after {past.last_step + 1} steps"
+    except InputError as error:
+        meta, stands = None, str(error)
+    if meta and meta.get("kind") != "watch":
+        raise InputError(
+            f"run {folder.name!r} is there already and no watched model's: workbench resume {folder.name} goes on with "
+            "it; choose another name here"
+        )
+    if overwrite:
+        return RunWriter.replace(folder, entries | more)
+    if meta is None:
+        raise InputError(f"{stands}; overwrite=True replaces it")
+    if not resume:
+        raise InputError(
+            f"run {folder.name!r} is there already ({stands}): pass resume=True to go on with it, overwrite=True to "
+            "replace it, or another name"
+        )
+    if difference := _difference(meta["model"], entries["model"]):
+        raise InputError(f"run {folder.name!r} cannot go on with this model: {difference}; overwrite=True replaces it")
+    writer = RunWriter.open(folder)
+    try:
+        said = {key: entries[key] for key in ("seed", "cadence", "total_steps") if entries[key] is not None}
+        for key, value in (said | more).items():
+            writer.set_meta(key, value)
+        writer.event(writer.last_step, "resume", "by its own program")
+    except BaseException:
+        writer.close()
+        raise
+    return writer
+
+
+def _difference(past: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first thing in which the descriptions of two models differ, in words."""
+    for part in ("layers", "matrices", "groups", "domains"):
+        before, after = (_by_name(described[part]) for described in (past, now))
+        for name in [*before, *after]:
+            if before.get(name) != after.get(name):
+                was, is_ = (found.get(name, "not there") for found in (before, after))
+                return f"{part[:-1].replace('matrice', 'matrix')} {name!r} is {is_} but was {was}"
+    return None
+
+
+def _by_name(part: dict[str, Any] | list[Any]) -> dict[str, Any]:
+    if isinstance(part, dict):
+        return part
+    return {item["name"]: item for item in part if isinstance(item, dict)} or {name: "there" for name in part}
 
 
 def describe(model: nn.Module, task: Task | None = None) -> dict[str, Any]:
@@ -160,6 +238,7 @@ class Watch:
         pairs = len(self.domains) > 1 and cadence.conflict and self.groups
         self.conflict = ConflictProbe(model, task, self.groups, conflict_rows) if pairs else None
         self.writer: RunWriter | None = None
+        self._folder: Path | None = None
         self.next_step = 0
         self._own = False
         self._store_seconds = 0.0
@@ -167,6 +246,7 @@ class Watch:
     def attach(self, writer: RunWriter, own: bool, next_step: int) -> None:
         """Write to `writer` from `next_step` on; `own` to close it in the end."""
         self.writer, self._own, self.next_step = writer, own, next_step
+        self._folder = writer.folder  # known when the writer has gone, too
         self._began = time.perf_counter()
         self._prepare()
 
@@ -241,6 +321,21 @@ class Watch:
         writer, self.writer = self.writer, None
         if writer is not None and self._own:
             writer.__exit__(type(error) if error else None, error, None)
+
+    @property
+    def where(self) -> str:
+        """The run, the folder that keeps it, and the command that shows it; in one line."""
+        command = f"workbench view {shlex.quote(run_name(self._folder))}"
+        return f"run {self._folder.name}, kept at {self._folder}; look with: {command}"
+
+    def __repr__(self) -> str:
+        state = "closed" if self.writer is None else "open"
+        matrices = len(self.spectra.dense) + len(self.spectra.low_rank)
+        probes = f"routing of {len(self.blocks)} layers, spectra of {matrices} matrices"
+        if self.conflict:
+            probes += f", conflict of {len(self.domains)} domains"
+        where = "no run yet" if self._folder is None else self.where
+        return f"<Watch, {state} after {self.next_step} steps: {probes}; {where}>"
 
     def __enter__(self) -> "Watch":
         return self

@@ -23,9 +23,9 @@ import numpy as np
 from workbench.errors import InputError, unknown
 from workbench.live import blobs, schema
 from workbench.live.control import Command
-from workbench.live.lock import Lock
+from workbench.live.lock import NAME, Lock
 from workbench.live.reader import Run
-from workbench.sealed import sealed_file
+from workbench.sealed import sealed_file, sealed_folder
 
 STATES = ("running", "paused", "finished", "stopped", "failed")
 CHECKPOINTS = "checkpoints"
@@ -68,6 +68,28 @@ class RunWriter:
         except BaseException:
             lock.release()
             raise
+
+    @classmethod
+    def replace(cls, folder: str | Path, meta: Mapping[str, Any]) -> "RunWriter":
+        """A new run in place of the one in ``folder``, which goes once the new one is whole; or it stays as it was.
+
+        InputError while another process writes it, and where the folder holds anything that would be lost with it.
+        """
+        folder = Path(folder).expanduser().absolute()
+        parts = {NAME, CHECKPOINTS, *(f"{schema.DATABASE}{end}" for end in ("", "-wal", "-shm"))}
+        more = [path for path in folder.iterdir() if path.name not in parts] + [*(folder / CHECKPOINTS).glob("*")]
+        if more:
+            names = ", ".join(sorted(path.name for path in more))
+            raise InputError(f"run folder {folder} is not replaced: it holds {names}; move that, or take another name")
+        lock = Lock(folder)
+        try:
+            with sealed_folder(folder) as new:
+                cls.create(new, meta).close()
+        except OSError as error:
+            raise InputError(f"run folder {folder} cannot be replaced: {error.strerror}") from error
+        finally:
+            lock.release()
+        return cls.open(folder)
 
     @classmethod
     def open(cls, folder: str | Path) -> "RunWriter":

@@ -1,6 +1,7 @@
 """The page: runs to choose, how they stand, controls of the trainer, and the views one tab each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from workbench.live.views.imbalance import ImbalanceView
 from workbench.live.views.loss import LossView
 from workbench.live.views.overview import Overview
 from workbench.live.views.plot import Pulse
+from workbench.live.views.readings import Readings
 from workbench.live.views.selection import Selection
 from workbench.live.views.spectra import SpectraView
 from workbench.live.views.status import status_line
@@ -30,6 +32,13 @@ LIST_MS = 4000  # how often the list of runs is read again
 NONE = "none"
 NO_RUN = """<div class="empty"><b>No run yet</b><span>Start one with <code>workbench live</code>, or in Python with
 <code>workbench.watch(model)</code>. It appears here by itself.</span></div>"""
+
+
+def _files(root: Path) -> Iterator[tuple[Path, int]]:
+    """The runs below a folder, and which file each is: one that is written anew under its name is another."""
+    for path in root.glob(f"*/{DATABASE}"):
+        with suppress(OSError):  # it goes as we look
+            yield path, path.stat().st_ino
 
 
 class Workbench(pn.viewable.Viewer):
@@ -146,18 +155,30 @@ class Workbench(pn.viewable.Viewer):
 
     def list_runs(self) -> None:
         """Read the list of runs anew, if there are others than before; the newest is shown if none is yet."""
-        there = sorted(self.root.glob(f"*/{DATABASE}"))
+        there = sorted(_files(self.root))
         if self.selection.run is None and there and (newest := self._newest()):
             self.selection.choose(newest)
         shown = [str(run.run.folder) if run else "" for run in (self.selection.run, self.selection.compare)]
         if (there, shown) == self._listed:
             return
         self._listed = (there, shown)
-        known = {run.name: str(run.folder) for run in runs(self.root)}
+        found = runs(self.root)
+        self._reopen(found)
+        known = {run.name: str(run.folder) for run in found}
         for readings in self.selection.shown:
             known.setdefault(readings.name, str(readings.run.folder))
         for select, options, value in ((self.run, known, shown[0]), (self.compare, {NONE: ""} | known, shown[1])):
             select.param.update(options=options, value=value)
+
+    def _reopen(self, found: Sequence[Run]) -> None:
+        """Show a run that was written anew under its name in place of the one that it replaced."""
+        there = {run.folder: run for run in found if run.status.state != "damaged"}
+
+        def now(readings: Readings | None) -> Readings | Run | None:
+            run = readings and there.get(readings.run.folder)
+            return run if run and run.created != readings.run.created else readings
+
+        self.selection.choose(now(self.selection.run), now(self.selection.compare))
 
     def _choose(self, run: str, compare: str) -> None:
         """Show the runs chosen in the lists, from their first layer and newest step."""

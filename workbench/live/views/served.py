@@ -5,6 +5,7 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.figures.theme import THEMES
+from workbench.live.store import run_name
 from workbench.live.views import style
 from workbench.live.views.page import Workbench
 from workbench.live.views.plot import Plot
@@ -25,8 +26,8 @@ def serve_page(*views: type[View]) -> Workbench:
 
     def keep_address(*_) -> None:
         chosen = page.selection
-        named = {"run": chosen.run and chosen.run.name, "compare": chosen.compare and chosen.compare.name}
-        query = {name: value for name, value in named.items() if value}
+        shown = {"run": chosen.run, "compare": chosen.compare}
+        query = {key: run_name(readings.run.folder, page.root) for key, readings in shown.items() if readings}
         if chosen.theme == "dark":
             query["theme"] = "dark"
         if pn.state.location is not None:

@@ -27,24 +27,27 @@ def _variables(theme: Theme) -> str:
     return " ".join(f"--wb-{name}: {value};" for name, value in values.items())
 
 
+# Panel holds a row at the width of all that is in it, and what holds the row, too: wider than a cell of a notebook
+NARROW = "min-width: 0 !important;"
+
 ROOT = f"""
 :host(.wb-light) {{ {_variables(THEMES["light"])} color-scheme: light; }}
 :host(.wb-dark) {{ {_variables(THEMES["dark"])} color-scheme: dark; }}
 :host {{
   background: var(--wb-page); color: var(--wb-ink); font-family: {FONT}; font-size: 13px;
-  padding: 8px 10px; box-sizing: border-box; gap: 7px;
+  padding: 8px 10px; box-sizing: border-box; gap: 7px; {NARROW}
 }}
 :host(.wb-page) {{ min-height: 100vh; }}
 """
 
-BAR = """
-:host {
-  background: var(--wb-card); border: 1px solid var(--wb-line); border-radius: 8px;
+BAR = f"""
+:host {{
+  background: var(--wb-card); border: 1px solid var(--wb-line); border-radius: 8px; {NARROW}
   padding: 4px 10px; gap: 6px 12px; align-items: center; box-sizing: border-box; flex-wrap: wrap;
-}
+}}
 """
 
-CLEAR_BAR = ":host { gap: 6px 12px; align-items: center; flex-wrap: wrap; padding: 0 2px; }"
+CLEAR_BAR = f":host {{ gap: 6px 12px; align-items: center; flex-wrap: wrap; padding: 0 2px; {NARROW} }}"
 
 # cards say how many of the twelve columns they take; where there is little room, as in a notebook, it is half or all
 GRID = """
