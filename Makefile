@@ -26,7 +26,7 @@ live: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	@.ci/install-browser
-	@OMP_NUM_THREADS=1 WORKBENCH_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	@OMP_NUM_THREADS=1 WORKBENCH_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -p no:nbval -n $(WORKERS) --dist loadgroup $(TESTS)
 	@echo "test: passed"
 
 test-versions:
