@@ -61,19 +61,17 @@ def clean(content: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
-            data = output.get("data", {})
-            if PLOTLY in data:
+            if PLOTLY in output.get("data", {}):
                 figures.append(output)
-            if "application/vnd.jupyter.widget-view+json" in data:  # its state is not kept, so neither is the view
-                del data["application/vnd.jupyter.widget-view+json"]
     return figures
 
 
 def is_live(output: nbformat.NotebookNode) -> bool:
-    """Whether an output is a Panel page, or the scripts that one needs: nothing of it shows without the kernel."""
+    """Whether an output is a widget, a Panel page or the scripts of one: nothing of it shows without the kernel."""
     if output.output_type not in ("display_data", "execute_result"):
         return False
-    page = any(kind.startswith("application/vnd.holoviews") for kind in output.data)
+    live = ("application/vnd.holoviews", "application/vnd.jupyter.widget-view")
+    page = any(kind.startswith(live) for kind in output.data)
     return page or not output.data or "data-root-id" in output.data.get("text/html", "")
 
 
