@@ -51,3 +51,11 @@ def test_figures_of_timings_show_ratios(name: str):
     timed = [layout for layout in layouts if re.match(r"<b>(Time|Speed)", layout["title"]["text"])]
     assert all("÷" in layout["yaxis"]["title"]["text"] for layout in timed)
     assert len(timed) >= (4 if name == "17_kernels" else 0)
+
+
+@pytest.mark.parametrize("name", notebook.names())
+def test_sliders_draw_when_asked(name: str):
+    """An `interact` that draws at once, inside its output widget, can leave a run without a page waiting for ever."""
+    cells = json.loads((notebook.FOLDER / f"{name}.ipynb").read_text())["cells"]
+    sliders = ["".join(cell["source"]) for cell in cells if "interact" in "".join(cell["source"])]
+    assert all("interact.options(manual=True" in source for source in sliders if "widgets.interact" in source)
