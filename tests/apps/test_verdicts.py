@@ -40,7 +40,7 @@ def study(row: Method, verdict: str, seeds: int) -> Study:
     return Study(row, NASTY, NASTY, True, f"Rule {NASTY}.", presets, (NASTY, "other"), run, judged(verdict), NASTY)
 
 
-#: In the order of the catalogue: three verdicts, one of them on a single seed, one not run yet, one planned.
+#: In the order of the catalogue: three verdicts, one of them on a single seed, one with no result kept, one planned.
 SYSTEMS = [
     replace(system("good", "routing"), title=NASTY, claim=NASTY, paper=f"arXiv:{NASTY}"),
     system("bad", "routing"),
@@ -116,7 +116,13 @@ def paper(tab) -> str:
 def test_every_system_is_listed_with_what_became_of_it(visit):
     tab = visit()
     assert shown(tab) == ["good", "bad", "single", "waiting", "later"]
-    states = ["● reproduced", "✖ not reproduced", "◇ not resolved at this scale", "– stands, not run yet", "· planned"]
+    states = [
+        "● reproduced",
+        "✖ not reproduced",
+        "◇ not resolved at this scale",
+        "– stands, no result kept",
+        "· planned",
+    ]
     assert tab.locator(".verdict").all_inner_texts() == states
     assert rows(tab) == ["good", "bad", "single"]
     assert "4 of 5" in tab.locator("header p").inner_text()
@@ -132,7 +138,7 @@ def test_filters_by_text_family_and_verdict_narrow_list_and_forest(visit, until)
     tab.fill("#words", "")
     tab.select_option("#family", "lora_experts")
     assert shown(tab) == ["single", "waiting"] and rows(tab) == ["single"]
-    choose(tab, "stands, not run yet")
+    choose(tab, "stands, no result kept")
     assert shown(tab) == ["waiting"]
     assert tab.locator("#effects").is_hidden() and tab.locator("#none").is_hidden()
     tab.fill("#words", "no such system")

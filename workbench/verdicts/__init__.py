@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 PLOTLY = PACKAGE / "live" / "views" / "plotly-cartesian.min.js"
-NOT_RUN, PLANNED = "stands, not run yet", "planned"
+NOT_RUN, PLANNED = "stands, no result kept", "planned"
 MARKS = {verdict: mark for verdict, (_, mark) in SYMBOLS.items()} | {NOT_RUN: "–", PLANNED: "·"}
 
 
@@ -52,7 +52,7 @@ def page(results: Mapping[str, "StudyResult"], studies: Mapping[str, "Study"], *
     """The page as HTML.
 
     Args:
-        results: slug -> result. A system that stands and has none is shown as not run yet.
+        results: slug -> result. A system that stands and has none is shown as having no result kept.
         studies: slug -> study of every system that stands; see `workbench.studies.core.load_study`.
         theme: "light" or "dark" to begin with; None is the reader's own.
     """
