@@ -229,8 +229,8 @@ def test_llava_mole_low_rank_products_a_token_do_not_depend_on_k():
 # the balance loss
 
 
-def layer_routing(logits: Tensor):
-    return Top1Router(6, logits.shape[1]).double().route(logits)
+def layer_routing(logits: Tensor, rule: str = "straight_through"):
+    return Top1Router(6, logits.shape[1], rule).double().route(logits)
 
 
 def reported(decisions, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -251,12 +251,13 @@ def test_llava_mole_balance_loss_is_one_over_k_for_uniform_probabilities(experts
     assert sample_value(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.75, 0.25]])).tolist() == [0.75]
 
 
-def test_llava_mole_balance_loss_is_by_sample_over_all_layers_and_without_padding():
+@pytest.mark.parametrize("rule", ROUTER_GRADS)
+def test_llava_mole_balance_loss_is_by_sample_over_all_layers_and_without_padding(rule):
     x = torch.zeros(3, 4, 6)
     torch.manual_seed(5)
     logits = [2 * torch.randn(12, 4, dtype=torch.float64) for _ in range(2)]
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]])
-    loss = reported([layer_routing(one) for one in logits], x, mask)
+    loss = reported([layer_routing(one, rule) for one in logits], x, mask)
     expected = 0.0
     for b in range(3):
         rows = torch.cat([one.view(3, 4, 4)[b][mask[b].bool()] for one in logits])
@@ -266,8 +267,8 @@ def test_llava_mole_balance_loss_is_by_sample_over_all_layers_and_without_paddin
     other = [one.clone() for one in logits]
     for one in other:
         one[~mask.flatten().bool()] = torch.tensor([9.0, -9.0, 3.0, 0.0]).double()
-    assert torch.equal(reported([layer_routing(one) for one in other], x, mask), loss)
-    assert not torch.allclose(reported([layer_routing(one) for one in other], x), loss)
+    assert torch.equal(reported([layer_routing(one, rule) for one in other], x, mask), loss)
+    assert not torch.allclose(reported([layer_routing(one, rule) for one in other], x), loss)
 
 
 def test_llava_mole_balance_loss_times_k_is_switch_s_of_each_sample():

@@ -27,7 +27,7 @@ Tensor letters: N tokens, D model width, K experts, r rank.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -160,7 +160,12 @@ class LLaVAMoLE(Adapter):
         return Top1FeedForward(block, router, banks, self.dropout)
 
     def finish(self, adapted: Adapted) -> None:
-        JointBalance(sample_value, by_sample=True).tie(adapted)
+        JointBalance(sample_value, likeliest, by_sample=True).tie(adapted)
+
+
+def likeliest(routing: Routing) -> Bool[Tensor, "tokens experts"]:
+    """1[j = j*], which is what the loss counts where all experts serve a token ("dense") as well."""
+    return F.one_hot(routing.probs.argmax(-1), routing.n_experts).bool()
 
 
 def sample_value(

@@ -185,12 +185,19 @@ class JointBalance:
     Args:
         value: (load (B, E), probability (B, E)) -> (B,), the loss of each group of tokens from its means over tokens
             and layers. The load is the number of times an expert is chosen, so that it sums to K.
+        chosen: the choices (N, E) that the load is counted from. Where every expert serves every token those of the
+            routing say nothing.
         by_sample: whether each row of the batch is a group, or the batch is one. A layer that is given (N, D) has no
             rows: its batch is one group.
     """
 
-    def __init__(self, value: Callable[[Tensor, Tensor], Tensor], by_sample: bool = False):
-        self.value, self.by_sample = value, by_sample
+    def __init__(
+        self,
+        value: Callable[[Tensor, Tensor], Tensor],
+        chosen: Callable[[Routing], Tensor] = Routing.mask,
+        by_sample: bool = False,
+    ):
+        self.value, self.chosen, self.by_sample = value, chosen, by_sample
 
     def tie(self, adapted: Adapted) -> None:
         """Have all whole-block layers of an adapted model report here."""
@@ -206,7 +213,7 @@ class JointBalance:
         groups = batch if self.by_sample else 1
         kept = torch.ones(n, device=x.device) if keep is None else keep.flatten().to(x.device)
         kept = kept.to(routing.probs.dtype).view(groups, -1, 1)
-        load = (routing.mask().view(groups, -1, e) * kept).sum(1)
+        load = (self.chosen(routing).view(groups, -1, e) * kept).sum(1)
         parts = (load, (routing.probs.view(groups, -1, e) * kept).sum(1), kept.sum(1))
         who = self, groups
         sums = tuple(a + b for a, b in zip(forward.sums.get(who, (0.0, 0.0, 0.0)), parts, strict=True))
