@@ -278,6 +278,41 @@ def test_what_is_written_peft_loads_to_the_same_function(tmp_path, build, ranks)
     assert (outputs[0] - outputs[2]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("keys", [("gate_up_proj", "down_proj"), ("down_proj",)])
+def test_loras_of_packed_experts_lie_as_peft_has_them(tmp_path, keys):
+    """A in blocks for each expert, B interleaved; a wrapper for each parameter. Against peft's own update."""
+    torch.manual_seed(2)
+    base, banks, packed = mixtral(), {}, []
+    for i, key in enumerate(keys):
+        place = "model.layers.1.mlp.experts"
+        packed.append(f"{place}.{key}")
+        n_experts, d_out, d_in = base.get_parameter(packed[-1]).shape
+        for e in range(n_experts):
+            bank = banks[f"{place}.{e}.{key}"] = LowRankExperts(1, d_in, d_out, 2 + i, alpha=5 + i)
+            nn.init.normal_(bank.b)
+    attention = banks["model.layers.0.self_attn.q_proj"] = LowRankExperts(1, 16, 16, 4)
+    nn.init.normal_(attention.b)
+    write_peft(banks, tmp_path, packed=packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        public = peft.PeftModel.from_pretrained(mixtral(), tmp_path).eval()
+    with torch.no_grad():
+        for name, bank in banks.items():
+            place, _, key = name.rpartition(".")
+            place, _, e = place.rpartition(".")
+            weight = base.get_parameter(f"{place}.{key}")[int(e)] if e.isdigit() else base.get_submodule(name).weight
+            weight += bank.delta(0)
+    torch.testing.assert_close(base.eval()(IDS).logits, public(IDS).logits, atol=1e-6, rtol=1e-6)
+    for name, (a, b, scale) in (read := read_loras(tmp_path, mixtral())).items():
+        torch.testing.assert_close((a, b, scale), (banks[name].a[0], banks[name].b[0], float(banks[name].scale[0])))
+    assert read.keys() == banks.keys()
+    with pytest.raises(InputError, match="has target_parameters: give the model"):
+        read_loras(tmp_path)
+    del banks[f"model.layers.1.mlp.experts.0.{keys[0]}"]
+    with pytest.raises(InputError, match=r"has banks of .* but must have some"):
+        write_peft(banks, tmp_path, packed=packed)
+
+
 def test_a_share_of_spoiled_folders_is_refused_in_words_and_changes_nothing(tmp_path):
     """`python -m tests.fuzz adapters` tries them all."""
     tally = try_all(islice(cases(tmp_path), 40))

@@ -87,6 +87,9 @@ class Adapted:
 
         To be trained with the task's loss: `loss + sum(adapted.losses().values())`. Where the model is called with a
         `Context`, as `train` does, `context.aux` holds them already, beside the model's own: add that, and not both.
+
+        They are means over tokens: of a step that is made of several batches, each counts by its share of the tokens.
+        Under transformers' `Trainer`, `live.trainer_callback` sees to that.
         """
         found: dict[str, Tensor] = {}
         for (_, name), loss in (self.side.forward or Forward()).losses.items():

@@ -6,7 +6,7 @@ Written folders load with `peft.PeftModel.from_pretrained`; read ones may come f
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from workbench.errors import InputError
 from workbench.lib.core.adapt.adapted import Adapted
 from workbench.lib.core.adapt.files import parse_tensors, read_bytes
 from workbench.lib.core.adapt.peft_config import Config, anchored
-from workbench.lib.core.adapt.put import adapt
+from workbench.lib.core.adapt.put import adapt, match_targets
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.sealed import sealed_folder, whole
 
@@ -27,16 +27,21 @@ PREFIX = "base_model.model."
 LoRAs = dict[str, tuple[Tensor, Tensor, float]]
 
 
-def write_peft(banks: Mapping[str, LowRankExperts], folder: str | Path, expert: int = 0) -> Path:
+def write_peft(
+    banks: Mapping[str, LowRankExperts], folder: str | Path, expert: int = 0, packed: Sequence[str] = ()
+) -> Path:
     """Write one expert of the banks, by the names of their layers, as a LoRA that peft loads.
 
     Args:
         banks: of an adapted model, `{name: layer.experts for name, layer in adapted.layers.items()}`.
         folder: new, empty or with a LoRA, which is replaced; other files in it stay.
         expert: which one, 0..E-1.
+        packed: names of packed parameters, such as "mlp.experts.gate_up_proj", whose banks are called by each of the
+            model's experts, "mlp.experts.0.gate_up_proj" and so on; those of one module in the order it has them.
 
     Raises:
-        InputError: something else is at `folder`, there is no such expert, or no bank.
+        InputError: something else is at `folder`, there is no such expert, or no bank; or the banks of a packed
+            parameter have different ranks or scales.
         OSError: the disk is full or not writable; what was there still is.
     """
     for name, bank in banks.items():
@@ -47,12 +52,20 @@ def write_peft(banks: Mapping[str, LowRankExperts], folder: str | Path, expert: 
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"folder is {str(folder)!r} but must be new, empty, or hold a LoRA")
-    tensors, ranks, alphas = {}, {}, {}
-    for name, bank in banks.items():
+    tensors, ranks, alphas, plain = {}, {}, {}, dict(banks)
+    for i, name in enumerate(packed):
+        a, b, scale = _packed(name, plain, expert)
+        place = name.rpartition(".")[0]
+        # peft wraps a module once for each of its parameters, the first the innermost
+        around = ".base_layer" * sum(other.rpartition(".")[0] == place for other in packed[i + 1 :])
+        tensors[f"{PREFIX}{place}{around}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{place}{around}.lora_B.weight"] = b
+        ranks[name], alphas[name] = scale[0], scale[0] * scale[1]
+    for name, bank in plain.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = bank.a[expert].detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = bank.b[expert].detach().cpu().contiguous()
         ranks[name], alphas[name] = bank.rank, float(bank.scale[expert]) * bank.rank
-    first = next(iter(banks))
+    first = next(iter(ranks))
     config = {
         "peft_type": "LORA",
         "r": ranks[first],
@@ -60,7 +73,8 @@ def write_peft(banks: Mapping[str, LowRankExperts], folder: str | Path, expert: 
         "rank_pattern": {anchored(name): rank for name, rank in ranks.items() if rank != ranks[first]},
         "alpha_pattern": {anchored(name): alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         # one pattern that is a whole name: of a list, peft takes each for the end of one
-        "target_modules": f"^(?:{'|'.join(re.escape(name) for name in banks)})$",
+        "target_modules": f"^(?:{'|'.join(re.escape(name) for name in plain)})$" if plain else [],
+        "target_parameters": list(packed) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -80,8 +94,26 @@ def write_peft(banks: Mapping[str, LowRankExperts], folder: str | Path, expert: 
     return folder
 
 
+def _packed(name: str, banks: dict[str, LowRankExperts], expert: int) -> tuple[Tensor, Tensor, tuple[int, float]]:
+    """A (E r, I) in blocks, B (O, r E) interleaved, (r, scale): of the banks of a packed parameter, which are taken."""
+    place, _, key = name.rpartition(".")
+    found: list[LowRankExperts] = []
+    while (one := banks.pop(f"{place}.{len(found)}.{key}", None)) is not None:
+        found.append(one)
+    kinds = {(bank.rank, float(bank.scale[expert])) for bank in found}
+    if len(kinds) != 1:
+        raise InputError(
+            f"packed {name!r} has banks of (rank, scale) {sorted(kinds)} but must have some of the same, "
+            f"{place}.0.{key} and so on"
+        )
+    a, b = (torch.stack([getattr(bank, half)[expert].detach().cpu() for bank in found]) for half in "ab")
+    return a.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous(), kinds.pop()
+
+
 def read_loras(folder: str | Path, model: nn.Module | None = None) -> LoRAs:
     """The LoRAs of a peft folder: layer name -> (A (r, I), B (O, r), scale).
+
+    One of packed parameters is one LoRA for each of their experts, "mlp.experts.0.gate_up_proj" and so on.
 
     Args:
         model: what they are for. Beside the LoRA of a head or an embedding, peft keeps a copy of the base weight: where
@@ -94,7 +126,8 @@ def read_loras(folder: str | Path, model: nn.Module | None = None) -> LoRAs:
     return _read(Path(folder), model)[0]
 
 
-def _read(folder: Path, model: nn.Module | None) -> tuple[LoRAs, Config]:
+def _read(folder: Path, model: nn.Module | None) -> tuple[LoRAs, Config, list[str]]:
+    """The LoRAs, the settings, and what to adapt for them: names of layers and of packed parameters."""
     there = whole(folder)
     if not (there / CONFIG).is_file() or not (there / TENSORS).is_file():
         raise InputError(f"folder is {str(folder)!r} but must hold {CONFIG} and {TENSORS}")
@@ -116,9 +149,35 @@ def _read(folder: Path, model: nn.Module | None) -> tuple[LoRAs, Config]:
     unequal = [f"{n}: A {tuple(p['A'].shape)}, B {tuple(p['B'].shape)}" for n, p in pairs.items() if _unequal(p)]
     if unequal:
         raise InputError(f"{folder} has halves of unequal ranks: {'; '.join(unequal)}")
+    packed = _unpacked(folder, pairs, config, model)
     if strange := [name for name in pairs if not config.targeted(name)]:
         raise InputError(f"{folder} holds a LoRA of {', '.join(strange)}, which its settings do not name")
-    return {name: (p["A"], p["B"], config.scale(name, len(p["A"]))) for name, p in pairs.items()}, config
+    plain = {name: (p["A"], p["B"], config.scale(name, len(p["A"]))) for name, p in pairs.items()}
+    return plain | {k: v for loras in packed.values() for k, v in loras.items()}, config, [*plain, *packed]
+
+
+def _unpacked(
+    folder: Path, pairs: dict[str, dict[str, Tensor]], config: Config, model: nn.Module | None
+) -> dict[str, LoRAs]:
+    """The LoRAs of each packed parameter, expert by expert; their pairs are taken."""
+    if not config.parameters:
+        return {}
+    if model is None:
+        raise InputError(f"{folder} has target_parameters: give the model, which says what lies in them")
+    found: dict[str, LoRAs] = {}
+    for place, module in model.named_modules():
+        held = [(f"{place}.{key}", p) for key, p in module.named_parameters(recurse=False)]
+        held = [(name, p) for name, p in held if config.holds(name)]
+        for i, (name, p) in enumerate(held):
+            pair = pairs.pop(place + ".base_layer" * (len(held) - 1 - i), None)
+            experts = len(p)
+            if pair is None or p.ndim != 3 or len(pair["A"]) % experts:
+                raise InputError(f"{folder} has no LoRA of {name}, {tuple(p.shape)}, that is one of packed experts")
+            a, b, key = pair["A"], pair["B"], name.rpartition(".")[2]
+            a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+            scale = config.scale(name, a.shape[1])
+            found[name] = {f"{place}.{e}.{key}": (a[e], b[e], scale) for e in range(experts)}
+    return found
 
 
 def read_peft(model: nn.Module, folder: str | Path) -> Adapted:
@@ -130,27 +189,35 @@ def read_peft(model: nn.Module, folder: str | Path) -> Adapted:
         InputError: as `read_loras`; or layers that the model lacks or that have other widths, all in one message. The
             model is as it was before.
     """
-    loras, config = _read(Path(folder), model)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    wrong = [f"the model has no linear layer {name!r}" for name in loras if name not in linears]
-    for name in loras.keys() & linears.keys():
-        a, b, _ = loras[name]
-        here = (linears[name].out_features, linears[name].in_features)
-        if (b.shape[0], a.shape[1]) != here:
-            wrong.append(f"{name} is for a layer of shape {(b.shape[0], a.shape[1])} but the model's is {here}")
-    if wrong:
-        raise InputError(f"{folder} does not fit this model: {'; '.join(sorted(wrong))}")
+    loras, config, names = _read(Path(folder), model)
+    here = match_targets(model, ("*",))
+    if wrong := [f"the model has no linear layer {name!r}" for name in sorted(names) if name not in here]:
+        raise InputError(f"{folder} does not fit this model: {'; '.join(wrong)}")
     rank = max(a.shape[0] for a, _, _ in loras.values())
     if narrow := [name for name, (a, b, _) in loras.items() if rank > min(a.shape[1], b.shape[0])]:
         raise InputError(f"{folder} has LoRAs of rank {rank}, for which {', '.join(narrow)} is too narrow")
-    adapted = adapt(model, "lora", list(loras), rank=rank, dropout=config.dropout)
-    with torch.no_grad():
-        for name, layer in adapted.layers.items():
-            a, b, scale = loras[name]
-            bank = layer.experts
-            bank.a.zero_(), bank.b.zero_(), bank.scale.fill_(scale)
-            bank.a[0, : a.shape[0]], bank.b[0, :, : b.shape[1]] = a, b
+    adapted = adapt(model, "lora", names, rank=rank, dropout=config.dropout)
+    try:
+        _fill(adapted, folder, loras)
+    except BaseException:
+        adapted.remove()
+        raise
     return adapted
+
+
+@torch.no_grad()
+def _fill(adapted: Adapted, folder: str | Path, loras: LoRAs) -> None:
+    wrong = []
+    for name, layer in adapted.layers.items():
+        (a, b, scale), bank = loras[name], layer.experts
+        if (b.shape[0], a.shape[1]) != (bank.d_out, bank.d_in):
+            there, here = (b.shape[0], a.shape[1]), (bank.d_out, bank.d_in)
+            wrong.append(f"{name} is for a layer of shape {there} but the model's is {here}")
+            continue
+        bank.a.zero_(), bank.b.zero_(), bank.scale.fill_(scale)
+        bank.a[0, : a.shape[0]], bank.b[0, :, : b.shape[1]] = a, b
+    if wrong:
+        raise InputError(f"{folder} does not fit this model: {'; '.join(sorted(wrong))}")
 
 
 def _is_copy(folder: Path, key: str, tensor: Tensor, model: nn.Module | None) -> bool:

@@ -138,6 +138,10 @@ class Config:
         layer = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         return _ends(name, self.targets) and (not self.layers or (layer is not None and int(layer[1]) in self.layers))
 
+    def holds(self, name: str) -> bool:
+        """Whether a whole parameter is among the targets."""
+        return _ends(name, self.parameters)
+
     def _number(self, name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
             raise InputError(f"{self.path}: {name} is {short(value)} but must be a finite number")
