@@ -130,13 +130,13 @@ class Config:
         if isinstance(self.excluded, list) and _ends(name, self.excluded):
             return False
         if isinstance(self.targets, str):
-            whole = self.targets.removeprefix("^(?:").removesuffix(")$").split("|")
-            literal = all(re.fullmatch(LITERAL, text) for text in whole)
-            return not literal or any(_matches((True, _literal(text)[1]), name) for text in whole)
+            # one that is names, as `write_peft` has them
+            names = re.sub(r"\\([^\w\s])", r"\1", self.targets.removeprefix("^(?:").removesuffix(")$"))
+            return re.fullmatch(r"[\w.|-]+", names) is None or f"|{name}|" in f"|{names}|"
         if self.targets is None or name in self.targets:
             return True
-        layer = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-        return _ends(name, self.targets) and (not self.layers or (layer is not None and int(layer[1]) in self.layers))
+        numbers = [part for part in name.split(".")[2:-1] if part.isdecimal()]  # the first is the layer's
+        return _ends(name, self.targets) and (not self.layers or numbers[:1] in [[str(n)] for n in self.layers])
 
     def holds(self, name: str) -> bool:
         """Whether a whole parameter is among the targets."""
@@ -178,21 +178,27 @@ def _among(value: object, plain: tuple[Any, ...]) -> bool:
 Literal = tuple[bool, list[str]]
 
 
-LITERAL = r"\^?(?:[\w-]|\.|\\[^\w\s])+\$?"
-Pattern = tuple[bool, list[str]]
+LITERAL = r"\^?(?:\.\*\\\.)?(?:[\w-]|\.|\\[^\w\s])+\$?"
+Pattern = tuple[str, list[str]]
 
 
 def _literal(pattern: str) -> Pattern:
-    """A literal pattern: whether it is anchored at the start, and its characters ("." is any)."""
+    """A literal pattern: whether it is the "whole" of a name, its "end" after a dot, or "either"; its characters.
+
+    "." is any character; ".*\\." before the rest, as peft itself writes it for fused experts, makes it an "end".
+    """
+    where = "whole" if pattern.startswith("^") else "either"
+    pattern = pattern.removeprefix("^")
+    if pattern.startswith(r".*\."):
+        where, pattern = "end", pattern.removeprefix(r".*\.")
     characters = re.findall(r"\\?.", pattern)  # an escaped one with its escape
-    at_start, at_end = characters[0] == "^", characters[-1] == "$"
-    return at_start, characters[at_start : len(characters) - at_end]
+    return where, characters[:-1] if characters[-1] == "$" else characters
 
 
 def _matches(pattern: Pattern, name: str) -> bool:
     """As `re.match(rf"(.*\\.)?({pattern})$", name)`."""
-    at_start, characters = pattern
+    where, characters = pattern
     begin = len(name) - len(characters)
-    if begin < 0 or (begin > 0 and (at_start or name[begin - 1] != ".")):
+    if begin < 0 or (where == "end" if begin == 0 else where == "whole" or name[begin - 1] != "."):
         return False
     return all(c == "." or c[-1] == here for c, here in zip(characters, name[begin:], strict=True))
