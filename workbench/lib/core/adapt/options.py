@@ -23,7 +23,7 @@ def check_options(slug: str, kind: type, options: Mapping[str, Any]) -> None:
             raise unknown(f"option of {slug}", name, signature.parameters)
         if not _is_a(value, hints[name]):
             raise InputError(f"option {name} of {slug} is {value!r} but must be {_words(hints[name])}")
-        if name.endswith("dropout") and not 0 <= value < 1:
+        if name == "dropout" and not 0 <= value < 1:
             raise InputError(f"option {name} of {slug} is {value!r} but must be at least 0 and below 1")
 
 
