@@ -135,9 +135,11 @@ class HashRouter(nn.Module):
         self.n_experts, self.top_k = n_experts, top_k
         self.coefficients: dict[str, float] = {}
         generator = torch.Generator().manual_seed(seed)
-        first = torch.randperm(vocab, generator=generator) % n_experts
-        steps = torch.stack([torch.randperm(n_experts - 1, generator=generator) + 1 for _ in range(vocab)])
-        others = (first[:, None] + steps[:, : top_k - 1]) % n_experts
+        order = torch.randperm(vocab, generator=generator)
+        first, group = order % n_experts, order // n_experts  # the ids of a group have one expert each
+        # steps from the first expert to the others; the same within a group, so that each column has every expert once
+        steps = [torch.randperm(n_experts - 1, generator=generator) + 1 for _ in range(-(-vocab // n_experts))]
+        others = (first[:, None] + torch.stack(steps)[group, : top_k - 1]) % n_experts
         self.register_buffer("table", torch.cat([first[:, None], others], dim=1))
 
     def forward(self, x: Float[Tensor, "tokens dim"], context: Context) -> Routing:

@@ -321,17 +321,18 @@ def monitors(router: TaskRouter) -> dict[str, float]:
     """What the logits have learned, as the public code watches it.
 
     Returns:
-        sparsity: the share of sigmoids above 1/2; discreteness: the mean entropy of the Bernoulli variables in bits, 1
-        for undecided ones; efficiency: the entropy of the skills' use over tasks and heads, 1 if all are used alike.
+        sparsity: the share of sigmoids of 1/2 or more; discreteness: the mean entropy of the Bernoulli variables in
+        bits, 1 for undecided ones; efficiency: the entropy of the mean sigmoids of the H S places over the tasks, as
+        shares of their sum, divided by log H S: 1 if all are used alike. With one place it is 1.
     """
-    zeta = torch.sigmoid(router.logits.double()).unflatten(1, (router.n_heads, router.n_experts))
-    used = (zeta / (zeta.sum(-1, keepdim=True) + EPS)).mean((0, 1))
+    zeta = torch.sigmoid(router.logits.double())
+    used = zeta.mean(0) / zeta.mean(0).sum()
     bits = -(torch.xlogy(zeta, zeta) + torch.xlogy(1 - zeta, 1 - zeta)) / math.log(2)
     entropy = -torch.xlogy(used, used).sum()
     return {
-        "sparsity": float((zeta > 0.5).double().mean()),
+        "sparsity": float((zeta >= 0.5).double().mean()),
         "discreteness": float(bits.mean()),
-        "efficiency": float(entropy / math.log(router.n_experts)) if router.n_experts > 1 else 1.0,
+        "efficiency": float(entropy / math.log(len(used))) if len(used) > 1 else 1.0,
     }
 
 
