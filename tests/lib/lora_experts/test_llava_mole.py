@@ -13,6 +13,7 @@ from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward, activated
 from workbench.lib.core.adapt.layer import Forward
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM, VisionClassifier
+from workbench.lib.core.recompute import Call
 from workbench.lib.core.routing import Context
 from workbench.lib.lora_experts.llava_mole import ROUTER_GRADS, Top1FeedForward, Top1Router, sample_value
 from workbench.lib.lora_experts.mixlora import MixLoRARouter
@@ -236,10 +237,12 @@ def layer_routing(logits: Tensor, rule: str = "straight_through"):
 def reported(decisions, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the balance makes of these decisions of one forward; its coefficient is 0.5."""
     adapted = put()
-    balance, forward = adapted.layers["0"].balance, Forward(mask=mask)
+    layer, forward = adapted.layers["0"], Forward()
     for routing in decisions:
-        balance.add(forward, x, routing, 0.5)
-    (loss,) = forward.losses.values()
+        call = Call(layer, Context(mask=None if mask is None else mask.bool().flatten()), X[0])
+        layer.balance.add(call, x, routing, 0.5, None if mask is None else mask.bool())
+        forward.calls.append(call)
+    (loss,) = forward.losses().values()
     return loss
 
 

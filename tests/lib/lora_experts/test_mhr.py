@@ -165,7 +165,10 @@ def test_mhr_tasks_ride_along_when_rows_are_repeated_for_a_beam():
     x, tasks = torch.randn(3, 5, 8, dtype=torch.float64), torch.tensor([2, 0, 1])
     with adapted.given(task=tasks):
         single = adapted.model(x)
-        beams = adapted.model(x.repeat_interleave(4, 0))  # consecutive rows, as beam search repeats them
+        with pytest.raises(InputError, match="task has 3 values"):
+            adapted.model(x.repeat_interleave(4, 0))
+        with adapted.generating():
+            beams = adapted.model(x.repeat_interleave(4, 0))  # consecutive rows, as beam search repeats them
     torch.testing.assert_close(beams, single.repeat_interleave(4, 0))
 
 

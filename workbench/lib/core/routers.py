@@ -6,7 +6,7 @@ Tensor letters: N tokens, D model width, E experts, K active experts per token.
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from workbench.errors import InputError
@@ -76,10 +76,11 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens dim"], context: Context | None = None) -> Routing:
         check_tokens(x)
-        return self.route(self.scores(x, context or Context()))
+        context = context or Context()
+        return self.route(self.scores(x, context), context.mask)
 
-    def route(self, logits: Float[Tensor, "tokens experts"]) -> Routing:
-        """Select and weigh experts by their logits."""
+    def route(self, logits: Float[Tensor, "tokens experts"], mask: Bool[Tensor, " tokens"] | None = None) -> Routing:
+        """Select and weigh experts by their logits; tokens outside `mask` count in no loss and no load."""
         check_finite(logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probs = torch.softmax(logits, dim=-1)
@@ -91,9 +92,9 @@ class TopKRouter(nn.Module):
         if self.top_k > 1 if self.renormalize is None else self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         routing = Routing.fixed(indices, weights, self.n_experts, probs=probs, logits=logits)
-        routing.losses = balance_losses(routing, self.coefficients)
+        routing.losses = balance_losses(routing, self.coefficients, mask)
         if self.bias is not None and self.training:
-            self.bias.count(routing)
+            self.bias.count(routing, mask)
         return routing
 
 

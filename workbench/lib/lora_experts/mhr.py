@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapted, Adapter, RoutedLayer, adapt
+from workbench.lib.core.adapt.layer import plain
 from workbench.lib.core.low_rank import LowRankExperts, fitting_rank
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context, Routing
@@ -176,17 +177,18 @@ class MultiHeadLinear(RoutedLayer):
         return self.router.top_k
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        mixing = self.router.mixing(self.groups(x))
+        call = self.begin(x)
+        mixing = self.router.mixing(self.groups(x, call.context.domain))
         if self.observed:
-            self.tell(self.router.allocation(mixing, x.shape[:-1].numel()), self.router.coefficients)
-        mixing = mixing.to(x.dtype)
-        rows = self.dropout(x).reshape(len(mixing), -1, x.shape[-1])
+            self.tell(call, self.router.allocation(mixing, x.shape[:-1].numel()), self.router.coefficients)
+        rows = self.dropout(plain(x)).reshape(len(mixing), -1, x.shape[-1])
         y = self.by_token(rows[:, 0], mixing) if rows.shape[1] == 1 and len(mixing) > 1 else self.by_group(rows, mixing)
         return self.base(x) + y.view(*x.shape[:-1], -1)
 
-    def groups(self, x: Float[Tensor, "*batch d_in"]) -> Int64[Tensor, " groups"] | None:
+    def groups(
+        self, x: Float[Tensor, "*batch d_in"], tasks: Int64[Tensor, " tokens"] | None
+    ) -> Int64[Tensor, " groups"] | None:
         """(G,) the task of each of G equal runs of rows: of all, of each row of the batch, or of each token."""
-        tasks = self.side.rows("task", x)
         if tasks is None:
             return None
         by_row = tasks.view(x.shape[0], -1)
@@ -209,18 +211,19 @@ class MultiHeadLinear(RoutedLayer):
     ) -> Float[Tensor, "groups rows d_out"]:
         """The update by way of A and B of each group."""
         a, b = self.merged(mixing)
-        return x @ a.transpose(1, 2) @ b.transpose(1, 2)
+        return x @ a.to(x.dtype).transpose(1, 2) @ b.to(x.dtype).transpose(1, 2)
 
     def by_token(
         self, x: Float[Tensor, "tokens d_in"], mixing: Float[Tensor, "tokens heads skills"]
     ) -> Float[Tensor, "tokens d_out"]:
         """The same where each token is a group: N H S r numbers in place of N matrices."""
         bank, heads = self.experts, self.router.n_heads
-        scaled = mixing * bank.scale.to(mixing.dtype)
-        codes = torch.einsum("nhi,srhi->nhsr", x.unflatten(1, (heads, -1)), bank.a.unflatten(2, (heads, -1)))
+        scaled, mixing = (mixing * bank.scale.to(mixing.dtype)).to(x.dtype), mixing.to(x.dtype)
+        a, b = bank.a.to(x.dtype).unflatten(2, (heads, -1)), bank.b.to(x.dtype).unflatten(1, (heads, -1))
+        codes = torch.einsum("nhi,srhi->nhsr", x.unflatten(1, (heads, -1)), a)
         code = torch.einsum("nhs,nhsr->nr", mixing, codes)
         spread = torch.einsum("nhs,nr->nhsr", scaled, code)
-        return torch.einsum("nhsr,shor->nho", spread, bank.b.unflatten(1, (heads, -1))).flatten(1)
+        return torch.einsum("nhsr,shor->nho", spread, b).flatten(1)
 
     def fixed_update(self) -> Tensor | None:
         if not self.router.average and self.n_experts > 1:

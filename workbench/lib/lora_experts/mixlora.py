@@ -92,7 +92,8 @@ class DoRAExperts(LowRankExperts):
 
     def row_scales(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "experts d_out"]:
         """m_e / |W + s B_e A_e|, the norm without a gradient. A row of length 0 stays 0."""
-        with torch.no_grad():  # |w + b A|^2 = |w|^2 + 2 b (A w) + b (A A^T) b, without the E full matrices
+        exact = torch.autocast(weight.device.type, enabled=False)
+        with torch.no_grad(), exact:  # |w + b A|^2 = |w|^2 + 2 b (A w) + b (A A^T) b, without the E full matrices
             b, weight = self.b * self.scale[:, None, None], weight.to(self.a.dtype)
             cross = 2 * (b * (self.a @ weight.T).transpose(1, 2)).sum(-1)
             square = weight.square().sum(1) + cross + (b @ (self.a @ self.a.transpose(1, 2)) * b).sum(-1)
@@ -107,7 +108,7 @@ class DoRAFeedForward(RoutedFeedForward):
         self, name: str, frozen: Float[Tensor, "pairs d_out"], x: Float[Tensor, "pairs d_in"], pairs: Routing
     ) -> Float[Tensor, "pairs d_out"]:
         layer, bank = self.block.linears[name], self.experts[name]
-        bias = 0.0 if layer.bias is None else layer.bias
+        bias = 0.0 if layer.bias is None else layer.bias.to(frozen.dtype)
         scales = bank.row_scales(layer.weight)[pairs.expert].to(frozen.dtype)
         return scales * (frozen - bias + bank(self.dropout(x), pairs)) + bias
 
@@ -127,9 +128,10 @@ class DoRALinear(AdaptedLayer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        bank, bias = self.experts, 0.0 if self.base.bias is None else self.base.bias
-        update = (self.dropout(x) @ bank.a[0].T) @ (bank.scale[0] * bank.b[0]).T
-        return bank.row_scales(self.base.weight)[0] * (self.base(x) - bias + update) + bias
+        bank, frozen = self.experts, self.base(x)
+        bias = 0.0 if self.base.bias is None else self.base.bias.to(frozen.dtype)
+        update = (self.dropout(x) @ bank.a[0].to(x.dtype).T) @ (bank.scale[0] * bank.b[0]).to(x.dtype).T
+        return bank.row_scales(self.base.weight)[0].to(frozen.dtype) * (frozen - bias + update) + bias
 
     def fixed_update(self) -> Tensor:
         weight = self.base.weight

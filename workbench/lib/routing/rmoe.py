@@ -120,7 +120,7 @@ class RecurrentRouter(TopKRouter):
         if state is not None and state.shape != r.shape:
             raise InputError(f"context.state has shape {tuple(state.shape)} but must be {tuple(r.shape)}, (tokens, p)")
         h = self.step(r, state)
-        routing = self.route(self.readout(h))
+        routing = self.route(self.readout(h), None if context is None else context.mask)
         routing.state = h if self.cell is not None else None
         return routing
 

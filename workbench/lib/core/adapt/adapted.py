@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.feed_forward import FeedForward
 from workbench.lib.core.adapt.files import write_adapter
-from workbench.lib.core.adapt.layer import AdaptedLayer, Forward, Side
-from workbench.lib.core.routing import Context
+from workbench.lib.core.adapt.layer import AdaptedLayer, Side
+from workbench.lib.core.adapt.passes import Passes
+from workbench.lib.core.adapt.sequences import Generate
 
 
 class Adapter:
@@ -60,43 +61,67 @@ class Adapted:
         self._trained = {p: p.requires_grad for p in model.parameters()}
         for p in self._trained:
             p.requires_grad_(False)
-        hooks = (model.register_forward_pre_hook, self._before), (model.register_forward_hook, self._after)
-        self._hooks = [register(hook, with_kwargs=True) for register, hook in hooks]
+        self._hooks: list[Any] = []
+
+    def listen(self) -> None:
+        """Called when all layers are in place: from now on it is seen what the model is called with."""
+        self._hooks = Passes(self.side).listen(self.model)
+        if callable(getattr(type(self.model), "generate", None)):
+            self.model.generate = Generate(self.model)
 
     @contextmanager
-    def given(self, **facts: int | Sequence[int] | Tensor) -> Iterator[None]:
+    def given(self, axis: int = 0, **facts: int | Sequence[int] | Tensor) -> Iterator[None]:
         """Tell the model something beside its input for the forwards inside: task, language, label or modality.
 
         Each fact is a number for all rows, one for each row of the batch, or one for each token. What a system does
         without is written in its `Adapter`; a fact it has no use for is an error.
+
+        Args:
+            axis: of the rows of the batch in what layers are given: 1 for models of (time, batch, width).
         """
         for name in facts:
             if name not in self.adapter.facts:
                 raise unknown(f"fact of {self.adapter.slug}", name, self.adapter.facts)
-        before = dict(self.side.given)
+        before = dict(self.side.given), self.side.axis
         self.side.given.update({name: torch.as_tensor(value) for name, value in facts.items()})
+        self.side.axis = axis
         try:
             yield
         finally:
             self.side.given.clear()
-            self.side.given.update(before)
+            self.side.given.update(before[0])
+            self.side.axis = before[1]
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Generate the same sequences with all forwards inside, by a loop of your own and without a cache.
+
+        What a system decides for a whole sequence it decides in the first forward, and it stays, as with a cache. The
+        `generate` of a transformers model does that by itself.
+        """
+        with self.side.deciding():
+            yield
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted auxiliary losses of the last forward by name, each summed over the layers; {} without any.
 
         To be trained with the task's loss: `loss + sum(adapted.losses().values())`. Where the model is called with a
         `Context`, as `train` does, `context.aux` holds them already, beside the model's own: add that, and not both.
+
+        Layers may be checkpointed. With a reentrant checkpoint the losses must be differentiated together with the
+        output; apart from it, or of a forward under `torch.no_grad()`, their backward pass raises an `InputError`.
         """
         found: dict[str, Tensor] = {}
-        for (_, name), loss in (self.side.forward or Forward()).losses.items():
+        losses = {} if self.side.forward is None else self.side.forward.losses()
+        for (_, name), loss in losses.items():
             found[name] = found.get(name, 0.0) + loss
         return found
 
     def put(self, name: str, before: nn.Module, layer: AdaptedLayer) -> None:
         """Put `layer` everywhere the module `before` is."""
-        layer.side, layer.slug = self.side, self.adapter.slug
-        like = next(before.parameters())
-        layer.to(like.device, like.dtype if like.is_floating_point() else None).train(before.training)
+        layer.side, layer.slug, layer.place = self.side, self.adapter.slug, name
+        _match(layer, next(before.parameters()))
+        layer.train(before.training)
         self.layers[name] = layer
         _replace(self.model, before, layer)
 
@@ -163,20 +188,12 @@ class Adapted:
             _replace(self.model, layer, layer.base)
         for hook in self._hooks:
             hook.remove()
+        if isinstance(vars(self.model).get("generate"), Generate):
+            del self.model.generate
         for p, wanted in self._trained.items():
             p.requires_grad_(wanted)
         self.layers = {}
         return self.model
-
-    def _before(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
-        mask = keywords.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.side.forward = Forward(_context(inputs, keywords) or Context(), mask)
-
-    def _after(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any], output: Any) -> None:
-        context = _context(inputs, keywords)
-        if context is not None:
-            context.aux = context.aux + sum(self.side.forward.losses.values(), 0.0)
 
 
 def adapted_with(model: nn.Module) -> str | None:
@@ -184,8 +201,22 @@ def adapted_with(model: nn.Module) -> str | None:
     return next((module.slug for module in model.modules() if isinstance(module, AdaptedLayer)), None)
 
 
-def _context(inputs: tuple, keywords: dict[str, Any]) -> Context | None:
-    return next((value for value in (*inputs, *keywords.values()) if isinstance(value, Context)), None)
+def _match(layer: AdaptedLayer, like: Tensor) -> None:
+    """Move what was added to the device of `like`, in its type or in float32 where that is narrower.
+
+    Half precision loses the steps of an optimizer, and what is frozen stays as it is.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
+    frozen = set(layer.base.modules())
+    for module in layer.modules():
+        if module in frozen:
+            continue
+        for p in module._parameters.values():
+            if p is not None:
+                p.data = p.data.to(like.device, dtype)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(like.device, dtype if buffer.is_floating_point() else None)
 
 
 def _replace(model: nn.Module, before: nn.Module, after: nn.Module) -> None:

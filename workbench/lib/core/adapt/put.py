@@ -59,6 +59,7 @@ def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "
     try:
         _put(adapted, linears)
         adapter.finish(adapted)
+        adapted.listen()
     except BaseException:
         adapted.remove()
         raise
