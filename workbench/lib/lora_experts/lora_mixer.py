@@ -314,8 +314,9 @@ class LoRAMixer(Adapter):
     def finish(self, adapted: Adapted) -> None:
         if self.sharing == "block":
             for parts in _blocks(adapted.layers):
-                first = next(name for name in parts if name in FIRST)
-                Block(parts.pop(first), parts)
+                first = parts.pop(next(name for name in parts if name in FIRST))
+                width = first.base.in_features  # another input, such as the values of MobileBERT, has its own router
+                Block(first, {n: part for n, part in parts.items() if n in OUTPUT or part.base.in_features == width})
         for layer in adapted.layers.values():
             layer.enter(self.phase, self.freeze_experts)
 
