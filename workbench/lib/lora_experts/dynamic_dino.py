@@ -63,7 +63,7 @@ class SliceExperts(nn.Module):
 
     Attributes:
         gate, up: (E, H / k, D); gate is None for a block without one.
-        down: (E, D, H / k).
+        down: (E, O, H / k), O the width of the block's output.
         gate_bias, up_bias (E, H / k), down_bias (E, D): None where the block has none.
 
     Args:
@@ -95,7 +95,7 @@ class SliceExperts(nn.Module):
         if block.gate is None:
             self.gate = self.gate_bias = None
 
-    def forward(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens dim"]:
+    def forward(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens d_out"]:
         """The weighted sum over each token's experts; every expert computes its own tokens only."""
         routing = routing.served()
         order = torch.argsort(routing.expert, stable=True)
@@ -110,9 +110,9 @@ class SliceExperts(nn.Module):
                 for rows, expert, w in zip(x[token].split(counts), experts, weight, strict=True)
             ]
         )
-        return torch.zeros_like(x).index_add(0, token, y)
+        return y.new_zeros(len(x), y.shape[1]).index_add(0, token, y)
 
-    def slice(self, x: Float[Tensor, "tokens dim"], parts: dict[str, Tensor]) -> Float[Tensor, "tokens dim"]:
+    def slice(self, x: Float[Tensor, "tokens dim"], parts: dict[str, Tensor]) -> Float[Tensor, "tokens d_out"]:
         """One expert's output: a narrow block, of its weights and biases by name."""
         hidden = F.linear(x, parts["up"], parts.get("up_bias"))
         if "gate" in parts:
@@ -202,12 +202,12 @@ class SlicedFeedForward(RoutedLayer):
     def top_k(self) -> int:
         return self.router.top_k
 
-    def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch dim"]:
+    def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch d_out"]:
         """The block is called as it was before."""
         call, tokens = self.begin(x), plain(x).reshape(-1, x.shape[-1])
         routing = self.router(tokens, call.context)
         self.tell(call, routing, self.router.coefficients)
-        return call.carry(self.experts(tokens, routing).view(x.shape))
+        return call.carry(self.experts(tokens, routing).view(*x.shape[:-1], -1))
 
 
 class TunedLinear(AdaptedLayer):
@@ -262,7 +262,9 @@ class DynamicDINO(Adapter):
     def linear(self, layer: nn.Linear, name: str) -> TunedLinear:
         return TunedLinear(layer)
 
-    def feed_forward(self, block: FeedForward, name: str) -> SlicedFeedForward:
+    def feed_forward(self, block: FeedForward, name: str) -> SlicedFeedForward | None:
+        if not block.elementwise:  # its hidden units cannot be told apart
+            return None
         k = self.top_k
         if k is None:
             k = 1 if self.experts % 2 or block.d_hidden % 2 else 2

@@ -117,7 +117,7 @@ class Top1FeedForward(RoutedFeedForward):
 class LLaVAMoLE(Adapter):
     """Top-1 experts in every feed-forward block whose linear layers are all wanted, LoRA on the other wanted layers.
 
-    A model without any block the workbench knows (BERT, Mixtral, see `mixlora`) becomes an ordinary LoRA.
+    A model without any block the workbench knows becomes an ordinary LoRA, see `mixlora`.
 
     Args:
         experts: K.

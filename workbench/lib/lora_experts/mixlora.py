@@ -11,8 +11,8 @@ The frozen block is inside every expert and the weights sum to 1: nothing is add
 With perfect balance the loss is c K. Because of the division, K = 1 gives the router no gradient but the balance
 loss's. With DoRA (Liu et al. 2024, 2402.09353) an expert's layer is (m_e / |W + s B_e A_e|) (W + s B_e A_e), norms by
 row and without a gradient, m_e trained. What is no feed-forward block, attention above all, gets a plain LoRA (or DoRA)
-of its own rank, so a model without any block the workbench knows becomes an ordinary LoRA: among those of transformers
-BERT, whose blocks are spread over two modules, and Mixtral, whose experts are packed tensors.
+of its own rank, so a model without any block the workbench knows becomes an ordinary LoRA: OPT, for one, whose layers
+compute theirs among other things (`report()` says why). Of packed experts, as Mixtral has, each is a block.
 
 Apart from the published code: the output layer, too, runs once a token (LoRA only; see `RoutedFeedForward`); dropout's
 mask is the same forward and backward; jitter changes what the router sees, not what the experts see. The balance

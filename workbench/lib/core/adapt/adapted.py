@@ -12,6 +12,7 @@ from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.feed_forward import FeedForward
 from workbench.lib.core.adapt.files import write_adapter
 from workbench.lib.core.adapt.layer import AdaptedLayer, Side
+from workbench.lib.core.adapt.matrix import tensors_of, weight_at
 from workbench.lib.core.adapt.passes import Passes
 from workbench.lib.core.adapt.report import target_rows
 from workbench.lib.core.adapt.sequences import Generate
@@ -53,12 +54,17 @@ class Adapted:
         adapter: the system.
         layers: what was put in, by module name.
         options: of the system, all of them.
+        left_out: what `targets` matches and is not adapted, with the reason.
+        by_layer: what has the parts of a feed-forward block and is adapted layer by layer, with the reason.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, targets: Sequence[str], options: dict[str, Any]):
         self.model, self.adapter, self.targets, self.options = model, adapter, tuple(targets), options
         self.layers: dict[str, AdaptedLayer] = {}
+        self.left_out: dict[str, str] = {}
+        self.by_layer: dict[str, str] = {}
         self.side = Side()
+        self._replaced: list[tuple[nn.Module, nn.Module]] = []
         self._trained = {p: p.requires_grad for p in model.parameters()}
         for p in self._trained:
             p.requires_grad_(False)
@@ -69,6 +75,13 @@ class Adapted:
         self._hooks = Passes(self.side).listen(self.model)
         if callable(getattr(type(self.model), "generate", None)):
             self.model.generate = Generate(self.model)
+        if hasattr(self.model, "save_pretrained"):  # transformers' own would write names that nobody can load
+            self.model.save_pretrained = self.save_pretrained
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether more was replaced than `layers`: packed experts taken apart, or a block in two modules joined."""
+        return len(self._replaced) > len(self.layers)
 
     @contextmanager
     def given(self, axis: int = 0, **facts: int | Sequence[int] | Tensor) -> Iterator[None]:
@@ -124,10 +137,15 @@ class Adapted:
     def put(self, name: str, before: nn.Module, layer: AdaptedLayer) -> None:
         """Put `layer` everywhere the module `before` is."""
         layer.side, layer.slug, layer.place = self.side, self.adapter.slug, name
-        _match(layer, next(before.parameters()))
+        _match(layer, next(iter(tensors_of(before).values())))
         layer.train(before.training)
         self.layers[name] = layer
-        _replace(self.model, before, layer)
+        self.replace(before, layer)
+
+    def replace(self, before: nn.Module, after: nn.Module) -> None:
+        """Put `after` everywhere the module `before` is, until `remove`."""
+        self._replaced.append((before, after))
+        _replace(self.model, before, after)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters of what was put in, by their name in the model, each once."""
@@ -154,13 +172,16 @@ class Adapted:
     def report(self) -> dict[str, Any]:
         """Counts of parameters: base (of the model as it was), added, trained; and trained in percent of all.
 
-        And what was put where, as "targets", by the names of the layers: see `adapt.report.target_rows`.
+        And what was put where, as "targets", by the names of the layers: see `adapt.report.target_rows`. And, by name
+        with the reason, what `targets` matches and was left out, and what was adapted layer by layer though it has the
+        parts of a feed-forward block.
         """
         base = sum(p.numel() for p in self._trained)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.parameters())
         counts = {"base": base, "added": total - base, "trained": trained, "percent": 100 * trained / total}
-        return counts | {"targets": target_rows(self.model, self.layers)}
+        rest = {"left_out": dict(self.left_out), "by_layer": dict(self.by_layer)}
+        return counts | {"targets": target_rows(self.model, self.layers)} | rest
 
     def save(self, folder: str | Path) -> Path:
         """Keep it in a new folder, or in place of the adaptation that is there; `load_adapter` gets it back.
@@ -171,37 +192,98 @@ class Adapted:
         """
         return write_adapter(folder, self.layers, self.adapter.slug, self.targets, self.options)
 
-    def merge_back(self) -> nn.Module:
-        """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.
+    def save_pretrained(self, folder: str | Path, *rest: Any, **keywords: Any) -> None:
+        """What a model of transformers does by that name while it is adapted: keep it in `folder` without the
+        adaptation, so that `from_pretrained` gets it as it was, and the adaptation in `folder/adapter`.
 
         Raises:
-            InputError: the update of some layer depends on the token, so no single matrix holds it. Nothing is changed.
+            InputError: a `state_dict` is passed, whose names would be those of the adapted model.
         """
-        fixed = {name: layer.fixed_update() for name, layer in self.layers.items()}
-        routed = [name for name, update in fixed.items() if update is None]
+        if keywords.get("state_dict") is not None:
+            raise InputError("state_dict is passed, but an adapted model is saved from its own: save(folder) keeps it")
+        for before, after in reversed(self._replaced):
+            _replace(self.model, after, before)
+        try:
+            type(self.model).save_pretrained(self.model, folder, *rest, **keywords)
+        finally:
+            for before, after in self._replaced:
+                _replace(self.model, before, after)
+        self.save(Path(folder) / "adapter")
+
+    def merge_back(self, untie: bool = False) -> nn.Module:
+        """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.
+
+        Args:
+            untie: a weight that is used elsewhere in the model too, as an output layer's is that is tied to the
+                embedding, becomes the layer's own first. Where the model's `config` speaks of ties it says that there
+                are none from then on, and none are left.
+
+        Raises:
+            InputError: the update of some layer depends on the token, so no single matrix holds it; or it makes the
+                weight infinite or NaN; or the weight is used elsewhere too and `untie` is not set. Nothing is changed.
+        """
+        routed = [name for name, layer in self.layers.items() if layer.fixed_update() is None]
         if routed:
             raise InputError(
                 f"{self.adapter.slug} cannot be merged back: in {len(routed)} layers, such as {routed[0]}, the update "
                 "depends on the token; what merges is lora"
             )
+        tied = self._tied()
+        if tied and not untie:
+            shown = ", ".join(f"{name} with {other}" for name, other in tied.items())
+            raise InputError(f"layers share their weight, which would change in both: {shown}; pass untie=True")
+        broken = [name for name, layer in self.layers.items() if not _merged(layer).isfinite().all()]
+        if broken:
+            raise InputError(f"the updated weight of {', '.join(broken)} is not finite, so nothing is merged back")
         with torch.no_grad():
-            for name, update in fixed.items():
-                weight = self.layers[name].base.weight
-                weight += update.to(weight.dtype)
+            for name, layer in self.layers.items():
+                merged, (module, key) = _merged(layer), weight_at(layer.base)
+                if name in tied:
+                    self._own(module, key)
+                layer.base.weight.copy_(merged)
+        if tied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+            self.model.config.tie_word_embeddings = False
+            seen: set[nn.Parameter] = set()
+            for module in self.model.modules():
+                for key, p in module._parameters.items():
+                    if p is not None and p in seen:
+                        self._own(module, key)
+                    seen.add(p)
         return self.remove()
 
     def remove(self) -> nn.Module:
         """Put the layers that were there back, trainable as before; apart from `merge_back`, bit for bit."""
-        for layer in self.layers.values():
-            _replace(self.model, layer, layer.base)
+        for before, after in reversed(self._replaced):
+            _replace(self.model, after, before)
         for hook in self._hooks:
             hook.remove()
         if isinstance(vars(self.model).get("generate"), Generate):
             del self.model.generate
         for p, wanted in self._trained.items():
             p.requires_grad_(wanted)
-        self.layers = {}
+        vars(self.model).pop("save_pretrained", None)
+        self.layers, self._replaced = {}, []
         return self.model
+
+    def _own(self, module: nn.Module, key: str) -> None:
+        """Give a module a parameter of its own in place of one that others have too."""
+        p = module._parameters[key]
+        module._parameters[key] = own = nn.Parameter(p.detach().clone())
+        self._trained[own] = self._trained[p]
+
+    def _tied(self) -> dict[str, str]:
+        """The adapted layers whose weight is used elsewhere in the model too, by name, and where."""
+        users: dict[nn.Parameter, list[str]] = {}
+        for name, module in self.model.named_modules():
+            for key, p in module._parameters.items():
+                users.setdefault(p, []).append(f"{name}.{key}".replace(".base.", ".").lstrip("."))
+        places = {name: weight_at(layer.base) for name, layer in self.layers.items()}
+        found = {}
+        for name, (module, key) in places.items():
+            others = users[module._parameters[key]]
+            if len(others) > 1:
+                found[name] = next(other for other in others if other != f"{name}.weight")
+        return found
 
 
 def adapted_with(model: nn.Module) -> str | None:
@@ -225,6 +307,12 @@ def _match(layer: AdaptedLayer, like: Tensor) -> None:
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(like.device, dtype if buffer.is_floating_point() else None)
+
+
+def _merged(layer: AdaptedLayer) -> Tensor:
+    """The weight with the update, in the weight's own dtype."""
+    with torch.no_grad():
+        return (layer.base.weight + layer.fixed_update()).to(layer.base.weight.dtype)
 
 
 def _replace(model: nn.Module, before: nn.Module, after: nn.Module) -> None:

@@ -117,7 +117,7 @@ def expert_loras(adapted: Adapted, expert: int) -> dict[str, LowRankExperts]:
     found: dict[str, LowRankExperts] = {}
     for name, layer in adapted.layers.items():
         routed = isinstance(layer, RoutedFeedForward)
-        banks = {f"{name}.{key}": b for key, b in layer.experts.items()} if routed else {name: layer.experts}
+        banks = {layer.block.names[key]: b for key, b in layer.experts.items()} if routed else {name: layer.experts}
         for key, bank in banks.items():
             if type(bank) is not LowRankExperts:
                 raise InputError(f"{key} has {type(bank).__name__}, which are no plain LoRAs")
@@ -140,7 +140,7 @@ def set_expert(adapted: Adapted, expert: int, loras: Mapping[str, tuple[Tensor, 
         InputError: a name, a width, a rank or the number does not fit; all of it in one message. Nothing is changed.
     """
     layers = [(name, layer) for name, layer in adapted.layers.items() if isinstance(layer, RoutedFeedForward)]
-    banks = {f"{name}.{key}": bank for name, layer in layers for key, bank in layer.experts.items()}
+    banks = {layer.block.names[key]: bank for _, layer in layers for key, bank in layer.experts.items()}
     wrong = [f"no block has a linear layer {name!r}" for name in loras if name not in banks]
     for name in loras.keys() & banks.keys():
         (a, b, _), bank = loras[name], banks[name]

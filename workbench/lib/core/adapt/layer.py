@@ -1,5 +1,6 @@
 """What takes the place of a layer, and what it knows of the forward pass it is in."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from workbench.errors import InputError
+from workbench.lib.core.adapt.reading import of_base
 from workbench.lib.core.observe import Announcing
 from workbench.lib.core.recompute import Call, Repeat, find, recomputing, sample
 from workbench.lib.core.routing import Context, Routing
@@ -77,6 +79,7 @@ class Side:
         frames: the modules that are running, outermost first.
         decided: inside `Adapted.generating`, what layers have decided for the sequences, by their place.
         alive: the calls of each layer that a checkpoint may repeat.
+        chosen: which of the model's tokens a layer is given, and of how many, inside packed experts; else None.
     """
 
     given: dict[str, Tensor] = field(default_factory=dict)
@@ -85,6 +88,16 @@ class Side:
     frames: list[Frame] = field(default_factory=list)
     decided: dict[str, tuple[Tensor, ...]] | None = None
     alive: dict[nn.Module, WeakSet[Call]] = field(default_factory=lambda: defaultdict(WeakSet))
+    chosen: tuple[Tensor, int] | None = None
+
+    @contextmanager
+    def only(self, token: Tensor, n: int) -> Iterator[None]:
+        """Inside, layers are given these of the n tokens of the model."""
+        self.chosen = token, n
+        try:
+            yield
+        finally:
+            self.chosen = None
 
     def enter(self, module: nn.Module, context: Context | None = None, rows: frozenset[int] = frozenset()) -> None:
         """A module is called that no other is around. With it begins a pass, unless the last one has still to see it.
@@ -120,7 +133,11 @@ class Side:
             value = {"task": context.domain, "modality": context.modality}.get(fact)
         if value is None:
             return None
-        lead, value = x.shape[:-1], value.to(x.device)
+        lead, value = x.shape[:-1] if self.chosen is None else torch.Size([self.chosen[1]]), value.to(x.device)
+        rows = self._spread(fact, value, lead)
+        return rows if self.chosen is None else rows[self.chosen[0]]
+
+    def _spread(self, fact: str, value: Tensor, lead: torch.Size) -> Tensor:
         n, count, axis = lead.numel(), value.numel(), self.axis
         if count == n:  # a table whose axes are the other way round is read that way
             return (value.T if value.ndim == 2 and value.shape != lead == value.T.shape else value).reshape(-1)
@@ -141,16 +158,26 @@ class Side:
         )
 
     def mask(self, x: Tensor) -> Bool[Tensor, "batch time"] | None:
-        """False for the rows of x (..., I) that are padding, with the axes of x where it has them; None if unknown."""
+        """False for the rows of x (..., I) that are padding, with the axes of x where it has them; None if unknown.
+
+        Inside packed experts the tokens of all sequences are one row.
+        """
+        if self.chosen is not None:
+            mask = self._mask(torch.Size([self.chosen[1]]))
+            return None if mask is None else mask.reshape(1, -1)[:, self.chosen[0].to(mask.device)].to(x.device)
+        mask = self._mask(x.shape[:-1])
+        return None if mask is None else mask.to(x.device)
+
+    def _mask(self, lead: torch.Size) -> Tensor | None:
         if not self.frames or self.frames[-1].mask is None:
             return None
-        mask, lead = self.frames[-1].mask, x.shape[:-1]
+        mask = self.frames[-1].mask
         batch, time = mask.shape
         if self.frames[-1].cache is not None and batch * time > lead.numel() and lead.numel() % batch == 0:
             mask = mask[:, -(lead.numel() // batch) :]  # of the tokens that are new
         if mask.numel() != lead.numel():
             return None
-        return (mask.T if len(lead) == 2 and mask.shape != lead == mask.T.shape else mask).to(x.device)
+        return mask.T if len(lead) == 2 and mask.shape != lead == mask.T.shape else mask
 
     def repeated(self, layer: nn.Module, x: Tensor) -> Call:
         """The call of this layer that a checkpoint repeats with x."""
@@ -185,6 +212,24 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base = base
         self.side = Side()
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """As what was there is called: by its keyword too, with one axis, and with no tokens, who meet no router."""
+        if not inputs:
+            first = next(iter(inspect.signature(self.base.forward).parameters))
+            inputs = (keywords.pop(first),)
+        x, *rest = inputs
+        if x.ndim == 1:
+            return super().__call__(x[None], *rest, **keywords)[0]
+        if not x.numel():
+            return self.base(x, *rest, **keywords)
+        return super().__call__(x, *rest, **keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return of_base(self, name, self.fixed_update)
 
     def fixed_update(self) -> Tensor | None:
         """The (O, I) matrix this layer adds to its base's weight, or None where it depends on the token."""
@@ -225,8 +270,11 @@ class RoutedLayer(AdaptedLayer, Announcing):
 
     def context(self, x: Tensor) -> Context:
         """What is known of the N rows of x (..., I): token ids, the task as `domain`, the modality, padding."""
-        ids = None if self.side.forward is None else self.side.forward.context.token_ids
-        ids = ids if ids is not None and ids.numel() == x.shape[:-1].numel() else None
+        ids, chosen = None if self.side.forward is None else self.side.forward.context.token_ids, self.side.chosen
+        ids = (
+            ids if ids is not None and ids.numel() == (x.shape[:-1].numel() if chosen is None else chosen[1]) else None
+        )
+        ids = ids.reshape(-1)[chosen[0]] if ids is not None and chosen is not None else ids
         mask = self.side.mask(x)
         return Context(
             token_ids=ids,

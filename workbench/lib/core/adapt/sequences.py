@@ -84,6 +84,8 @@ def decide(layer: RoutedLayer, *parts: Tensor) -> None:
 
 def _kept(layer: RoutedLayer) -> dict[str, tuple[Tensor, ...]] | None:
     side = layer.side
+    if side.chosen is not None:  # of packed experts a layer is given tokens, and decides for each of them
+        return None
     holder = side.frames[-1].cache if side.frames else None
     if holder is None:
         return side.decided
