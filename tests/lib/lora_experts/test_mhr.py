@@ -165,7 +165,10 @@ def test_mhr_tasks_ride_along_when_rows_are_repeated_for_a_beam():
     x, tasks = torch.randn(3, 5, 8, dtype=torch.float64), torch.tensor([2, 0, 1])
     with adapted.given(task=tasks):
         single = adapted.model(x)
-        beams = adapted.model(x.repeat_interleave(4, 0))  # consecutive rows, as beam search repeats them
+        with pytest.raises(InputError, match="task has 3 values"):
+            adapted.model(x.repeat_interleave(4, 0))
+        with adapted.generating():
+            beams = adapted.model(x.repeat_interleave(4, 0))  # consecutive rows, as beam search repeats them
     torch.testing.assert_close(beams, single.repeat_interleave(4, 0))
 
 
@@ -359,7 +362,24 @@ def test_mhr_monitors_know_the_extremes():
     assert undecided["discreteness"] == 1 and undecided["efficiency"] == pytest.approx(1)
     one_hot(adapted, 3)
     decided = monitors(router)
-    assert decided["discreteness"] == 0 and decided["sparsity"] == 0.25 and decided["efficiency"] < 1e-9
+    # one skill of four in each of the two heads: of the eight places two are used, and alike
+    assert decided["discreteness"] == 0 and decided["sparsity"] == 0.25
+    assert decided["efficiency"] == pytest.approx(math.log(2) / math.log(8), abs=1e-9)
+
+
+def test_mhr_monitors_are_those_of_the_public_code():
+    """Of all places the mean over the tasks first, and then shares: tasks that use much weigh more."""
+    router = put(heads=2).layers["0"].router
+    torch.manual_seed(2)
+    z = 2 * torch.randn_like(router.logits)
+    router.logits.data.copy_(z)
+    mean = z.sigmoid().mean(0)
+    theirs = {
+        "sparsity": (z.sigmoid() + 0.5).floor().mean(),
+        "discreteness": torch.distributions.Bernoulli(logits=z).entropy().mean() / math.log(2),
+        "efficiency": torch.distributions.Categorical(probs=mean / mean.sum()).entropy() / math.log(z.shape[1]),
+    }
+    assert monitors(router) == {name: pytest.approx(float(value), abs=1e-6) for name, value in theirs.items()}
 
 
 def test_mhr_fits_small_layers_and_models_with_its_defaults():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import LoRALinear, adapt, load_adapter
+from workbench.lib.core.adapt import LoRALinear, RoutedLayer, adapt, load_adapter
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward, expert_loras, set_expert
 from workbench.lib.core.adapt.feed_forward import find_feed_forward
 from workbench.lib.core.adapt.layer import Forward
@@ -17,6 +17,7 @@ from workbench.lib.core.adapt.peft import read_loras, write_peft
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.models import DecoderLM
+from workbench.lib.core.recompute import Call
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.lora_experts.mixlora import DoRAExperts, DoRALinear, MixLoRARouter, switch_value
 
@@ -212,11 +213,14 @@ def routings(n_layers: int, n: int, seed: int = 0, top_k: int = 2) -> list[Routi
 
 def reported(adapted, decisions: list[Routing], x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the balance makes of these decisions of one forward."""
-    balance = next(layer for layer in adapted.layers.values() if isinstance(layer, RoutedFeedForward)).balance
-    forward = Forward(mask=mask, losses={("another", "lbl"): torch.tensor(5.0)})
+    layer = next(layer for layer in adapted.layers.values() if isinstance(layer, RoutedFeedForward))
+    other = RoutedLayer(nn.Linear(1, 1))  # which reports a loss of its own
+    forward = Forward(calls=[Call(other, Context(), X[0], {"lbl": torch.tensor(5.0)}, ("lbl",))])
     for routing in decisions:
-        balance.add(forward, x, routing, 0.5)
-    other, loss = forward.losses.values()
+        call = Call(layer, Context(mask=None if mask is None else mask.bool().flatten()), X[0])
+        layer.balance.add(call, x, routing, 0.5, None if mask is None else mask.bool())
+        forward.calls.append(call)
+    other, loss = forward.losses().values()
     assert other == 5.0
     return loss
 

@@ -6,10 +6,11 @@ All losses are per layer, unweighted scalars; the router's `coefficients` weigh 
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from workbench.errors import InputError, unknown
+from workbench.lib.core.recompute import recomputing
 from workbench.lib.core.routing import Routing
 
 
@@ -55,8 +56,13 @@ BALANCE_LOSSES = {
 }
 
 
-def balance_losses(routing: Routing, names: Iterable[str]) -> dict[str, Float[Tensor, ""]]:
-    """The named losses of one routing: "lbl", "top1", "band", "z"."""
+def balance_losses(
+    routing: Routing, names: Iterable[str], mask: Bool[Tensor, " tokens"] | None = None
+) -> dict[str, Float[Tensor, ""]]:
+    """The named losses of one routing: "lbl", "top1", "band", "z"; of the tokens where `mask` holds, 0 without any."""
+    routing = routing.only(mask)
+    if not routing.n_tokens:
+        return {name: routing.logits.sum() for name in names}
     return {name: BALANCE_LOSSES[name](routing) for name in names}
 
 
@@ -89,9 +95,22 @@ class LossFreeBias(nn.Module):
         self.register_buffer("bias", torch.zeros(n_experts))
         self.register_buffer("load", torch.zeros(n_experts, dtype=torch.int64), persistent=False)
 
-    def count(self, routing: Routing) -> None:
-        """Add a routing to the load of the current step; call it for training batches only."""
-        self.load += routing.counts
+    def _apply(self, fn, recurse=True):
+        """The bias stays in float32 when the model becomes a half: steps of `rate` would be lost."""
+        before = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype.itemsize < 4:
+            self.bias = before.to(self.bias.device)
+        return self
+
+    @torch.no_grad()
+    def count(self, routing: Routing, mask: Bool[Tensor, " tokens"] | None = None) -> None:
+        """Add a routing, of the tokens where `mask` holds, to the load of the step; for training batches.
+
+        What a checkpoint repeats counts once.
+        """
+        if not recomputing():
+            self.load += routing.only(mask).counts
 
     def update(self, load: Tensor) -> None:
         """One step of the bias for a given load (E,); in place, so that a checkpoint holds the live buffer."""

@@ -17,7 +17,7 @@ PATHS = ("dense", "grouped")
 
 
 class LowRankExperts(nn.Module):
-    """y_n = sum_e g[n, e] s_e B_e A_e x_n for the gates g of a `Routing`.
+    """y_n = sum_e g[n, e] s_e B_e A_e x_n for the gates g of a `Routing`, in the type of x.
 
     A bank with gates g equals one LoRA of rank E r whose rank vector is multiplied by g, each gate repeated r times.
     That is how the dense path computes it: all experts at once, nothing wider than (N, E r).
@@ -108,22 +108,25 @@ class LowRankExperts(nn.Module):
         score = routing.weight * self.scale.index_select(0, routing.expert)
         of_token = {"tok_offs": routing.offsets} if routing.top_k is None else {"top_k": routing.top_k}
         score = score if score.dtype == torch.float32 else score.to(x.dtype)
-        return low_rank(x, self.a, self.b, routing.expert, score, **of_token, backend=path)
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        return low_rank(x, a, b, routing.expert, score, **of_token, backend=path)
 
     def codes(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens experts rank"]:
         """A_e x_n for every token and expert."""
-        return (x @ self.a.flatten(0, 1).T).unflatten(-1, self.a.shape[:2])
+        return (x @ self.a.to(x.dtype).flatten(0, 1).T).unflatten(-1, self.a.shape[:2])
 
     def outputs(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens experts d_out"]:
         """s_e B_e A_e x_n for every token and expert: for rules that look at what each expert says."""
-        return torch.einsum("ner,eor->neo", self.codes(x) * self.scale[:, None], self.b)
+        codes = self.codes(x)
+        scaled = (codes * self.scale[:, None]).to(codes.dtype)
+        return torch.einsum("ner,eor->neo", scaled, self.b.to(codes.dtype))
 
     def gated(
         self, x: Float[Tensor, "tokens d_in"], gates: Float[Tensor, "tokens experts"]
     ) -> Float[Tensor, "tokens d_out"]:
         """The update of each token for dense gates: the dense path's core."""
         codes = self.codes(x) * (gates * self.scale).to(x.dtype)[:, :, None]
-        return codes.flatten(1) @ self.b.transpose(1, 2).flatten(0, 1)
+        return codes.flatten(1) @ self.b.to(x.dtype).transpose(1, 2).flatten(0, 1)
 
     def delta(self, expert: int) -> Float[Tensor, "d_out d_in"]:
         """The full update s_e B_e A_e of one expert."""

@@ -4,6 +4,7 @@ Tensor letters: N tokens, D model width, E experts, K active experts per token, 
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.lib.core.observe import Announcing
+from workbench.lib.core.recompute import Call, Repeat, find, recomputing, sample
 from workbench.lib.core.routing import Context, Experts, Router, Routing
 
 
 class MoELayer(Announcing):
     """y = sum_k weight_k expert_k(x) [+ shared(x)], with observers who see every routing decision.
+
+    May be checkpointed, with its context, reentrant or not: see `lib.core.recompute`. The state of a recurrent router
+    has no gradient under a reentrant one, which is refused.
 
     Args:
         router: see `Router`.
@@ -55,7 +60,18 @@ class MoELayer(Announcing):
     def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch dim"]:
         context = context if context is not None else Context()
         tokens = x.reshape(-1, x.shape[-1])
-        return self.serve(tokens, self.router(tokens, context), context).view_as(x)
+        return self.serve(tokens, self.router(tokens, self.told(tokens, context)), context).view_as(x)
+
+    def told(self, tokens: Float[Tensor, "tokens dim"], context: Context) -> Context:
+        """What the router is told: in a forward that a checkpoint repeats, what it was told then."""
+        first = find(context.calls.get(self, ()), tokens) if recomputing() else None
+        if first is None:
+            return context
+        if first.context.state is not None and not first.graph and torch.is_grad_enabled():
+            raise InputError(
+                "the state that routers hand on has no gradient under a reentrant checkpoint: use_reentrant=False"
+            )
+        return first.context
 
     def serve(
         self, tokens: Float[Tensor, "tokens dim"], routing: Routing, context: Context
@@ -66,9 +82,18 @@ class MoELayer(Announcing):
         y = self.experts(tokens, routing.served())
         if self.shared is not None:
             y = y + self.shared(tokens)
+        parts = {name: coefficient * routing.losses[name] for name, coefficient in self.router.coefficients.items()}
+        if recomputing():
+            first = find(context.calls.get(self, ()), tokens)
+            return y if first is None else Repeat(first, parts).carry(y)
+        call = Call(self, replace(context, aux=0.0, calls={}), sample(tokens), parts)
+        context.calls.setdefault(self, []).append(call)
         context.state = routing.state if routing.state is not None else context.state
-        for name, coefficient in self.router.coefficients.items():
-            context.aux = context.aux + coefficient * routing.losses[name]
+        with torch.set_grad_enabled(
+            not torch.is_inference_mode_enabled()
+        ):  # a reentrant checkpoint has switched it off
+            for name in parts:
+                context.aux = context.aux + call.part(name)
         self.announce(routing, context)
         return y
 

@@ -6,7 +6,7 @@ Tensor letters: N tokens, D model width, E experts, K active experts per token.
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from workbench.errors import InputError
@@ -76,10 +76,11 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens dim"], context: Context | None = None) -> Routing:
         check_tokens(x)
-        return self.route(self.scores(x, context or Context()))
+        context = context or Context()
+        return self.route(self.scores(x, context), context.mask)
 
-    def route(self, logits: Float[Tensor, "tokens experts"]) -> Routing:
-        """Select and weigh experts by their logits."""
+    def route(self, logits: Float[Tensor, "tokens experts"], mask: Bool[Tensor, " tokens"] | None = None) -> Routing:
+        """Select and weigh experts by their logits; tokens outside `mask` count in no loss and no load."""
         check_finite(logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probs = torch.softmax(logits, dim=-1)
@@ -91,9 +92,9 @@ class TopKRouter(nn.Module):
         if self.top_k > 1 if self.renormalize is None else self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         routing = Routing.fixed(indices, weights, self.n_experts, probs=probs, logits=logits)
-        routing.losses = balance_losses(routing, self.coefficients)
+        routing.losses = balance_losses(routing, self.coefficients, mask)
         if self.bias is not None and self.training:
-            self.bias.count(routing)
+            self.bias.count(routing, mask)
         return routing
 
 
@@ -135,9 +136,11 @@ class HashRouter(nn.Module):
         self.n_experts, self.top_k = n_experts, top_k
         self.coefficients: dict[str, float] = {}
         generator = torch.Generator().manual_seed(seed)
-        first = torch.randperm(vocab, generator=generator) % n_experts
-        steps = torch.stack([torch.randperm(n_experts - 1, generator=generator) + 1 for _ in range(vocab)])
-        others = (first[:, None] + steps[:, : top_k - 1]) % n_experts
+        order = torch.randperm(vocab, generator=generator)
+        first, group = order % n_experts, order // n_experts  # the ids of a group have one expert each
+        # steps from the first expert to the others; the same within a group, so that each column has every expert once
+        steps = [torch.randperm(n_experts - 1, generator=generator) + 1 for _ in range(-(-vocab // n_experts))]
+        others = (first[:, None] + torch.stack(steps)[group, : top_k - 1]) % n_experts
         self.register_buffer("table", torch.cat([first[:, None], others], dim=1))
 
     def forward(self, x: Float[Tensor, "tokens dim"], context: Context) -> Routing:

@@ -4,7 +4,7 @@ Tensor letters: N tokens, E experts, K active experts per token, P routed (token
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -115,6 +115,17 @@ class Routing:
             self, expert=self.expert[self.kept], weight=self.weight[self.kept], offsets=offsets, top_k=None, kept=None
         )
 
+    def only(self, mask: Bool[Tensor, " tokens"] | None) -> "Routing":
+        """The decision for the tokens where `mask` holds, such as those that are no padding; None for all."""
+        if mask is None:
+            return self
+        pairs = mask[self.token]
+        offsets = torch.nn.functional.pad(self.active_counts[mask].cumsum(0), (1, 0))
+        probs, logits = (None if part is None else part[mask] for part in (self.probs, self.logits))
+        kept = None if self.kept is None else self.kept[pairs]
+        own = {"expert": self.expert[pairs], "weight": self.weight[pairs], "offsets": offsets}
+        return replace(self, **own, probs=probs, logits=logits, kept=kept)
+
     def _fixed_k(self) -> int:
         if self.top_k is None:
             raise InputError("this routing has a variable number of experts per token: use expert, weight and offsets")
@@ -129,15 +140,21 @@ class Context:
         token_ids: (N,) vocabulary ids, for routers that look at the token itself (hash routing).
         domain: (N,) domain or task of each token.
         modality: (N,) modality of each token.
+        mask: (N,) False for tokens that count in no balance loss and in no load, such as padding; None: all count.
+        bias: (E,) on the selection, where it has moved since the call that is repeated; None: the router's own.
         state: the previous router's state (recurrent routers); None at the first MoE layer.
         aux: sum over layers of the weighted auxiliary losses; add it to the task loss before `backward`.
+        calls: the calls of each layer in this pass, for checkpoints that repeat them; see `lib.core.recompute`.
     """
 
     token_ids: Int64[Tensor, " tokens"] | None = None
     domain: Int64[Tensor, " tokens"] | None = None
     modality: Int64[Tensor, " tokens"] | None = None
+    mask: Bool[Tensor, " tokens"] | None = None
+    bias: Float[Tensor, " experts"] | None = None
     state: Tensor | None = None
     aux: Tensor | float = 0.0
+    calls: dict[Any, list] = field(default_factory=dict, repr=False)
 
 
 @runtime_checkable

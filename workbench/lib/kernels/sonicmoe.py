@@ -26,7 +26,7 @@ M rows of a tile.
 """
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from workbench.catalogue import Method
@@ -96,9 +96,9 @@ class SonicRouter(LinearRouter):
         check_rounding(tile, mode)
         self.routing, self.tile, self.mode = routing, tile, mode
 
-    def route(self, logits: Float[Tensor, "tokens experts"]) -> Routing:
+    def route(self, logits: Float[Tensor, "tokens experts"], mask: Bool[Tensor, " tokens"] | None = None) -> Routing:
         routing = topk_routing(logits, self.top_k)
-        losses = balance_losses(routing, self.coefficients)
+        losses = balance_losses(routing, self.coefficients, mask)
         if self.routing == "rounding" and self.training:
             routing = token_rounding(routing, self.tile, self.mode)
         routing.losses = losses

@@ -27,6 +27,8 @@ from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapter, RoutedLayer, adapt
 from workbench.lib.core.adapt.feed_forward import FeedForward
+from workbench.lib.core.adapt.layer import plain
+from workbench.lib.core.adapt.sequences import decide, decided
 from workbench.lib.core.routers import check_finite, check_tokens
 from workbench.lib.core.routing import Context, Routing
 
@@ -90,7 +92,7 @@ class LanguageRouter(nn.Module):
             language = self._checked(context.domain)
             every = torch.einsum("bi,gni->bgn", x, weight)
             logits = every[torch.arange(len(x), device=x.device), language]
-        logits = logits / self.temperature
+        logits = (logits / self.temperature).to(x.dtype)  # a half under autocast
         check_finite(logits)
         best, columns = logits.sort(dim=-1, descending=True, stable=True)
         weights = best[:, : self.top_k].softmax(-1)
@@ -130,14 +132,15 @@ class ColumnPool(nn.Module):
         if self.pairing == "index":
             z = z.gather(-1, index % rank)
         coefficients = z * (self.scale * routing.weights)[:, None].to(z.dtype)
-        return z.new_zeros(*z.shape[:2], self.n_experts).scatter(-1, index, coefficients) @ self.columns
+        return z.new_zeros(*z.shape[:2], self.n_experts).scatter(-1, index, coefficients) @ self.columns.to(z.dtype)
 
 
 class PoolLayer(RoutedLayer):
     """y = base(h) + pool(A h): beside one linear layer, or beside a whole projector.
 
     An image is a row of a batch (B, ..., I), and its tokens all that lies between. A layer that is handed (N, I) rows
-    sees N images of one token each, and decides for each of them.
+    sees N images of one token each, and decides for each of them. Where a sequence is generated the columns stay those
+    of its prompt, see `lib.core.adapt.sequences`.
 
     Attributes:
         a: (r, I), initialised as `nn.Linear` is; not trained unless `train_a`.
@@ -177,19 +180,27 @@ class PoolLayer(RoutedLayer):
         return self.router.top_k
 
     def forward(self, h: Float[Tensor, "images *length d_in"], *rest, **keywords) -> Float[Tensor, "..."]:
-        language = self.side.rows("language", h)
-        return self.base(h, *rest, **keywords) + self.update(h, self._by_image(language, len(h)))
+        return self.base(h, *rest, **keywords) + self.update(h)
 
     def update(
-        self, h: Float[Tensor, "images *length d_in"], language: Int64[Tensor, " images"] | None
+        self, h: Float[Tensor, "images *length d_in"], language: Int64[Tensor, " images"] | None = None
     ) -> Float[Tensor, "images *length d_out"]:
-        """What is added to the frozen part."""
-        tokens = h.reshape(len(h), -1, h.shape[-1])
-        routing = self.router(tokens.mean(1), Context(domain=language))
-        self.selection = routing.indices.detach(), routing.weights.detach()
-        if self.observed:
-            self.announce(_by_token(routing, tokens.shape[1]), self.context(h))
-        return self.experts(tokens @ self.a.T, routing).view(*h.shape[:-1], -1)
+        """What is added to the frozen part; without a language it is the one that was told."""
+        call, tokens = self.begin(h), plain(h).reshape(len(h), -1, h.shape[-1])
+        if not call.repeated:
+            told = self._by_image(self.side.rows("language", h), len(h)) if language is None else language
+            call.own |= {"language": told, "decided": decided(self, len(h))}
+        if call.own["decided"] is None:
+            routing = self.router(tokens.mean(1), Context(domain=call.own["language"]))
+        else:
+            indices, weights, probs, logits = call.own["decided"]
+            routing = Routing.fixed(indices, weights, self.n_experts, probs=probs, logits=logits)
+        if not call.repeated:
+            decide(self, routing.indices, routing.weights, routing.probs, routing.logits)
+            self.selection = routing.indices.detach(), routing.weights.detach()
+            if self.observed:
+                self.announce(_by_token(routing, tokens.shape[1]), call.context)
+        return self.experts(tokens @ self.a.to(tokens.dtype).T, routing).view(*h.shape[:-1], -1)
 
     def context(self, x: Tensor) -> Context:
         """What is known of the rows of x; where nobody tells the task, that is the language."""

@@ -25,7 +25,7 @@ Tensor letters: N copies, k slices a copy and active experts, E = N k, D model w
 """
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +33,7 @@ from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import AdaptedLayer, Adapter, RoutedLayer, adapt
 from workbench.lib.core.adapt.feed_forward import FeedForward
+from workbench.lib.core.adapt.layer import plain
 from workbench.lib.core.balance import balance_losses
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.routers import TopKRouter, check_finite, check_top_k
@@ -62,7 +63,7 @@ class SliceExperts(nn.Module):
 
     Attributes:
         gate, up: (E, H / k, D); gate is None for a block without one.
-        down: (E, D, H / k).
+        down: (E, O, H / k), O the width of the block's output.
         gate_bias, up_bias (E, H / k), down_bias (E, D): None where the block has none.
 
     Args:
@@ -94,7 +95,7 @@ class SliceExperts(nn.Module):
         if block.gate is None:
             self.gate = self.gate_bias = None
 
-    def forward(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens dim"]:
+    def forward(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens d_out"]:
         """The weighted sum over each token's experts; every expert computes its own tokens only."""
         routing = routing.served()
         order = torch.argsort(routing.expert, stable=True)
@@ -102,16 +103,16 @@ class SliceExperts(nn.Module):
         weight = routing.weight.to(x.dtype)[order, None].split(counts)
         names = [name for name in ("gate", "up", "down") if getattr(self, name) is not None]
         names += [f"{name}_bias" for name in names if getattr(self, f"{name}_bias") is not None]
-        experts = zip(*(getattr(self, name).unbind(0) for name in names), strict=True)
+        experts = zip(*(getattr(self, name).to(x.dtype).unbind(0) for name in names), strict=True)
         y = torch.cat(
             [
                 self.slice(rows, dict(zip(names, expert, strict=True))) * w
                 for rows, expert, w in zip(x[token].split(counts), experts, weight, strict=True)
             ]
         )
-        return torch.zeros_like(x).index_add(0, token, y)
+        return y.new_zeros(len(x), y.shape[1]).index_add(0, token, y)
 
-    def slice(self, x: Float[Tensor, "tokens dim"], parts: dict[str, Tensor]) -> Float[Tensor, "tokens dim"]:
+    def slice(self, x: Float[Tensor, "tokens dim"], parts: dict[str, Tensor]) -> Float[Tensor, "tokens d_out"]:
         """One expert's output: a narrow block, of its weights and biases by name."""
         hidden = F.linear(x, parts["up"], parts.get("up_bias"))
         if "gate" in parts:
@@ -164,8 +165,9 @@ class SliceRouter(TopKRouter):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.linear(x, self.projection.weight.to(x.dtype))
 
-    def route(self, logits: Float[Tensor, "tokens experts"]) -> Routing:
+    def route(self, logits: Float[Tensor, "tokens experts"], mask: Bool[Tensor, " tokens"] | None = None) -> Routing:
         check_finite(logits)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a half under autocast
         probs = torch.softmax(logits, dim=-1)
         indices = logits.argsort(dim=-1, descending=True, stable=True)[:, : self.top_k]
         if self.gate == "softmax":
@@ -174,7 +176,7 @@ class SliceRouter(TopKRouter):
             scale = self.slices if self.gate == "k_renorm" else 1
             weights = scale * torch.softmax(logits.gather(-1, indices), dim=-1)
         routing = Routing.fixed(indices, weights, self.n_experts, probs=probs, logits=logits)
-        routing.losses = balance_losses(routing, self.coefficients)
+        routing.losses = balance_losses(routing, self.coefficients, mask)
         return routing
 
 
@@ -200,12 +202,12 @@ class SlicedFeedForward(RoutedLayer):
     def top_k(self) -> int:
         return self.router.top_k
 
-    def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch dim"]:
+    def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch d_out"]:
         """The block is called as it was before."""
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens, self.context(x))
-        self.tell(routing, self.router.coefficients)
-        return self.experts(tokens, routing).view(x.shape)
+        call, tokens = self.begin(x), plain(x).reshape(-1, x.shape[-1])
+        routing = self.router(tokens, call.context)
+        self.tell(call, routing, self.router.coefficients)
+        return call.carry(self.experts(tokens, routing).view(*x.shape[:-1], -1))
 
 
 class TunedLinear(AdaptedLayer):
@@ -216,7 +218,7 @@ class TunedLinear(AdaptedLayer):
         self.weight = nn.Parameter(base.weight.detach().clone())
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        return F.linear(x, self.weight, self.base.bias)
+        return F.linear(x, self.weight.to(x.dtype), self.base.bias)
 
     def fixed_update(self) -> Tensor:
         return self.weight.detach() - self.base.weight
@@ -260,7 +262,9 @@ class DynamicDINO(Adapter):
     def linear(self, layer: nn.Linear, name: str) -> TunedLinear:
         return TunedLinear(layer)
 
-    def feed_forward(self, block: FeedForward, name: str) -> SlicedFeedForward:
+    def feed_forward(self, block: FeedForward, name: str) -> SlicedFeedForward | None:
+        if not block.elementwise:  # its hidden units cannot be told apart
+            return None
         k = self.top_k
         if k is None:
             k = 1 if self.experts % 2 or block.d_hidden % 2 else 2

@@ -41,6 +41,7 @@ from workbench.lib.core.adapt import Adapted, Adapter, RoutedLayer, RoutedLinear
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
 from workbench.lib.core.adapt.feed_forward import FeedForward
 from workbench.lib.core.adapt.files import base_digest
+from workbench.lib.core.adapt.layer import plain
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.routers import TopKRouter
 from workbench.lib.core.routing import Context, Routing
@@ -123,7 +124,7 @@ class FullExperts(LowRankExperts):
         counts = routing.counts.tolist()
         token, weight = routing.token[order][counts[0] :], routing.weight[order][counts[0] :, None].to(x.dtype)
         parts = zip(x[token].split(counts[1:]), self.updates, strict=True)
-        y = torch.cat([layer(rows) for rows, layer in parts]) * weight
+        y = torch.cat([nn.functional.linear(rows, layer.weight.to(rows.dtype)) for rows, layer in parts]) * weight
         return y.new_zeros(len(x), y.shape[1]).index_add(0, token, y)
 
     def _stacked(self) -> Float[Tensor, "experts d_out d_in"]:
@@ -135,12 +136,12 @@ class RoutedMatrix(RoutedLinear):
     """The one-matrix case: y = sum_e p_e (W x + D_e x), the frozen layer inside every expert."""
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens, self.context(x))
-        self.tell(routing, self.router.coefficients)
+        call, tokens = self.begin(x), plain(x).reshape(-1, x.shape[-1])
+        routing = self.router(tokens, call.context)
+        self.tell(call, routing, self.router.coefficients)
         total = routing.weight.new_zeros(len(tokens)).index_add(0, routing.token, routing.weight)
-        y = self.base(tokens) * total.to(x.dtype)[:, None] + self.experts(self.dropout(tokens), routing)
-        return y.view(*x.shape[:-1], -1)
+        y = self.base(tokens) * total.to(tokens.dtype)[:, None] + self.experts(self.dropout(tokens), routing)
+        return call.carry(y.view(*x.shape[:-1], -1))
 
 
 class FlexMoRE(Adapter):

@@ -76,8 +76,8 @@ class Top1Router(TopKRouter):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.linear(x, self.projection.weight.to(x.dtype), self.projection.bias.to(x.dtype))
 
-    def route(self, logits: Float[Tensor, "tokens experts"]) -> Routing:
-        routing = super().route(logits)
+    def route(self, logits: Float[Tensor, "tokens experts"], mask: Bool[Tensor, " tokens"] | None = None) -> Routing:
+        routing = super().route(logits, mask)
         if self.router_grad in ("straight_through", "balance_only"):
             routing.weight = torch.ones_like(routing.weight)
         return routing
@@ -117,7 +117,7 @@ class Top1FeedForward(RoutedFeedForward):
 class LLaVAMoLE(Adapter):
     """Top-1 experts in every feed-forward block whose linear layers are all wanted, LoRA on the other wanted layers.
 
-    A model without any block the workbench knows (BERT, Mixtral, see `mixlora`) becomes an ordinary LoRA.
+    A model without any block the workbench knows becomes an ordinary LoRA, see `mixlora`.
 
     Args:
         experts: K.

@@ -36,6 +36,7 @@ Tensor letters: N tokens, I input width, O output width, E experts, r rank, K ex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapted, Adapter, RoutedLinear, adapt
+from workbench.lib.core.adapt.layer import plain
 from workbench.lib.core.adapt.peft import LoRAs
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.routers import check_finite, check_tokens, check_top_k
@@ -149,7 +151,7 @@ class MixerRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens d_in"], context: Context) -> Routing:
         check_tokens(x)
-        return self.by_label(context.domain, x) if self.phase == "hard" else self.by_input(x)
+        return self.by_label(context.domain, x) if self.phase == "hard" else self.by_input(x, context.mask)
 
     def by_label(self, label: Tensor | None, x: Tensor) -> Routing:
         if label is None:
@@ -160,8 +162,8 @@ class MixerRouter(nn.Module):
         one_hot = nn.functional.one_hot(label.long(), self.n_experts).to(_wide(x.dtype))
         return Routing.fixed(label.long()[:, None], torch.ones_like(one_hot[:, :1]), self.n_experts, probs=one_hot)
 
-    def by_input(self, x: Tensor) -> Routing:
-        logits = self.projection(x)
+    def by_input(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        logits = self.projection(x.to(self.projection.weight.dtype))
         check_finite(logits)
         logits = logits.to(_wide(x.dtype))
         probs = logits.softmax(-1)
@@ -171,7 +173,10 @@ class MixerRouter(nn.Module):
         else:
             weights, indices = probs.topk(self.top_k_eval, dim=-1)
             weights = weights / weights.sum(-1, keepdim=True)
-        _, losses = specialization_balance_loss(probs, self.top_k_eval, 1.0, 1.0)
+        if mask is None or mask.any():
+            _, losses = specialization_balance_loss(probs, self.top_k_eval, 1.0, 1.0, mask=mask)
+        else:  # padding alone
+            losses = dict.fromkeys(self.coefficients, 0 * probs.sum())
         return Routing.fixed(indices, weights, self.n_experts, probs=probs, logits=logits, losses=losses)
 
 
@@ -196,10 +201,10 @@ class MixerLinear(RoutedLinear):
             self.register_buffer("start_b", experts.b.detach().clone())
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        tokens = x.reshape(-1, x.shape[-1])
+        call, tokens = self.begin(x), plain(x).reshape(-1, x.shape[-1])
         routing = None if self.block is None else self.block.taken(self, x)
         if routing is None:
-            routing = self.router(tokens, self.context(x))
+            routing = self.router(tokens, call.context)
             if self.block is not None:
                 self.block.made(self, x, routing)
         else:
@@ -208,9 +213,9 @@ class MixerLinear(RoutedLinear):
         if self.preserve and self.experts.a.requires_grad:
             routing = replace(routing, losses=routing.losses | {"preserve": self.drift()})
             coefficients = coefficients | {"preserve": self.preserve}
-        self.tell(routing, {name: coefficients[name] for name in routing.losses})
+        self.tell(call, routing, {name: coefficients[name] for name in routing.losses})
         path = "dense" if routing.top_k == self.n_experts else None
-        return self.base(x) + self.experts(tokens, routing, path).view(*x.shape[:-1], -1)
+        return call.carry(self.base(x) + self.experts(tokens, routing, path).view(*x.shape[:-1], -1))
 
     def drift(self) -> Float[Tensor, ""]:
         """||theta - theta_0||^2 over all experts of this layer."""
@@ -240,6 +245,9 @@ class Block:
         for layer in (first, *others.values()):
             layer.block = self
             layer.router = first.router
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"routing": None, "x": None}  # a copy has seen no forward
 
     def made(self, layer: MixerLinear, x: Tensor, routing: Routing) -> None:
         if layer is self.first:
@@ -306,8 +314,9 @@ class LoRAMixer(Adapter):
     def finish(self, adapted: Adapted) -> None:
         if self.sharing == "block":
             for parts in _blocks(adapted.layers):
-                first = next(name for name in parts if name in FIRST)
-                Block(parts.pop(first), parts)
+                first = parts.pop(next(name for name in parts if name in FIRST))
+                width = first.base.in_features  # another input, such as the values of MobileBERT, has its own router
+                Block(first, {n: part for n, part in parts.items() if n in OUTPUT or part.base.in_features == width})
         for layer in adapted.layers.values():
             layer.enter(self.phase, self.freeze_experts)
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapted, Adapter, RoutedLayer, adapt
+from workbench.lib.core.adapt.layer import plain
 from workbench.lib.core.low_rank import LowRankExperts, fitting_rank
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context, Routing
@@ -176,17 +177,18 @@ class MultiHeadLinear(RoutedLayer):
         return self.router.top_k
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        mixing = self.router.mixing(self.groups(x))
+        call = self.begin(x)
+        mixing = self.router.mixing(self.groups(x, call.context.domain))
         if self.observed:
-            self.tell(self.router.allocation(mixing, x.shape[:-1].numel()), self.router.coefficients)
-        mixing = mixing.to(x.dtype)
-        rows = self.dropout(x).reshape(len(mixing), -1, x.shape[-1])
+            self.tell(call, self.router.allocation(mixing, x.shape[:-1].numel()), self.router.coefficients)
+        rows = self.dropout(plain(x)).reshape(len(mixing), -1, x.shape[-1])
         y = self.by_token(rows[:, 0], mixing) if rows.shape[1] == 1 and len(mixing) > 1 else self.by_group(rows, mixing)
         return self.base(x) + y.view(*x.shape[:-1], -1)
 
-    def groups(self, x: Float[Tensor, "*batch d_in"]) -> Int64[Tensor, " groups"] | None:
+    def groups(
+        self, x: Float[Tensor, "*batch d_in"], tasks: Int64[Tensor, " tokens"] | None
+    ) -> Int64[Tensor, " groups"] | None:
         """(G,) the task of each of G equal runs of rows: of all, of each row of the batch, or of each token."""
-        tasks = self.side.rows("task", x)
         if tasks is None:
             return None
         by_row = tasks.view(x.shape[0], -1)
@@ -209,18 +211,19 @@ class MultiHeadLinear(RoutedLayer):
     ) -> Float[Tensor, "groups rows d_out"]:
         """The update by way of A and B of each group."""
         a, b = self.merged(mixing)
-        return x @ a.transpose(1, 2) @ b.transpose(1, 2)
+        return x @ a.to(x.dtype).transpose(1, 2) @ b.to(x.dtype).transpose(1, 2)
 
     def by_token(
         self, x: Float[Tensor, "tokens d_in"], mixing: Float[Tensor, "tokens heads skills"]
     ) -> Float[Tensor, "tokens d_out"]:
         """The same where each token is a group: N H S r numbers in place of N matrices."""
         bank, heads = self.experts, self.router.n_heads
-        scaled = mixing * bank.scale.to(mixing.dtype)
-        codes = torch.einsum("nhi,srhi->nhsr", x.unflatten(1, (heads, -1)), bank.a.unflatten(2, (heads, -1)))
+        scaled, mixing = (mixing * bank.scale.to(mixing.dtype)).to(x.dtype), mixing.to(x.dtype)
+        a, b = bank.a.to(x.dtype).unflatten(2, (heads, -1)), bank.b.to(x.dtype).unflatten(1, (heads, -1))
+        codes = torch.einsum("nhi,srhi->nhsr", x.unflatten(1, (heads, -1)), a)
         code = torch.einsum("nhs,nhsr->nr", mixing, codes)
         spread = torch.einsum("nhs,nr->nhsr", scaled, code)
-        return torch.einsum("nhsr,shor->nho", spread, bank.b.unflatten(1, (heads, -1))).flatten(1)
+        return torch.einsum("nhsr,shor->nho", spread, b).flatten(1)
 
     def fixed_update(self) -> Tensor | None:
         if not self.router.average and self.n_experts > 1:
@@ -321,17 +324,18 @@ def monitors(router: TaskRouter) -> dict[str, float]:
     """What the logits have learned, as the public code watches it.
 
     Returns:
-        sparsity: the share of sigmoids above 1/2; discreteness: the mean entropy of the Bernoulli variables in bits, 1
-        for undecided ones; efficiency: the entropy of the skills' use over tasks and heads, 1 if all are used alike.
+        sparsity: the share of sigmoids of 1/2 or more; discreteness: the mean entropy of the Bernoulli variables in
+        bits, 1 for undecided ones; efficiency: the entropy of the mean sigmoids of the H S places over the tasks, as
+        shares of their sum, divided by log H S: 1 if all are used alike. With one place it is 1.
     """
-    zeta = torch.sigmoid(router.logits.double()).unflatten(1, (router.n_heads, router.n_experts))
-    used = (zeta / (zeta.sum(-1, keepdim=True) + EPS)).mean((0, 1))
+    zeta = torch.sigmoid(router.logits.double())
+    used = zeta.mean(0) / zeta.mean(0).sum()
     bits = -(torch.xlogy(zeta, zeta) + torch.xlogy(1 - zeta, 1 - zeta)) / math.log(2)
     entropy = -torch.xlogy(used, used).sum()
     return {
-        "sparsity": float((zeta > 0.5).double().mean()),
+        "sparsity": float((zeta >= 0.5).double().mean()),
         "discreteness": float(bits.mean()),
-        "efficiency": float(entropy / math.log(router.n_experts)) if router.n_experts > 1 else 1.0,
+        "efficiency": float(entropy / math.log(len(used))) if len(used) > 1 else 1.0,
     }
 
 

@@ -11,8 +11,8 @@ The frozen block is inside every expert and the weights sum to 1: nothing is add
 With perfect balance the loss is c K. Because of the division, K = 1 gives the router no gradient but the balance
 loss's. With DoRA (Liu et al. 2024, 2402.09353) an expert's layer is (m_e / |W + s B_e A_e|) (W + s B_e A_e), norms by
 row and without a gradient, m_e trained. What is no feed-forward block, attention above all, gets a plain LoRA (or DoRA)
-of its own rank, so a model without any block the workbench knows becomes an ordinary LoRA: among those of transformers
-BERT, whose blocks are spread over two modules, and Mixtral, whose experts are packed tensors.
+of its own rank, so a model without any block the workbench knows becomes an ordinary LoRA: OPT, for one, whose layers
+compute theirs among other things (`report()` says why). Of packed experts, as Mixtral has, each is a block.
 
 Apart from the published code: the output layer, too, runs once a token (LoRA only; see `RoutedFeedForward`); dropout's
 mask is the same forward and backward; jitter changes what the router sees, not what the experts see. The balance
@@ -92,7 +92,8 @@ class DoRAExperts(LowRankExperts):
 
     def row_scales(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "experts d_out"]:
         """m_e / |W + s B_e A_e|, the norm without a gradient. A row of length 0 stays 0."""
-        with torch.no_grad():  # |w + b A|^2 = |w|^2 + 2 b (A w) + b (A A^T) b, without the E full matrices
+        exact = torch.autocast(weight.device.type, enabled=False)
+        with torch.no_grad(), exact:  # |w + b A|^2 = |w|^2 + 2 b (A w) + b (A A^T) b, without the E full matrices
             b, weight = self.b * self.scale[:, None, None], weight.to(self.a.dtype)
             cross = 2 * (b * (self.a @ weight.T).transpose(1, 2)).sum(-1)
             square = weight.square().sum(1) + cross + (b @ (self.a @ self.a.transpose(1, 2)) * b).sum(-1)
@@ -107,7 +108,7 @@ class DoRAFeedForward(RoutedFeedForward):
         self, name: str, frozen: Float[Tensor, "pairs d_out"], x: Float[Tensor, "pairs d_in"], pairs: Routing
     ) -> Float[Tensor, "pairs d_out"]:
         layer, bank = self.block.linears[name], self.experts[name]
-        bias = 0.0 if layer.bias is None else layer.bias
+        bias = 0.0 if layer.bias is None else layer.bias.to(frozen.dtype)
         scales = bank.row_scales(layer.weight)[pairs.expert].to(frozen.dtype)
         return scales * (frozen - bias + bank(self.dropout(x), pairs)) + bias
 
@@ -127,9 +128,10 @@ class DoRALinear(AdaptedLayer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        bank, bias = self.experts, 0.0 if self.base.bias is None else self.base.bias
-        update = (self.dropout(x) @ bank.a[0].T) @ (bank.scale[0] * bank.b[0]).T
-        return bank.row_scales(self.base.weight)[0] * (self.base(x) - bias + update) + bias
+        bank, frozen = self.experts, self.base(x)
+        bias = 0.0 if self.base.bias is None else self.base.bias.to(frozen.dtype)
+        update = (self.dropout(x) @ bank.a[0].to(x.dtype).T) @ (bank.scale[0] * bank.b[0]).to(x.dtype).T
+        return bank.row_scales(self.base.weight)[0].to(frozen.dtype) * (frozen - bias + update) + bias
 
     def fixed_update(self) -> Tensor:
         weight = self.base.weight

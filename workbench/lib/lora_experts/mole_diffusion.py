@@ -39,7 +39,9 @@ from torch.nn import functional as F
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapted, Adapter, RoutedLayer, adapt
+from workbench.lib.core.adapt.layer import plain
 from workbench.lib.core.adapt.peft import LoRAs
+from workbench.lib.core.adapt.sequences import decide, decided
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.routing import Routing
 from workbench.lib.core.task import Task
@@ -85,7 +87,9 @@ class Gates(nn.Module):
 
     def logits(self, x: Float[Tensor, "images tokens d_in"]) -> Float[Tensor, "images tokens experts"]:
         """Of the local gate."""
-        return x.new_zeros(*x.shape[:2], self.n_experts) if self.local is None else self.local(x)
+        if self.local is None:
+            return x.new_zeros(*x.shape[:2], self.n_experts)
+        return self.local(x.to(self.local.weight.dtype))
 
     def open(
         self, logits: Float[Tensor, "images tokens experts"], outputs: Float[Tensor, "images experts d_out"]
@@ -122,16 +126,25 @@ class GatedLayer(RoutedLayer):
         """D and G for a layer input."""
         return self.mix(x)[1:]
 
-    def mix(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(what the experts add together, D, G)."""
+    def mix(self, x: Tensor, pooled: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(what the experts add together, D, G).
+
+        Args:
+            pooled: G, where it is decided already.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        added, local, pooled = self.mix(x)
+        call = self.begin(x)
+        if not call.repeated:
+            call.own["decided"] = decided(self, len(x)) if x.ndim > 2 else None
+        added, local, pooled = self.mix(plain(x), *(call.own["decided"] or ()))
+        if x.ndim > 2 and not call.repeated:
+            decide(self, pooled)
         if self.observed:
             weights = (local * pooled[:, None]).flatten(0, 1)
             everyone = torch.arange(self.n_experts, device=x.device).expand(weights.shape[0], -1)
-            self.tell(Routing.fixed(everyone, weights, self.n_experts), {})
+            self.tell(call, Routing.fixed(everyone, weights, self.n_experts), {})
         return self.base(x) + added
 
     def fixed_update(self) -> Tensor | None:
@@ -144,30 +157,37 @@ class GatedLinear(GatedLayer):
     """A linear layer on (images, tokens, d), or on (images, ..., d) with the axes between taken as tokens.
 
     Where the input has two axes (rows, d), each row is an image of one token, so that no row is mixed with another.
+    Where a sequence is generated the global gate stays that of its prompt, see `lib.core.adapt.sequences`.
     """
 
-    def mix(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor, Tensor]:
+    def mix(self, x: Float[Tensor, "*batch d_in"], pooled: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         bank = self.experts
         tokens = x.reshape(-1, 1, x.shape[-1]) if x.ndim < 3 else x.flatten(1, -2)
-        codes = bank.codes(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]) * bank.scale[:, None]
-        outputs = torch.einsum("ber,eor->beo", codes.mean(1), bank.b)
-        local, pooled = self.router.open(self.router.logits(tokens), outputs)
+        codes = bank.codes(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        codes, b = (codes * bank.scale[:, None]).to(codes.dtype), bank.b.to(codes.dtype)
+        outputs = torch.einsum("ber,eor->beo", codes.mean(1), b)
+        local, now = self.router.open(self.router.logits(tokens), outputs)
+        pooled = now if pooled is None else pooled
         gated = codes * (local * pooled[:, None]).to(codes.dtype)[..., None]
-        return (gated.flatten(2) @ bank.b.transpose(1, 2).flatten(0, 1)).view(*x.shape[:-1], -1), local, pooled
+        return (gated.flatten(2) @ b.transpose(1, 2).flatten(0, 1)).view(*x.shape[:-1], -1), local, pooled
 
 
 class GatedConv2d(GatedLayer):
     """A convolution on (images, channels, height, width)."""
 
-    def mix(self, x: Float[Tensor, "images channels height width"]) -> tuple[Tensor, Tensor, Tensor]:
+    def mix(
+        self, x: Float[Tensor, "images channels height width"], pooled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         bank = self.experts
         codes = bank.codes(x)  # (b, E, r, H', W')
-        outputs = torch.einsum("ber,eor->beo", codes.mean((-2, -1)), bank.b)
+        b = bank.b.to(codes.dtype)
+        outputs = torch.einsum("ber,eor->beo", codes.mean((-2, -1)), b)
         logits = self.router.logits(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[-2:])
         logits = F.adaptive_avg_pool2d(logits, codes.shape[-2:])
-        local, pooled = self.router.open(logits.flatten(2).transpose(1, 2), outputs)
+        local, now = self.router.open(logits.flatten(2).transpose(1, 2), outputs)
+        pooled = now if pooled is None else pooled
         maps = local.transpose(1, 2).unflatten(2, codes.shape[-2:]) * pooled[..., None, None]
-        return torch.einsum("berhw,behw,eor->bohw", codes, maps.to(codes.dtype), bank.b), local, pooled
+        return torch.einsum("berhw,behw,eor->bohw", codes, maps.to(codes.dtype), b), local, pooled
 
 
 class ConvExperts(nn.Module):
@@ -198,9 +218,8 @@ class ConvExperts(nn.Module):
 
     def codes(self, x: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images experts rank h w"]:
         """s_e (A_e * x) for every expert."""
-        return F.conv2d(x, self.a.flatten(0, 1), **self.where).unflatten(1, self.a.shape[:2]) * self.scale.view(
-            -1, 1, 1, 1
-        )
+        codes = F.conv2d(x, self.a.to(x.dtype).flatten(0, 1), **self.where).unflatten(1, self.a.shape[:2])
+        return (codes * self.scale.view(-1, 1, 1, 1)).to(codes.dtype)
 
     def delta(self, expert: int) -> Float[Tensor, "d_out channels kh kw"]:
         """The full update of one expert's kernel."""

@@ -183,6 +183,9 @@ class Together:
         self.model = skeleton(base)
         self.rows, self.refused = _Rows(), {}
         names = {name for one in adapted.values() for name in one.layers}
+        for job, one in self.adapted.items():
+            if one.rebuilt:
+                raise InputError(f"{job} adapts packed experts, or blocks in two modules, which jobs cannot share")
         outermost = sorted(n for n in names if not any(n.startswith(f"{other}.") for other in names))
         for place in outermost:
             parts = {name: one.model.get_submodule(place) for name, one in adapted.items()}

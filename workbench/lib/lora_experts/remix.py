@@ -44,8 +44,11 @@ from torch import Tensor, nn
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapter, RoutedLinear
+from workbench.lib.core.adapt.layer import plain
+from workbench.lib.core.adapt.sequences import decide, decided
 from workbench.lib.core.low_rank import LowRankExperts, fitting_rank
 from workbench.lib.core.observe import observing
+from workbench.lib.core.recompute import Call, Repeat
 from workbench.lib.core.routers import check_finite, check_tokens, check_top_k
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.core.task import Batch, Task, device_of
@@ -158,7 +161,8 @@ class PlackettLuceRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows d_in"], context: Context | None = None) -> Selection:
         check_tokens(x)
-        logits = self.projection(x.detach())  # or the policy gradient's noise would reach the LoRAs of earlier layers
+        x = x.detach().to(self.projection.weight.dtype)
+        logits = self.projection(x)  # or the policy gradient's noise would reach the LoRAs of earlier layers
         check_finite(logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.training or self.always_sample:
@@ -209,16 +213,31 @@ class ReMixLinear(RoutedLinear):
         self.granularity, self.prompt = granularity, prompt
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        tokens = x.reshape(-1, x.shape[-1])
+        call, tokens = self.begin(x), plain(x).reshape(-1, x.shape[-1])
         if self.granularity == "sequence" and x.ndim > 2:
-            sequences = x.flatten(1, -2)
-            routing = self.router(sequences[:, : self.prompt].mean(1)).spread(sequences.shape[1])
+            routing = self.of_sequences(call, tokens.view(len(x), -1, x.shape[-1]))
         else:
             routing = self.router(tokens)
-        self.tell(routing, self.router.coefficients)
+        call.parts["logq"] = routing.logq
+        with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):  # off in a reentrant checkpoint
+            routing.logq = call.part("logq")
+        self.tell(call, routing, self.router.coefficients)
         y = self.base(x) + self.experts(self.dropout(tokens), routing).view(*x.shape[:-1], -1)
         # constant weights: a gradient of zero, for those who expect one of every parameter, such as data parallelism
-        return y + 0 * routing.logq.sum()
+        return call.carry(y + 0 * routing.logq.sum())
+
+    def of_sequences(self, call: Call | Repeat, x: Float[Tensor, "sequences time d_in"]) -> Selection:
+        """One selection for all tokens of a sequence; of one that is generated, that of its prompt."""
+        if not call.repeated:
+            call.own["decided"] = decided(self, len(x))
+        if call.own["decided"] is None:
+            chosen = self.router(x[:, : self.prompt].mean(1))
+            if not call.repeated:
+                decide(self, chosen.indices, chosen.weights, chosen.probs, chosen.logits, chosen.logq)
+        else:
+            indices, weights, probs, logits, logq = call.own["decided"]
+            chosen = Selection.fixed(indices, weights, self.n_experts, probs=probs, logits=logits, logq=logq)
+        return chosen.spread(x.shape[1])
 
 
 class ReMix(Adapter):

@@ -16,7 +16,7 @@ form. The two cannot be told apart while c is small against z, as it is there: g
 matter. The default here, 1e-3, is meant for short runs.
 
 The released code moves the bias inside the forward pass. Here a forward only counts the load; the bias moves at the end
-of the training step, or, in a loop that knows of no such end, at the next forward in training. So a forward that
+of the training step, or, in a loop that knows of no such end, at the next forward in training. A forward that
 activation checkpointing repeats sees the bias it saw before, and counts nothing.
 
 The sum is computed densely, all R ranks at once and multiplied by the gates: on a CPU nothing is faster while R is not
@@ -33,8 +33,10 @@ from torch.nn import functional as F
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt import Adapter, RoutedLinear
+from workbench.lib.core.adapt.layer import plain
 from workbench.lib.core.balance import LossFreeBias
 from workbench.lib.core.low_rank import LowRankExperts, fitting_rank
+from workbench.lib.core.recompute import recomputing
 from workbench.lib.core.routers import check_finite, check_tokens, check_top_k
 from workbench.lib.core.routing import Context, Routing
 
@@ -131,16 +133,19 @@ class RankRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens d_in"], context: Context | None = None) -> Routing:
         check_tokens(x)
-        logits = self.projection(self.reduce(x))
+        logits = self.projection(self.reduce(x.to(self.projection.weight.dtype)))
         check_finite(logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # in logarithms, because scores that are all tiny still have a share of their sum
         log_z = F.logsigmoid(logits) if self.gate == "sigmoid" else F.log_softmax(logits, -1)
         probs = log_z.softmax(-1)
-        counted = self.bias is not None and self.training and torch._C._current_graph_task_id() == -1
+        counted = self.bias is not None and self.training and not recomputing()
         if counted:
             self.bias.after_step()  # of the last forward, unless the training loop has done it
-        biased = log_z if self.bias is None else log_z.exp() + self.bias.bias
+        if self.bias is None:
+            biased = log_z
+        else:
+            biased = log_z.exp() + (self.bias.bias if context is None or context.bias is None else context.bias)
         index = biased.topk(self.top_k, dim=-1).indices
         if self.bias_in_gate and self.bias is not None:
             chosen = biased.gather(1, index)
@@ -149,7 +154,7 @@ class RankRouter(nn.Module):
             weight = self.top_k * log_z.gather(1, index).softmax(-1)  # z by the sum of the chosen z
         routing = Routing.fixed(index, weight, self.n_experts, probs=probs, logits=logits)
         if counted:
-            self.bias.count(routing)
+            self.bias.count(routing, None if context is None else context.mask)
         return routing
 
 
@@ -230,10 +235,12 @@ class RankRoutedLoRA(RoutedLinear):
         return index.flatten(1), routing.weights.repeat_interleave(b, dim=1)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        tokens = self.dropout(x).reshape(-1, x.shape[-1])
-        routing = self.router(tokens, self.context(x))
-        self.tell(routing, self.router.coefficients)
-        return self.base(x) + self.experts(tokens, routing, "dense").view(*x.shape[:-1], -1)
+        call, tokens = self.begin(x), self.dropout(plain(x)).reshape(-1, x.shape[-1])
+        routing = self.router(tokens, call.context)
+        if self.router.bias is not None and not call.repeated:
+            call.context.bias = self.router.bias.bias.clone()  # it may move before a checkpoint repeats this
+        self.tell(call, routing, self.router.coefficients)
+        return call.carry(self.base(x) + self.experts(tokens, routing, "dense").view(*x.shape[:-1], -1))
 
 
 class SMoRA(Adapter):

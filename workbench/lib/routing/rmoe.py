@@ -74,6 +74,10 @@ def recurrent_cell(kind: str, d_router: int) -> nn.Module | None:
 class RecurrentRouter(TopKRouter):
     """One layer's router: h = cell(x W1, state), logits = h W2; `Routing.state` is h. Options as in `TopKRouter`.
 
+    The balance loss is E sum_e f_e P_e with f_e the share of all N K assignments, 1 at perfect balance, of each layer
+    and summed over the layers. In the released code f_e counts the assignments of a token, so that K is balance, and
+    the loss is the mean over the layers: a coefficient c there is c K / L here.
+
     Build the routers of a model together, with `recurrent_routers`: they must share one cell.
 
     Args:
@@ -116,7 +120,7 @@ class RecurrentRouter(TopKRouter):
         if state is not None and state.shape != r.shape:
             raise InputError(f"context.state has shape {tuple(state.shape)} but must be {tuple(r.shape)}, (tokens, p)")
         h = self.step(r, state)
-        routing = self.route(self.readout(h))
+        routing = self.route(self.readout(h), None if context is None else context.mask)
         routing.state = h if self.cell is not None else None
         return routing
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from workbench.catalogue import Method
@@ -30,6 +30,7 @@ from workbench.lib.core.balance import switch_lbl
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.moe import MoELayer, moe_layers
+from workbench.lib.core.recompute import recomputing
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Routing
 from workbench.lib.core.train import Hook, State
@@ -64,9 +65,11 @@ class LoadWindow(nn.Module):
         super().__init__()
         self.register_buffer("counts", torch.zeros(n_experts, dtype=torch.int64), persistent=False)
 
-    def count(self, routing: Routing) -> None:
-        """Add one micro-batch; call it for training batches only."""
-        self.counts += routing.counts
+    @torch.no_grad()
+    def count(self, routing: Routing, mask: Bool[Tensor, " tokens"] | None = None) -> None:
+        """Add one micro-batch, its tokens where `mask` holds; for training batches. What is recomputed counts once."""
+        if not recomputing():
+            self.counts += routing.only(mask).counts
 
     def after_step(self) -> None:
         """Close the window."""
@@ -94,11 +97,11 @@ class GlobalBatchRouter(LinearRouter):
         super().__init__(d_model, n_experts, top_k, renormalize=False, **options)
         self.window = LoadWindow(n_experts)
 
-    def route(self, logits: Float[Tensor, "tokens experts"]) -> Routing:
-        routing = super().route(logits)
+    def route(self, logits: Float[Tensor, "tokens experts"], mask: Bool[Tensor, " tokens"] | None = None) -> Routing:
+        routing = super().route(logits, mask)
         if self.training and "lbl" in self.coefficients:
-            self.window.count(routing)
-            routing.losses["lbl"] = global_batch_lbl(self.window, routing.probs)
+            self.window.count(routing, mask)
+            routing.losses["lbl"] = global_batch_lbl(self.window, routing.only(mask).probs)
         return routing
 
 

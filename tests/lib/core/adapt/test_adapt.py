@@ -113,7 +113,7 @@ def test_losses_are_of_the_last_forward_and_go_to_a_context_as_well_where_there_
     net(torch.randn(4, 6))
     first = adapted.losses()["lbl"]
     net(torch.randn(4, 6))
-    assert first.item() > 0 and len(adapted.side.forward.losses) == 2  # of two layers, and of one forward
+    assert first.item() > 0 and len(adapted.side.forward.losses()) == 2  # of two layers, and of one forward
 
 
 def test_a_context_holds_the_losses_of_the_models_own_mixtures_as_well(routed):

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.feed_forward import FeedForward
 from workbench.lib.core.adapt.files import write_adapter
-from workbench.lib.core.adapt.layer import AdaptedLayer, Forward, Side
+from workbench.lib.core.adapt.layer import AdaptedLayer, Side
+from workbench.lib.core.adapt.matrix import tensors_of, weight_at
+from workbench.lib.core.adapt.passes import Passes
 from workbench.lib.core.adapt.report import target_rows
-from workbench.lib.core.routing import Context
+from workbench.lib.core.adapt.sequences import Generate
 
 
 class Adapter:
@@ -52,35 +54,67 @@ class Adapted:
         adapter: the system.
         layers: what was put in, by module name.
         options: of the system, all of them.
+        left_out: what `targets` matches and is not adapted, with the reason.
+        by_layer: what has the parts of a feed-forward block and is adapted layer by layer, with the reason.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, targets: Sequence[str], options: dict[str, Any]):
         self.model, self.adapter, self.targets, self.options = model, adapter, tuple(targets), options
         self.layers: dict[str, AdaptedLayer] = {}
+        self.left_out: dict[str, str] = {}
+        self.by_layer: dict[str, str] = {}
         self.side = Side()
+        self._replaced: list[tuple[nn.Module, nn.Module]] = []
         self._trained = {p: p.requires_grad for p in model.parameters()}
         for p in self._trained:
             p.requires_grad_(False)
-        hooks = (model.register_forward_pre_hook, self._before), (model.register_forward_hook, self._after)
-        self._hooks = [register(hook, with_kwargs=True) for register, hook in hooks]
+        self._hooks: list[Any] = []
+
+    def listen(self) -> None:
+        """Called when all layers are in place: from now on it is seen what the model is called with."""
+        self._hooks = Passes(self.side).listen(self.model)
+        if callable(getattr(type(self.model), "generate", None)):
+            self.model.generate = Generate(self.model)
+        if hasattr(self.model, "save_pretrained"):  # transformers' own would write names that nobody can load
+            self.model.save_pretrained = self.save_pretrained
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether more was replaced than `layers`: packed experts taken apart, or a block in two modules joined."""
+        return len(self._replaced) > len(self.layers)
 
     @contextmanager
-    def given(self, **facts: int | Sequence[int] | Tensor) -> Iterator[None]:
+    def given(self, axis: int = 0, **facts: int | Sequence[int] | Tensor) -> Iterator[None]:
         """Tell the model something beside its input for the forwards inside: task, language, label or modality.
 
         Each fact is a number for all rows, one for each row of the batch, or one for each token. What a system does
         without is written in its `Adapter`; a fact it has no use for is an error.
+
+        Args:
+            axis: of the rows of the batch in what layers are given: 1 for models of (time, batch, width).
         """
         for name in facts:
             if name not in self.adapter.facts:
                 raise unknown(f"fact of {self.adapter.slug}", name, self.adapter.facts)
-        before = dict(self.side.given)
+        before = dict(self.side.given), self.side.axis
         self.side.given.update({name: torch.as_tensor(value) for name, value in facts.items()})
+        self.side.axis = axis
         try:
             yield
         finally:
             self.side.given.clear()
-            self.side.given.update(before)
+            self.side.given.update(before[0])
+            self.side.axis = before[1]
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Generate the same sequences with all forwards inside, by a loop of your own and without a cache.
+
+        What a system decides for a whole sequence it decides in the first forward, and it stays, as with a cache. The
+        `generate` of a transformers model does that by itself.
+        """
+        with self.side.deciding():
+            yield
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted auxiliary losses of the last forward by name, each summed over the layers; {} without any.
@@ -88,21 +122,30 @@ class Adapted:
         To be trained with the task's loss: `loss + sum(adapted.losses().values())`. Where the model is called with a
         `Context`, as `train` does, `context.aux` holds them already, beside the model's own: add that, and not both.
 
+        Layers may be checkpointed. With a reentrant checkpoint the losses must be differentiated together with the
+        output; apart from it, or of a forward under `torch.no_grad()`, their backward pass raises an `InputError`.
+
         They are means over tokens: of a step that is made of several batches, each counts by its share of the tokens.
         Under transformers' `Trainer`, `live.trainer_callback` sees to that.
         """
         found: dict[str, Tensor] = {}
-        for (_, name), loss in (self.side.forward or Forward()).losses.items():
+        losses = {} if self.side.forward is None else self.side.forward.losses()
+        for (_, name), loss in losses.items():
             found[name] = found.get(name, 0.0) + loss
         return found
 
     def put(self, name: str, before: nn.Module, layer: AdaptedLayer) -> None:
         """Put `layer` everywhere the module `before` is."""
-        layer.side, layer.slug = self.side, self.adapter.slug
-        like = next(before.parameters())
-        layer.to(like.device, like.dtype if like.is_floating_point() else None).train(before.training)
+        layer.side, layer.slug, layer.place = self.side, self.adapter.slug, name
+        _match(layer, next(iter(tensors_of(before).values())))
+        layer.train(before.training)
         self.layers[name] = layer
-        _replace(self.model, before, layer)
+        self.replace(before, layer)
+
+    def replace(self, before: nn.Module, after: nn.Module) -> None:
+        """Put `after` everywhere the module `before` is, until `remove`."""
+        self._replaced.append((before, after))
+        _replace(self.model, before, after)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters of what was put in, by their name in the model, each once."""
@@ -129,13 +172,16 @@ class Adapted:
     def report(self) -> dict[str, Any]:
         """Counts of parameters: base (of the model as it was), added, trained; and trained in percent of all.
 
-        And what was put where, as "targets", by the names of the layers: see `adapt.report.target_rows`.
+        And what was put where, as "targets", by the names of the layers: see `adapt.report.target_rows`. And, by name
+        with the reason, what `targets` matches and was left out, and what was adapted layer by layer though it has the
+        parts of a feed-forward block.
         """
         base = sum(p.numel() for p in self._trained)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.parameters())
         counts = {"base": base, "added": total - base, "trained": trained, "percent": 100 * trained / total}
-        return counts | {"targets": target_rows(self.model, self.layers)}
+        rest = {"left_out": dict(self.left_out), "by_layer": dict(self.by_layer)}
+        return counts | {"targets": target_rows(self.model, self.layers)} | rest
 
     def save(self, folder: str | Path) -> Path:
         """Keep it in a new folder, or in place of the adaptation that is there; `load_adapter` gets it back.
@@ -146,45 +192,98 @@ class Adapted:
         """
         return write_adapter(folder, self.layers, self.adapter.slug, self.targets, self.options)
 
-    def merge_back(self) -> nn.Module:
-        """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.
+    def save_pretrained(self, folder: str | Path, *rest: Any, **keywords: Any) -> None:
+        """What a model of transformers does by that name while it is adapted: keep it in `folder` without the
+        adaptation, so that `from_pretrained` gets it as it was, and the adaptation in `folder/adapter`.
 
         Raises:
-            InputError: the update of some layer depends on the token, so no single matrix holds it. Nothing is changed.
+            InputError: a `state_dict` is passed, whose names would be those of the adapted model.
         """
-        fixed = {name: layer.fixed_update() for name, layer in self.layers.items()}
-        routed = [name for name, update in fixed.items() if update is None]
+        if keywords.get("state_dict") is not None:
+            raise InputError("state_dict is passed, but an adapted model is saved from its own: save(folder) keeps it")
+        for before, after in reversed(self._replaced):
+            _replace(self.model, after, before)
+        try:
+            type(self.model).save_pretrained(self.model, folder, *rest, **keywords)
+        finally:
+            for before, after in self._replaced:
+                _replace(self.model, before, after)
+        self.save(Path(folder) / "adapter")
+
+    def merge_back(self, untie: bool = False) -> nn.Module:
+        """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.
+
+        Args:
+            untie: a weight that is used elsewhere in the model too, as an output layer's is that is tied to the
+                embedding, becomes the layer's own first. Where the model's `config` speaks of ties it says that there
+                are none from then on, and none are left.
+
+        Raises:
+            InputError: the update of some layer depends on the token, so no single matrix holds it; or it makes the
+                weight infinite or NaN; or the weight is used elsewhere too and `untie` is not set. Nothing is changed.
+        """
+        routed = [name for name, layer in self.layers.items() if layer.fixed_update() is None]
         if routed:
             raise InputError(
                 f"{self.adapter.slug} cannot be merged back: in {len(routed)} layers, such as {routed[0]}, the update "
                 "depends on the token; what merges is lora"
             )
+        tied = self._tied()
+        if tied and not untie:
+            shown = ", ".join(f"{name} with {other}" for name, other in tied.items())
+            raise InputError(f"layers share their weight, which would change in both: {shown}; pass untie=True")
+        broken = [name for name, layer in self.layers.items() if not _merged(layer).isfinite().all()]
+        if broken:
+            raise InputError(f"the updated weight of {', '.join(broken)} is not finite, so nothing is merged back")
         with torch.no_grad():
-            for name, update in fixed.items():
-                weight = self.layers[name].base.weight
-                weight += update.to(weight.dtype)
+            for name, layer in self.layers.items():
+                merged, (module, key) = _merged(layer), weight_at(layer.base)
+                if name in tied:
+                    self._own(module, key)
+                layer.base.weight.copy_(merged)
+        if tied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+            self.model.config.tie_word_embeddings = False
+            seen: set[nn.Parameter] = set()
+            for module in self.model.modules():
+                for key, p in module._parameters.items():
+                    if p is not None and p in seen:
+                        self._own(module, key)
+                    seen.add(p)
         return self.remove()
 
     def remove(self) -> nn.Module:
         """Put the layers that were there back, trainable as before; apart from `merge_back`, bit for bit."""
-        for layer in self.layers.values():
-            _replace(self.model, layer, layer.base)
+        for before, after in reversed(self._replaced):
+            _replace(self.model, after, before)
         for hook in self._hooks:
             hook.remove()
+        if isinstance(vars(self.model).get("generate"), Generate):
+            del self.model.generate
         for p, wanted in self._trained.items():
             p.requires_grad_(wanted)
-        self.layers = {}
+        vars(self.model).pop("save_pretrained", None)
+        self.layers, self._replaced = {}, []
         return self.model
 
-    def _before(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
-        mask = keywords.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.side.forward = Forward(_context(inputs, keywords) or Context(), mask)
+    def _own(self, module: nn.Module, key: str) -> None:
+        """Give a module a parameter of its own in place of one that others have too."""
+        p = module._parameters[key]
+        module._parameters[key] = own = nn.Parameter(p.detach().clone())
+        self._trained[own] = self._trained[p]
 
-    def _after(self, model: nn.Module, inputs: tuple, keywords: dict[str, Any], output: Any) -> None:
-        context = _context(inputs, keywords)
-        if context is not None:
-            context.aux = context.aux + sum(self.side.forward.losses.values(), 0.0)
+    def _tied(self) -> dict[str, str]:
+        """The adapted layers whose weight is used elsewhere in the model too, by name, and where."""
+        users: dict[nn.Parameter, list[str]] = {}
+        for name, module in self.model.named_modules():
+            for key, p in module._parameters.items():
+                users.setdefault(p, []).append(f"{name}.{key}".replace(".base.", ".").lstrip("."))
+        places = {name: weight_at(layer.base) for name, layer in self.layers.items()}
+        found = {}
+        for name, (module, key) in places.items():
+            others = users[module._parameters[key]]
+            if len(others) > 1:
+                found[name] = next(other for other in others if other != f"{name}.weight")
+        return found
 
 
 def adapted_with(model: nn.Module) -> str | None:
@@ -192,8 +291,28 @@ def adapted_with(model: nn.Module) -> str | None:
     return next((module.slug for module in model.modules() if isinstance(module, AdaptedLayer)), None)
 
 
-def _context(inputs: tuple, keywords: dict[str, Any]) -> Context | None:
-    return next((value for value in (*inputs, *keywords.values()) if isinstance(value, Context)), None)
+def _match(layer: AdaptedLayer, like: Tensor) -> None:
+    """Move what was added to the device of `like`, in its type or in float32 where that is narrower.
+
+    Half precision loses the steps of an optimizer, and what is frozen stays as it is.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
+    frozen = set(layer.base.modules())
+    for module in layer.modules():
+        if module in frozen:
+            continue
+        for p in module._parameters.values():
+            if p is not None:
+                p.data = p.data.to(like.device, dtype)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(like.device, dtype if buffer.is_floating_point() else None)
+
+
+def _merged(layer: AdaptedLayer) -> Tensor:
+    """The weight with the update, in the weight's own dtype."""
+    with torch.no_grad():
+        return (layer.base.weight + layer.fixed_update()).to(layer.base.weight.dtype)
 
 
 def _replace(model: nn.Module, before: nn.Module, after: nn.Module) -> None:

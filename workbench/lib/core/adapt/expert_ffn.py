@@ -6,18 +6,19 @@ layer, except with one expert a token.
 Tensor letters: N tokens, D model width, E experts, K experts of a token, P routed pairs, B groups of tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt.adapted import Adapted
 from workbench.lib.core.adapt.feed_forward import FeedForward
-from workbench.lib.core.adapt.layer import Forward, RoutedLayer
+from workbench.lib.core.adapt.layer import RoutedLayer, plain
 from workbench.lib.core.low_rank import LowRankExperts
+from workbench.lib.core.recompute import Call, Repeat
 from workbench.lib.core.routing import Context, Routing
 
 
@@ -33,7 +34,6 @@ class RoutedFeedForward(RoutedLayer):
         block: the frozen block; its module is `base`.
         router: sees the block's input.
         experts: a bank for each linear layer of the block, by its name there. A layer that holds gate and up is one.
-        balance: what the layers of a model report their balance loss to together; None: each its own.
 
     Args:
         dropout: of what the updates are given, drawn for each of them.
@@ -54,7 +54,6 @@ class RoutedFeedForward(RoutedLayer):
                 )
         self.block, self.router = block, router
         self.experts, self.dropout = nn.ModuleDict(experts), nn.Dropout(dropout)
-        self.balance: JointBalance | None = None
 
     @property
     def n_experts(self) -> int:
@@ -66,13 +65,12 @@ class RoutedFeedForward(RoutedLayer):
 
     def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch d_out"]:
         """The block is called as it was before; what routers are told comes from `side`."""
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens, self.context(x))
-        coefficients, forward = self.router.coefficients, self.side.forward
-        self.tell(routing, coefficients if self.balance is None else {})
-        if self.balance is not None and forward is not None:
-            self.balance.add(forward, x, routing, coefficients.get("lbl", 0.0))
-        return self.mix(tokens, routing).view(*x.shape[:-1], -1)
+        call, tokens = self.begin(x), plain(x).reshape(-1, x.shape[-1])
+        routing = self.router(tokens, call.context)
+        if self.balance is not None:
+            self.balance.add(call, x, routing, self.router.coefficients.get("lbl", 0.0), self.side.mask(x))
+        self.tell(call, routing, self.router.coefficients if self.balance is None else {})
+        return call.carry(self.mix(tokens, routing).view(*x.shape[:-1], -1))
 
     def mix(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens d_out"]:
         """The experts' outputs, weighted and summed."""
@@ -104,7 +102,7 @@ class RoutedFeedForward(RoutedLayer):
         down = self.block.linears[self.block.down]
         y = F.linear(combine(hidden, routing), down.weight)
         if down.bias is not None:
-            y = y + combine(down.bias.expand(len(hidden), -1), routing)
+            y = y + combine(down.bias.to(y.dtype).expand(len(hidden), -1), routing)
         return y + combine(self.experts[self.block.down](self.dropout(hidden), pairs), routing)
 
 
@@ -119,7 +117,7 @@ def expert_loras(adapted: Adapted, expert: int) -> dict[str, LowRankExperts]:
     found: dict[str, LowRankExperts] = {}
     for name, layer in adapted.layers.items():
         routed = isinstance(layer, RoutedFeedForward)
-        banks = {f"{name}.{key}": b for key, b in layer.experts.items()} if routed else {name: layer.experts}
+        banks = {layer.block.names[key]: b for key, b in layer.experts.items()} if routed else {name: layer.experts}
         for key, bank in banks.items():
             if type(bank) is not LowRankExperts:
                 raise InputError(f"{key} has {type(bank).__name__}, which are no plain LoRAs")
@@ -142,7 +140,7 @@ def set_expert(adapted: Adapted, expert: int, loras: Mapping[str, tuple[Tensor, 
         InputError: a name, a width, a rank or the number does not fit; all of it in one message. Nothing is changed.
     """
     layers = [(name, layer) for name, layer in adapted.layers.items() if isinstance(layer, RoutedFeedForward)]
-    banks = {f"{name}.{key}": bank for name, layer in layers for key, bank in layer.experts.items()}
+    banks = {layer.block.names[key]: bank for _, layer in layers for key, bank in layer.experts.items()}
     wrong = [f"no block has a linear layer {name!r}" for name in loras if name not in banks]
     for name in loras.keys() & banks.keys():
         (a, b, _), bank = loras[name], banks[name]
@@ -178,9 +176,8 @@ def combine(values: Float[Tensor, "pairs dim"], routing: Routing) -> Float[Tenso
 class JointBalance:
     """A balance loss over the routers of all layers together: one layer may lean where another leans the other way.
 
-    Each layer adds its load and its probabilities to the sums of the forward pass, and puts the loss of all layers so
-    far in the place of the loss before. Tokens that the model's `attention_mask` leaves out do not count in layers that
-    are given all B T tokens.
+    Each layer reports its load and its probabilities, and the loss is made of them when the forward pass is over.
+    Tokens that the model's `attention_mask` leaves out do not count in layers that are given all B T tokens.
 
     Args:
         value: (load (B, E), probability (B, E)) -> (B,), the loss of each group of tokens from its means over tokens
@@ -205,22 +202,44 @@ class JointBalance:
             if isinstance(layer, RoutedFeedForward):
                 layer.balance = self
 
-    def add(self, forward: Forward, x: Float[Tensor, "*batch dim"], routing: Routing, coefficient: float) -> None:
-        """Count one layer's routing of the tokens x in, and bring the loss of the forward pass up to date."""
-        n, e, mask = routing.n_tokens, routing.n_experts, forward.mask
-        keep = mask if mask is not None and mask.numel() == n else None
-        batch = x.shape[0] if x.ndim > 2 else 1 if keep is None else keep.shape[0]
-        groups = batch if self.by_sample else 1
-        kept = torch.ones(n, device=x.device) if keep is None else keep.flatten().to(x.device)
+    def add(
+        self,
+        call: Call | Repeat,
+        x: Float[Tensor, "*batch dim"],
+        routing: Routing,
+        coefficient: float,
+        mask: Bool[Tensor, "batch time"] | None = None,
+    ) -> None:
+        """Report one layer's routing of the tokens x in its call.
+
+        Args:
+            mask: False for tokens that do not count. In a call that is repeated it is that of the call before.
+        """
+        n, e, keep = routing.n_tokens, routing.n_experts, call.context.mask
+        batch = x.shape[0] if x.ndim > 2 else 1 if mask is None else mask.shape[0]
+        groups = len(call.own["counted"][0]) if call.repeated else batch if self.by_sample else 1
+        kept = torch.ones(n, device=x.device) if keep is None else keep
         kept = kept.to(routing.probs.dtype).view(groups, -1, 1)
         load = (self.chosen(routing).view(groups, -1, e) * kept).sum(1)
-        parts = (load, (routing.probs.view(groups, -1, e) * kept).sum(1), kept.sum(1))
-        who = self, groups
-        sums = tuple(a + b for a, b in zip(forward.sums.get(who, (0.0, 0.0, 0.0)), parts, strict=True))
-        load, probability, count = sums
-        per_group = self.value(load / count.clamp(min=1), probability / count.clamp(min=1))
-        forward.sums[who] = sums
-        forward.losses[who, "lbl"] = coefficient * per_group.sum() / (count > 0).sum().clamp(min=1)
+        call.parts["probability"] = (routing.probs.view(groups, -1, e) * kept).sum(1)
+        if not call.repeated:
+            call.own["counted"] = load, kept.sum(1), coefficient
+
+    def losses(self, calls: Sequence[Call]) -> dict[tuple[Hashable, str], Tensor]:
+        """The loss of the layers that have the same groups, for each such number of groups."""
+        sums: dict[int, tuple[Tensor | float, ...]] = {}
+        weight: dict[int, float] = {}
+        for call in calls:
+            load, count, coefficient = call.own["counted"]
+            before, groups = sums.get(len(load), (0.0, 0.0, 0.0)), len(load)
+            parts = (load, call.part("probability"), count)
+            sums[groups] = tuple(a + b for a, b in zip(before, parts, strict=True))
+            weight[groups] = coefficient
+        found = {}
+        for groups, (load, probability, count) in sums.items():
+            per_group = self.value(load / count.clamp(min=1), probability / count.clamp(min=1))
+            found[(self, groups), "lbl"] = weight[groups] * per_group.sum() / (count > 0).sum().clamp(min=1)
+        return found
 
 
 def _rows(x: Tensor, token: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt.layer import AdaptedLayer
+from workbench.lib.core.adapt.matrix import tensors_of
 from workbench.sealed import sealed_folder, whole
 
 FORMAT = 1
@@ -160,7 +161,7 @@ def base_digest(layers: Mapping[str, AdaptedLayer]) -> str:
     """SHA-256 of the frozen weights of the adapted layers."""
     digest = hashlib.sha256()
     for name, layer in layers.items():
-        for key, tensor in layer.base.state_dict().items():
+        for key, tensor in tensors_of(layer.base).items():
             digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -17,8 +17,8 @@ class LoRALinear(AdaptedLayer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        bank = self.experts
-        return self.base(x) + (self.dropout(x) @ bank.a[0].T) @ (bank.scale[0] * bank.b[0]).T
+        a, b = self.experts.a[0], self.experts.scale[0] * self.experts.b[0]
+        return self.base(x) + (self.dropout(x) @ a.to(x.dtype).T) @ b.to(x.dtype).T
 
     def fixed_update(self) -> Tensor:
         return self.experts.delta(0)

@@ -25,14 +25,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from workbench import catalogue
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.adapted import Adapted, Adapter, adapted_with
-from workbench.lib.core.adapt.feed_forward import find_feed_forward
+from workbench.lib.core.adapt.feed_forward import recognise
 from workbench.lib.core.adapt.files import base_digest, own_state, read_adapter
 from workbench.lib.core.adapt.lora import LoRA
+from workbench.lib.core.adapt.matrix import as_linear, is_linear
 from workbench.lib.core.adapt.options import Room, check_options
+from workbench.lib.core.adapt.packed import find_packed, unpack
 
 
 def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "*", **options: Any) -> Adapted:
@@ -41,7 +44,8 @@ def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "
     Args:
         model: any module; changed in place.
         slug: a system of the catalogue that has an `ADAPTER`, or "lora", the baseline of them all.
-        targets: glob patterns over the names of linear layers, one or several; "*" matches every one.
+        targets: glob patterns over the names of linear layers (GPT-2's `Conv1D` among them) and of packed experts
+            (`*.experts.gate_up_proj`), one or several; "*" matches every one. `report()` says what was left out.
         options: of the system, such as experts, rank and top_k; `workbench.method(slug)` says which.
 
     Returns:
@@ -49,25 +53,43 @@ def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "
 
     Raises:
         InputError: unknown slug or option, targets that match nothing or something that is no linear layer, a model
-            that is adapted already, a rank above a layer's width. The model is as it was before.
+            that is adapted already (by peft, too), compiled or wrapped, a rank above a layer's width. The model is as
+            it was before.
     """
     return _adapt(model, slug, targets, options)
 
 
 def _adapt(model: nn.Module, slug: str, targets: str | Sequence[str], options: dict[str, Any]) -> Adapted:
-    if (slug_there := adapted_with(model)) is not None:
-        raise InputError(f"model is adapted with {slug_there!r} already; remove() that first")
+    _check_model(model)
     adapter, options = make_adapter(slug, options)
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
-    linears = match_targets(model, patterns)
+    if not patterns:
+        raise InputError("targets is empty but must hold at least one pattern")
+    found, left_out = _match(model, patterns)
     adapted = Adapted(model, adapter, patterns, options)
+    adapted.left_out = left_out
     try:
-        _put(adapted, linears)
+        _put(adapted, found)
         adapter.finish(adapted)
+        adapted.listen()
     except BaseException:
         adapted.remove()
         raise
     return adapted
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise `InputError` for a model that is adapted already, or whose modules have names that are not its own."""
+    if (slug_there := adapted_with(model)) is not None:
+        raise InputError(f"model is adapted with {slug_there!r} already; remove() that first")
+    for name, module in model.named_modules():
+        where = f"at {name!r}" if name else "itself"
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            raise InputError(f"model is adapted with peft already, {where}; merge_and_unload() or unload() that first")
+        if "_orig_mod" in module._modules:
+            raise InputError(f"model is compiled, {where}; adapt it first, and compile what comes of it")
+        if isinstance(module, DataParallel | DistributedDataParallel):
+            raise InputError(f"model is wrapped in a {type(module).__name__}, {where}; adapt it first, then wrap it")
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Adapted:
@@ -126,40 +148,85 @@ def make_adapter(slug: str, options: dict[str, Any]) -> tuple[Adapter, dict[str,
     return kind(**options), dict(bound.arguments)
 
 
-def match_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers whose names match one of the patterns.
+def match_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """What matches one of the patterns: linear layers by their names, packed experts by the names of their tensors.
 
     Raises:
-        InputError: a pattern matches no linear layer. One that matches a single module of another kind is told what
+        InputError: a pattern matches nothing of the kind. One that matches a single module of another kind is told what
             kind that is, one that matches nothing the nearest names.
     """
-    modules = dict(model.named_modules())
-    # not a subclass: multi-head attention of torch, for one, reads the weight of its output layer past any wrapper
-    linears = {name: module for name, module in modules.items() if type(module) is nn.Linear and name}
-    found: dict[str, nn.Linear] = {}
+    return _match(model, patterns)[0]
+
+
+def _match(model: nn.Module, patterns: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """What matches, and what matches by its name and cannot be adapted, with the reason."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    allowed, other = {}, {}
+    for name, module in modules.items():
+        packed = [f"{name}.{key}" for key in find_packed(module)]
+        if is_linear(module):
+            allowed[name] = module
+        elif packed and (not any(fnmatchcase(n, p) for n in packed for p in patterns) or unpack(module) is not None):
+            allowed |= dict.fromkeys(packed, module)
+        elif packed:
+            why = f"packed in a {type(module).__name__}, which computes what is not known here"
+            other |= dict.fromkeys(packed, why)
+        else:
+            other[name] = f"a {type(module).__name__}"
+    found: set[str] = set()
     for pattern in patterns:
-        matched = {name: layer for name, layer in linears.items() if fnmatchcase(name, pattern)}
+        matched = [name for name in allowed if fnmatchcase(name, pattern)]
         if not matched:
-            other = [name for name in modules if fnmatchcase(name, pattern)]
-            if other:
-                kind = type(modules[other[0]]).__name__
-                raise InputError(f"targets {pattern!r} matches {other[0]!r}, a {kind}, but must match linear layers")
-            raise unknown("targets", pattern, linears)
-        found |= matched
-    return {name: layer for name, layer in linears.items() if name in found}  # in the order of the model
+            near = next((name for name in other if fnmatchcase(name, pattern)), None)
+            if near:
+                raise InputError(f"targets {pattern!r} matches {near!r}, {other[near]}, but must match linear layers")
+            raise unknown("targets", pattern, allowed)
+        found |= set(matched)
+    left = {
+        name: why
+        for name, why in other.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+        and (name not in modules or any(p is not None and p.ndim > 1 for p in modules[name]._parameters.values()))
+    }
+    return {name: module for name, module in allowed.items() if name in found}, left  # in the order of the model
 
 
-def _put(adapted: Adapted, linears: dict[str, nn.Linear]) -> None:
+def _put(adapted: Adapted, found: dict[str, nn.Module]) -> None:
     """Replace whole feed-forward blocks where the system wants them and all their layers are wanted, then the rest."""
-    model, adapter, left = adapted.model, adapted.adapter, dict(linears)
-    for name, module in list(model.named_modules()):
-        block = find_feed_forward(module)
-        inside = {f"{name}.{key}".lstrip(".") for key in block.linears} if block else set()
-        if not name or not block or not inside <= left.keys():
+    model, adapter = adapted.model, adapted.adapter
+    left = _unpacked(adapted, found)
+    whole = type(adapter).feed_forward is not Adapter.feed_forward
+    for name, module in list(model.named_modules()) if whole else ():
+        block = recognise(module) if name and any(key.startswith(f"{name}.") for key in left) else None
+        if isinstance(block, str):
+            adapted.by_layer[name] = block
             continue
-        layer = adapter.feed_forward(block, name)
+        block = block and block.within(name)
+        if not block or not set(block.names.values()) <= left.keys():
+            continue
+        place = f"{name}.{block.place}".rstrip(".")
+        layer = adapter.feed_forward(block, place)
         if layer is not None:
-            adapted.put(name, module, layer)
-            left = {key: value for key, value in left.items() if key not in inside}
+            if block.passed is not None:  # first: in the layer it goes on as it was
+                adapted.replace(block.passed, nn.Identity())
+            adapted.put(place, model.get_submodule(place), layer)
+            left = {key: value for key, value in left.items() if key not in block.names.values()}
     for name, linear in left.items():
-        adapted.put(name, linear, adapter.linear(linear, name))
+        adapted.put(name, linear, adapter.linear(as_linear(linear, own=True), name))
+
+
+def _unpacked(adapted: Adapted, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The linear layers among what was found, with packed experts taken apart into theirs."""
+    left, taken = {}, {}
+    for name, module in found.items():
+        if is_linear(module):
+            left[name] = module
+            continue
+        place, _, key = name.rpartition(".")
+        if module not in taken:
+            taken[module] = unpack(module)
+            taken[module].side, taken[module].place = adapted.side, place
+            adapted.replace(module, taken[module])
+        for e in range(taken[module].n_experts):
+            left[f"{place}.{e}.{key}"] = taken[module].get_submodule(f"{e}.{key}")
+    return left

@@ -1,0 +1,97 @@
+"""What a layer has decided for a whole sequence stays with that sequence while it is generated.
+
+A model that generates is given the prompt first and then, with a cache, one token after the other. A layer that decides
+once for all tokens of a sequence decides on the prompt. What it decided is kept with the cache, in the rows the cache
+has: reordered with it, copied with it, forgotten when it is emptied. Without a cache `Adapted.generating` keeps it, and
+so does the model's own `generate`.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from workbench.errors import InputError
+from workbench.lib.core.adapt.layer import AdaptedLayer, RoutedLayer
+
+KEPT = "workbench_decided"
+ROWS = {
+    "reorder_cache": lambda part, index: part.index_select(0, index.to(part.device)),
+    "batch_select_indices": lambda part, index: part[index.to(part.device)],
+    "batch_repeat_interleave": lambda part, times: part.repeat_interleave(times, 0),
+}
+"""What caches of transformers do with their rows."""
+
+
+class Following:
+    """A method of a cache that changes its rows, and those of what is kept with it."""
+
+    def __init__(self, holder: Any, name: str):
+        self.holder, self.name = holder, name
+
+    def __call__(self, how: Any) -> Any:
+        kept = getattr(self.holder, KEPT)
+        for place, parts in kept.items():
+            kept[place] = tuple(ROWS[self.name](part, how) for part in parts)
+        return getattr(type(self.holder), self.name)(self.holder, how)
+
+
+class Generate:
+    """The `generate` of an adapted model: what its layers decide for a sequence in the first forward stays."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        side = next(module.side for module in self.model.modules() if isinstance(module, AdaptedLayer))
+        with side.deciding():
+            return type(self.model).generate(self.model, *inputs, **keywords)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a cache as transformers has them."""
+    return callable(getattr(type(value), "get_seq_length", None))
+
+
+def begin_sequences(holder: Any) -> None:
+    """A cache is used in a pass; one that holds nothing holds no sequence, so what was decided is of others."""
+    if KEPT in vars(holder):
+        try:
+            empty = not holder.get_seq_length()
+        except ValueError:  # of layers that do not count
+            empty = not holder.has_previous_state()
+        if empty:
+            getattr(holder, KEPT).clear()
+
+
+def decided(layer: RoutedLayer, rows: int) -> tuple[Tensor, ...] | None:
+    """What the layer has decided for these sequences before, each (rows, ...); None if nothing."""
+    kept = _kept(layer)
+    if not kept or layer.place not in kept:
+        return None
+    parts = kept[layer.place]
+    there = len(parts[0])
+    if rows % there:
+        raise InputError(f"what goes on has {rows} sequences but {there} were begun")
+    return tuple(part.repeat_interleave(rows // there, 0) for part in parts)
+
+
+def decide(layer: RoutedLayer, *parts: Tensor) -> None:
+    """Keep what the layer decides now for the sequences, each (rows, ...), where they may go on."""
+    kept = _kept(layer)
+    if kept is not None:
+        kept[layer.place] = tuple(part.detach() for part in parts)
+
+
+def _kept(layer: RoutedLayer) -> dict[str, tuple[Tensor, ...]] | None:
+    side = layer.side
+    if side.chosen is not None:  # of packed experts a layer is given tokens, and decides for each of them
+        return None
+    holder = side.frames[-1].cache if side.frames else None
+    if holder is None:
+        return side.decided
+    if KEPT not in vars(holder):
+        setattr(holder, KEPT, {})
+        for name in ROWS:
+            if hasattr(type(holder), name):
+                setattr(holder, name, Following(holder, name))
+    return getattr(holder, KEPT)
