@@ -13,6 +13,7 @@ the new one cannot come. A process killed between the two leaves it aside, where
 there puts it back, and clears away what killed processes have left.
 """
 
+import fcntl
 import glob
 import os
 import re
@@ -129,6 +130,25 @@ def _being_written(left: Path) -> bool:
     except OSError:  # it is another person's
         return True
     return True
+
+
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> int:
+    """A descriptor of the file, made where there is none, with the lock on it; the kernel lets go for a killed process.
+
+    Raises:
+        OSError: nothing can be written there; BlockingIOError: another has the lock, where `how` says not to wait.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, how)
+        except OSError:
+            os.close(descriptor)
+            raise
+        with suppress(FileNotFoundError):  # who had the lock before may have removed the file
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

@@ -521,8 +521,8 @@ def test_bad_tensors_are_named(change, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((0, 2), "block_size is 0 but must be at least 1"),
-        ((4, 0), "top_k is 0 but must be at least 1"),
+        ((0, 2), "block_size is 0 but must be from 1 to 65536"),
+        ((4, 0), "top_k is 0 but must be from 1 to 1024"),
         ((4, 2, torch.tensor([0, 20])), "cu_seqlens is torch.int64"),
         (
             (4, 2, torch.tensor([0, 19], dtype=torch.int32)),
@@ -540,7 +540,9 @@ def test_bad_numbers_are_named(arguments, message):
 def test_an_index_of_other_tokens_is_refused():
     q, k, v = tensors(20)
     chosen = block_gate_topk(q[:10], k[:10], 4, 2)
-    with pytest.raises(InputError, match="index is of 10 tokens and 4 heads but q has shape"):
+    with pytest.raises(InputError, match=r"index.blocks is .* \(10, 4, 2\) .* for 20 tokens and 4 heads of q"):
+        InputError, match="index.blocks is torch.int32 of shape \\(10, 4, 2\\) .* for 20 tokens and 4 heads of q"
+    ):
         block_sparse_attention(q, k, v, chosen)
 
 

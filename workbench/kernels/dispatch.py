@@ -42,24 +42,32 @@ def choose(
             return "native"
         fitting = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
         return fitting if fitting in available else "reference"
+    admit(op, backend, device, available, dtype)
+    if backend == "native" and not torch.compiler.is_compiling() and (obstacle := native.obstacle(source)) is not None:
+        raise InputError(f"backend is 'native' but {op} cannot use it: {obstacle}")
+    if backend == "triton" and find_spec("triton") is None:
+        raise InputError(f"backend is 'triton' but {op} cannot use it: the package triton is not installed")
+    return backend
+
+
+def admit(
+    op: str, backend: str, device: torch.device, available: tuple[str, ...], dtype: torch.dtype | None = None
+) -> None:
+    """Raise `InputError` unless `backend` is one of `available` and takes tensors on `device` and of `dtype`.
+
+    What the registered operators ask too: they can be called by their names in torch, past `choose`.
+    """
     if backend not in available:
         raise unknown(f"backend of {op}", backend, available)
     if backend in ("cpu", "native") and device.type not in ("cpu", "meta"):
         raise InputError(f"backend is {backend!r} but {op} got tensors on {device}; they must be on the CPU")
-    if backend == "native":
-        if dtype != torch.float32:
-            raise InputError(f"backend is 'native' but {op} got tensors of {dtype}; they must be torch.float32")
-        if not torch.compiler.is_compiling() and (obstacle := native.obstacle(source)) is not None:
-            raise InputError(f"backend is 'native' but {op} cannot use it: {obstacle}")
-    if backend == "triton":
-        if find_spec("triton") is None:
-            raise InputError(f"backend is 'triton' but {op} cannot use it: the package triton is not installed")
-        if device.type != "cuda" and not (device.type in ("cpu", "meta") and interpreting()):
-            raise InputError(
-                f"backend is 'triton' but {op} got tensors on {device}; they must be on a GPU, or on the CPU in a "
-                "process started with TRITON_INTERPRET=1"
-            )
-    return backend
+    if backend == "native" and dtype != torch.float32:
+        raise InputError(f"backend is 'native' but {op} got tensors of {dtype}; they must be torch.float32")
+    if backend == "triton" and device.type != "cuda" and not (device.type in ("cpu", "meta") and interpreting()):
+        raise InputError(
+            f"backend is 'triton' but {op} got tensors on {device}; they must be on a GPU, or on the CPU in a process "
+            "started with TRITON_INTERPRET=1"
+        )
 
 
 def interpreting() -> bool:

@@ -3,6 +3,7 @@
 Tensor letters: T tokens, E experts, P routed (token, expert) pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 
 from workbench.errors import InputError
+
+MOST_EXPERTS = 2**24  # a plan has a number for each, whether it has pairs or not
+MOST_ROWS = 2**16  # of a tile
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,71 @@ class RoutePlan:
     def n_pairs(self) -> int:
         return self.order.shape[0]
 
+    def require_form(self) -> None:
+        """Raise `InputError` unless types, shapes and numbers are those of a plan that `build` makes."""
+        n_pairs, device = self.order.numel(), self.order.device
+        sizes = {"order": n_pairs, "inv": n_pairs, "tok": n_pairs, "offs": self.n_experts + 1}
+        if self.tok_offs is not None:
+            sizes["tok_offs"] = self.n_tokens + 1
+        for name, size in sizes.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != torch.int32 or tuple(tensor.shape) != (size,) or tensor.device != device:
+                raise InputError(
+                    f"plan.{name} is {_shown(tensor)} on {tensor.device} but must be torch.int32 of shape ({size},) on "
+                    f"{device}, for {self.n_tokens} tokens, {self.n_experts} experts and {n_pairs} pairs"
+                )
+            if not tensor.is_contiguous():
+                raise InputError(f"plan.{name} has strides {tensor.stride()} but must be contiguous")
+        if (self.top_k is None) == (self.tok_offs is None):
+            raise InputError(
+                f"plan.top_k is {self.top_k} and plan.tok_offs is {_shown(self.tok_offs)} but exactly one of them must "
+                "be given"
+            )
+        if self.top_k is not None and (self.top_k < 1 or self.top_k * self.n_tokens != n_pairs):
+            raise InputError(f"plan.top_k is {self.top_k} but {self.n_tokens} tokens have {n_pairs} pairs")
+
+    def require(self, fits: Callable[["RoutePlan"], bool] | None = None) -> None:
+        """Raise `InputError` unless this is, to the last number, a plan that `build` makes.
+
+        Operators ask when a plan enters, for they read and write where it points. Values are read on a CPU only: on
+        other devices that would make the host wait for them, and it is the caller who sees to it.
+
+        Args:
+            fits: a faster way to tell whether the values of a plan whose form is right are right.
+        """
+        self.require_form()
+        if self.order.device.type == "cpu" and not (fits is not None and fits(self)):
+            self._require_values()
+            if fits is not None:
+                raise InputError("plan is none that RoutePlan.build makes")
+
+    def _require_values(self) -> None:
+        order, inv, tok, offs = (tensor.numpy() for tensor in (self.order, self.inv, self.tok, self.offs))
+        first = None if self.tok_offs is None else self.tok_offs.numpy()
+        for name, bounds in (("offs", offs), ("tok_offs", first)):
+            if bounds is not None and (bounds[0] != 0 or bounds[-1] != len(order) or (bounds[1:] < bounds[:-1]).any()):
+                raise InputError(
+                    f"plan.{name} must rise from 0 to the number of pairs, {len(order)}; it begins with "
+                    f"{bounds[:4].tolist()} and ends with {bounds[-4:].tolist()}"
+                )
+        if not len(order):
+            return
+        for name, values, end in (("order", order, len(order)), ("inv", inv, len(order)), ("tok", tok, self.n_tokens)):
+            if values.view("uint32").max() >= end:  # a negative one is larger than all
+                raise InputError(
+                    f"plan.{name} holds values from {values.min()} to {values.max()} but all must be from 0 to "
+                    f"{end - 1}"
+                )
+        place = torch.arange(len(order), dtype=torch.int32).numpy()
+        if (inv[order] != place).any():
+            raise InputError("plan.order must hold every pair once, and plan.inv the grouped row of each")
+        token = order // self.top_k if first is None else first.searchsorted(order, side="right") - 1
+        if (tok != token).any():
+            raise InputError("plan.tok must hold the token of the pair in each grouped row")
+        begins = (place[1:] == offs[offs.searchsorted(place[1:])]) | (order[1:] > order[:-1])
+        if not begins.all():
+            raise InputError("plan.order must hold the pairs of one expert in their order")
+
     def token_offsets(self) -> Int32[Tensor, " tokens_plus_1"]:
         """(T + 1,) first pair of each token, also where their number is fixed."""
         if self.tok_offs is not None:
@@ -93,8 +162,8 @@ class RoutePlan:
             or with its expert. Nt = P // block_m + E bounds the number of tiles without asking the device for it; the
             unused ones, at the end, hold -1 in both.
         """
-        if block_m < 1:
-            raise InputError(f"block_m is {block_m} but must be at least 1")
+        if not 1 <= block_m <= MOST_ROWS:
+            raise InputError(f"block_m is {block_m} but must be from 1 to {MOST_ROWS}")
         counts = self.offs.diff()
         ends = ((counts + (block_m - 1)) // block_m).cumsum(0, dtype=torch.int32)
         tile = torch.arange(self.n_pairs // block_m + self.n_experts, device=ends.device, dtype=torch.int32)
@@ -111,8 +180,8 @@ def check(expert: Tensor, n_experts: int, top_k: int | None, tok_offs: Tensor | 
     if expert.ndim != 1 or expert.dtype.is_floating_point or expert.dtype == torch.bool:
         raise InputError(f"expert is {_shown(expert)} but must be integers of shape (pairs,)")
     n_pairs = expert.shape[0]
-    if n_experts < 1:
-        raise InputError(f"n_experts is {n_experts} but must be at least 1")
+    if not 1 <= n_experts <= MOST_EXPERTS:
+        raise InputError(f"n_experts is {n_experts} but must be from 1 to {MOST_EXPERTS}")
     if n_pairs >= 2**31:
         raise InputError(
             f"expert holds {n_pairs} pairs but a plan, whose indices are int32, must have fewer than 2**31"

@@ -1,5 +1,6 @@
 """The rows of a plan: those that are there already, and the others run, each kept the moment it is done."""
 
+import os
 import time
 import warnings
 from collections import Counter
@@ -9,6 +10,7 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from operator import itemgetter
 
+from workbench.attached import attach
 from workbench.studies import sheets
 from workbench.studies.kept import Kept
 from workbench.studies.rows import Row
@@ -81,11 +83,18 @@ def _warn(what: str) -> None:
 def _run_all(kept: Kept, run: Run, plan: list[Key], settings: Mapping[str, object], jobs: int, fresh: bool) -> Iterator:
     if min(jobs, len(plan)) < 2:
         return (_run_one(kept, run, arm, seed, settings, fresh) for arm, seed in plan)
-    from joblib import Parallel, delayed, parallel_config
+    from joblib import Parallel, delayed
+    from joblib._parallel_backends import LokyBackend
 
-    with parallel_config("loky", n_jobs=min(jobs, len(plan)), inner_max_num_threads=1):
-        parallel = Parallel(return_as="generator", batch_size=1)
-        return parallel(delayed(_run_one)(kept, run, arm, seed, settings, fresh) for arm, seed in plan)
+    class Attached(LokyBackend):
+        """Workers that end with the study: killed, it would leave them for minutes, with what their rows hold."""
+
+        def configure(self, *args, **options):
+            return super().configure(*args, **options, initializer=attach, initargs=(os.getpid(),))
+
+    backend = Attached(inner_max_num_threads=1)
+    parallel = Parallel(min(jobs, len(plan)), backend=backend, return_as="generator", batch_size=1)
+    return parallel(delayed(_run_one)(kept, run, arm, seed, settings, fresh) for arm, seed in plan)
 
 
 def _run_one(

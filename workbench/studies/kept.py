@@ -99,7 +99,7 @@ class Kept:
         sealed.sweep(folder)
         for path in folder.glob(f"*{CLAIM}"):
             with suppress(OSError):
-                descriptor = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                descriptor = sealed.locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
                 os.close(descriptor)
 
@@ -112,7 +112,7 @@ class Kept:
         path = self.path(arm, seed).with_suffix(CLAIM)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _locked(path)
+            descriptor = sealed.locked(path)
         except OSError:
             yield
             return
@@ -132,18 +132,3 @@ class Kept:
 
     def _identity(self, arm: str, seed: int) -> dict[str, Any]:
         return {"slug": self.slug, "arm": arm, "seed": seed, "settings": self.settings, "code": self.code}
-
-
-def _locked(path: Path, how: int = fcntl.LOCK_EX) -> int:
-    """A descriptor of the file with the lock on it; who had the lock before may have removed the file."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, how)
-        except OSError:
-            os.close(descriptor)
-            raise
-        with suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
-        os.close(descriptor)

@@ -12,7 +12,6 @@ h // (H / G)), d head width, B tokens a block, K blocks per query.
 """
 
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,7 +21,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from workbench.errors import InputError
 from workbench.kernels import dispatch
-from workbench.kernels.block_sparse_attention.index import BlockIndex, block_table, invert
+from workbench.kernels.block_sparse_attention.index import (
+    BlockIndex,
+    block_table,
+    invert,
+    require_block_size,
+    require_sequences,
+    require_top_k,
+)
 
 BACKENDS = ("reference", "cpu", "native", "triton")
 NATIVE = Path(__file__).with_name("native.c")
@@ -55,18 +61,10 @@ def block_gate_topk(
     Raises:
         InputError: names the argument that does not fit.
     """
-    _check(q, k)
-    if block_size < 1:
-        raise InputError(f"block_size is {block_size} but must be at least 1")
-    if top_k < 1:
-        raise InputError(f"top_k is {top_k} but must be at least 1")
-    if cu_seqlens is not None:
-        _check_sequences(cu_seqlens, q)
+    _check_gate(q, k, block_size, top_k, cu_seqlens)
     chosen = dispatch.choose("block_gate_topk", backend, q.device, BACKENDS, q.dtype, NATIVE)
     if chosen == "triton":
-        _check_triton(q)
-        if top_k > TRITON_TOP_K:
-            raise InputError(f"top_k is {top_k} but the triton path takes at most {TRITON_TOP_K}")
+        _check_triton(q, top_k)
     return BlockIndex(block_size, *_gate(q.detach(), k.detach(), block_size, top_k, cu_seqlens, chosen))
 
 
@@ -92,11 +90,7 @@ def block_sparse_attention(
         InputError: names the argument that does not fit, or what the path does not take.
     """
     _check(q, k, v)
-    if tuple(index.blocks.shape[:2]) != tuple(q.shape[:2]):
-        raise InputError(
-            f"index is of {index.blocks.shape[0]} tokens and {index.blocks.shape[1]} heads but q has shape "
-            f"{tuple(q.shape)}; they must agree"
-        )
+    index.require_form(*q.shape[:2])
     if index.blocks.device != q.device:
         raise InputError(f"index is on {index.blocks.device} but must be where q is, on {q.device}")
     chosen = dispatch.choose("block_sparse_attention", backend, q.device, BACKENDS, q.dtype, NATIVE)
@@ -104,6 +98,7 @@ def block_sparse_attention(
         _check_triton(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
+        index.require(*q.shape[:2])
         dispatch.begin("block_sparse_attention", chosen)
         return _path(chosen).attention(q, k, v, index, scale)[0]
     return _attend(q, k, v, *index.tensors(), index.block_size, scale, chosen)[0]
@@ -119,6 +114,10 @@ def _gate(
     q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The tensors of a `BlockIndex`."""
+    _check_gate(q, k, block_size, top_k, cu_seqlens)
+    dispatch.admit("block_gate_topk", backend, q.device, BACKENDS, q.dtype)
+    if backend == "triton":
+        _check_triton(q, top_k)
     backend = dispatch.begin("block_gate_topk", backend, NATIVE)
     starts, lengths = block_table(q.shape[0], block_size, cu_seqlens, q.device)
     if q.shape[0] == 0:
@@ -165,11 +164,11 @@ def _attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output, in the memory layout of q, and L (N, H)."""
-    backend = dispatch.begin("block_sparse_attention", backend, NATIVE)
+    index = BlockIndex(block_size, blocks, rows, col_offs, pair, starts, lengths)
+    path = _enter("block_sparse_attention", backend, q, k, v, index)
     if q.shape[0] == 0:
         return torch.empty_like(q), _lse(q)
-    index = BlockIndex(block_size, blocks, rows, col_offs, pair, starts, lengths)
-    return _path(backend).forward(q, k, v, index, scale)
+    return path.forward(q, k, v, index, scale)
 
 
 @_attend.register_fake
@@ -195,11 +194,17 @@ def _attend_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = dispatch.begin("block_sparse_attention.backward", backend, NATIVE)
+    index = BlockIndex(block_size, blocks, rows, col_offs, pair, starts, lengths)
+    path = _enter("block_sparse_attention.backward", backend, q, k, v, index)
+    for name, x, like in (("grad", grad, q), ("out", out, q), ("lse", lse, _lse(q))):
+        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+            raise InputError(
+                f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device} but must be {like.dtype} of shape "
+                f"{tuple(like.shape)} on {like.device}"
+            )
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    index = BlockIndex(block_size, blocks, rows, col_offs, pair, starts, lengths)
-    return _path(backend).backward(grad, q, k, v, out, lse, index, scale)
+    return path.backward(grad, q, k, v, out, lse, index, scale)
 
 
 @_attend_backward.register_fake
@@ -245,6 +250,28 @@ def _gate_flops(q_shape, k_shape, block_size, *_, out_shape=None, **__) -> int:
     return 2 * q_shape[0] * q_shape[1] * q_shape[2] * out_shape[4][0]
 
 
+def _enter(op: str, backend: str, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex):
+    """The module of the path that begins to run; it can take what is there, and follow the index wherever it points."""
+    _check(q, k, v)
+    dispatch.admit(op, backend, q.device, tuple(name for name in BACKENDS if name != "reference"), q.dtype)
+    if backend == "triton":
+        _check_triton(q)
+    if index.blocks.device != q.device:
+        raise InputError(f"index is on {index.blocks.device} but must be where q is, on {q.device}")
+    path = _path(dispatch.begin(op, backend, NATIVE))
+    index.require(*q.shape[:2], getattr(path, "fits", None))
+    return path
+
+
+def _check_gate(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens: Tensor | None) -> None:
+    _check(q, k)
+    require_block_size(block_size, q.shape[0])
+    if cu_seqlens is not None:
+        require_sequences(cu_seqlens, q.shape[0], q.device)
+    n_sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    require_top_k(top_k, *q.shape[:2], q.shape[0] // block_size + n_sequences)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is None:
@@ -267,24 +294,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         raise InputError(f"k has {k.shape[1]} heads but their number must divide the {q.shape[1]} heads of q")
 
 
-def _check_sequences(cu_seqlens: Tensor, q: Tensor) -> None:
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 2:
-        raise InputError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} but must be int32 of shape "
-            "(sequences + 1,) with at least one sequence"
-        )
-    if cu_seqlens.device != q.device:
-        raise InputError(f"cu_seqlens is on {cu_seqlens.device} but must be where q is, on {q.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait for it
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != q.shape[0] or any(a > b for a, b in pairwise(ends)):
-            raise InputError(f"cu_seqlens is {ends} but must rise from 0 to the number of tokens, {q.shape[0]}")
-
-
-def _check_triton(q: Tensor) -> None:
+def _check_triton(q: Tensor, top_k: int = 1) -> None:
     if q.shape[2] not in TRITON_WIDTHS:
         raise InputError(
             f"q has head width {q.shape[2]} but the triton path takes {', '.join(map(str, TRITON_WIDTHS))}"
         )
     if q.dtype == torch.float64:
         raise InputError("q is torch.float64 but the triton path takes float16, bfloat16 and float32")
+    if top_k > TRITON_TOP_K:
+        raise InputError(f"top_k is {top_k} but the triton path takes at most {TRITON_TOP_K}")

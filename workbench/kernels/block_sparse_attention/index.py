@@ -6,13 +6,18 @@ attends to its own block and to earlier blocks of its own sequence.
 Tensor letters: N tokens, H query heads, M blocks (numbered through the batch), K blocks per query, B tokens a block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
 from workbench.errors import InputError
+
+LARGEST = 2**16  # tokens of a block, where a sequence has fewer
+MOST_CHOICES = 2**10  # of a query, where there are fewer blocks
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,20 @@ class BlockIndex:
         Raises:
             InputError: a query lacks its own block, or has a later one, one of another sequence, or one twice.
         """
+        if blocks.ndim != 3 or blocks.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"blocks is {blocks.dtype} of shape {tuple(blocks.shape)} but must be integers (tokens, heads, k)"
+            )
+        require_block_size(block_size, blocks.shape[0])
+        if cu_seqlens is not None:
+            require_sequences(cu_seqlens, blocks.shape[0], blocks.device)
         starts, lengths = block_table(blocks.shape[0], block_size, cu_seqlens, blocks.device)
+        require_top_k(blocks.shape[2], *blocks.shape[:2], len(starts))
         own, first = token_blocks(blocks.shape[0], starts, lengths, cu_seqlens)
-        ordered = ascending(blocks)
         low, high = first[:, None, None], own[:, None, None]
-        if not (((ordered >= low) & (ordered <= high)) | (ordered == -1)).all():
+        if not (((blocks >= low) & (blocks <= high)) | (blocks == -1)).all():
             raise InputError("blocks must hold for each query only its own and earlier blocks of its sequence, or -1")
+        ordered = ascending(blocks).contiguous()
         if not (ordered == high).any(-1).all():
             raise InputError("blocks must hold each query's own block")
         if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
@@ -71,9 +84,125 @@ class BlockIndex:
         """M."""
         return self.starts.numel()
 
+    def require_form(self, n_tokens: int, heads: int) -> None:
+        """Raise `InputError` unless types and shapes are those of an index of so many tokens and heads."""
+        require_block_size(self.block_size, n_tokens)
+        top_k, n_blocks = self.blocks.shape[-1] if self.blocks.ndim else 0, self.starts.numel()
+        require_top_k(top_k, n_tokens, heads, n_blocks)
+        wanted = {
+            "blocks": ((n_tokens, heads, top_k), torch.int32),
+            "rows": ((heads * n_tokens * top_k,), torch.int32),
+            "col_offs": ((heads * n_blocks + 1,), torch.int64),
+            "pair": ((n_tokens, heads, top_k), torch.int32),
+            "starts": ((n_blocks,), torch.int32),
+            "lengths": ((n_blocks,), torch.int32),
+        }
+        for name, (shape, dtype) in wanted.items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != self.blocks.device:
+                raise InputError(
+                    f"index.{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} but must be "
+                    f"{dtype} of shape {shape} on {self.blocks.device}, for {n_tokens} tokens and {heads} heads of q"
+                )
+            if not tensor.is_contiguous():
+                raise InputError(f"index.{name} has strides {tensor.stride()} but must be contiguous")
+
+    def require(self, n_tokens: int, heads: int, fits: Callable[["BlockIndex"], bool] | None = None) -> None:
+        """Raise `InputError` unless this is, to the last number, an index that the gate or `from_blocks` could make.
+
+        Operators ask when an index enters, for they read and write where it points. Values are read on a CPU only: on
+        other devices that would make the host wait for them, and it is the caller who sees to it. Of sequences an index
+        knows no more than where blocks end, so a block of an earlier one is not found out here.
+
+        Args:
+            fits: a faster way to tell whether the values of an index whose form is right are right.
+        """
+        self.require_form(n_tokens, heads)
+        if self.blocks.device.type == "cpu" and not (fits is not None and fits(self)):
+            self._require_values()
+            if fits is not None:
+                raise InputError("index is none that the gate or BlockIndex.from_blocks could make")
+
+    def _require_values(self) -> None:
+        n_tokens, heads, _ = self.blocks.shape
+        lengths = self.lengths.long()
+        ends = lengths.cumsum(0)
+        if (
+            ((lengths < 0) | (lengths > self.block_size)).any()
+            or (lengths[1:] > 0).logical_and(lengths[:-1] == 0).any()
+            or (self.starts != ends - lengths).any()
+            or int(lengths.sum()) != n_tokens
+        ):
+            raise InputError(
+                f"index.starts and index.lengths must cut the {n_tokens} tokens into blocks of at most "
+                f"{self.block_size} that follow one another, empty ones last"
+            )
+        own = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[:, None]
+        none = self.blocks == -1
+        later, earlier = self.blocks[..., 1:], self.blocks[..., :-1]
+        if (
+            not (none | (self.blocks >= 0)).all()
+            or not (none[..., 1:] | ((later > earlier) & ~none[..., :-1])).all()
+            or (self.blocks.amax(-1) != own).any()
+        ):
+            raise InputError(
+                "index.blocks must hold for each query blocks in ascending order, its own the last of them, and -1 "
+                "after it"
+            )
+        number, offs = int((~none).sum()), self.col_offs
+        if int(offs[0]) != 0 or int(offs[-1]) != number or (offs.diff() < 0).any():
+            raise InputError(f"index.col_offs must rise from 0 to the number of choices, {number}")
+        rows, pair = self.rows, self.pair
+        outside = (rows[number:] != -1).any() or (pair[none] != -1).any()
+        first = torch.arange(heads, dtype=torch.int32)[:, None] * len(lengths)
+        place, column = pair[~none].long(), (self.blocks + first)[~none]
+        token = torch.arange(n_tokens, dtype=torch.int32)[:, None, None].expand_as(pair)[~none]
+        if outside or (number and (int(place.min()) < 0 or int(place.max()) >= number)):
+            raise InputError(
+                f"index.pair must hold places from 0 to {number - 1}, and like index.rows -1 for no choice"
+            )
+        columns = torch.arange(len(offs) - 1, dtype=torch.int32).repeat_interleave(offs.diff())
+        ascending_rows = (rows[1:number] > rows[: max(number - 1, 0)]) | (columns[1:] != columns[:-1])
+        if (rows[place] != token).any() or (columns[place] != column).any() or not ascending_rows.all():
+            raise InputError("index.rows must hold the queries of each block in ascending order, and index.pair where")
+
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors in the order of the class: what operators take."""
         return self.blocks, self.rows, self.col_offs, self.pair, self.starts, self.lengths
+
+
+def require_block_size(block_size: int, n_tokens: int) -> None:
+    """Raise `InputError` for a size for which a path would take memory that no token needs."""
+    most = max(n_tokens, LARGEST)
+    if not 1 <= block_size <= most:
+        raise InputError(f"block_size is {block_size} but must be from 1 to {most}")
+
+
+def require_top_k(top_k: int, n_tokens: int, heads: int, n_blocks: int) -> None:
+    """Raise `InputError` for more choices than there can be; that is asked before there is memory for them."""
+    most = max(n_blocks, MOST_CHOICES)
+    if not 1 <= top_k <= most:
+        raise InputError(f"top_k is {top_k} but must be from 1 to {most}")
+    if heads * max(n_tokens * top_k, n_blocks + 1) > 2**31:
+        raise InputError(
+            f"top_k is {top_k} but {n_tokens} tokens of {heads} heads in {n_blocks} blocks must make at most 2**31 "
+            "choices and columns: they are numbered in int32"
+        )
+
+
+def require_sequences(cu_seqlens: Tensor, n_tokens: int, device: torch.device) -> None:
+    """Raise `InputError` unless these are the first tokens of sequences and the number of all tokens."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 2:
+        raise InputError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} but must be int32 of shape "
+            "(sequences + 1,) with at least one sequence"
+        )
+    if cu_seqlens.device != device:
+        raise InputError(f"cu_seqlens is on {cu_seqlens.device} but must be where q is, on {device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait for it
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != n_tokens or any(a > b for a, b in pairwise(ends)):
+            raise InputError(f"cu_seqlens is {ends} but must rise from 0 to the number of tokens, {n_tokens}")
 
 
 def block_table(

@@ -22,6 +22,50 @@ typedef struct {
     const int64_t *offs;
 } columns;
 
+/* Whether the blocks cut the tokens into pieces of at most `size`, empty ones last, and offs rises from 0. */
+int fit(columns c, long heads, long n_choices)
+{
+    long end = 0;
+    for (long j = 0; j < c.n_blocks; j++) {
+        if (c.starts[j] != end || c.lengths[j] < 0 || c.lengths[j] > c.size) return 0;
+        if (!c.lengths[j] && end < c.n_tokens) return 0;
+        end += c.lengths[j];
+    }
+    if (end != c.n_tokens || c.offs[0] != 0 || c.offs[heads * c.n_blocks] > n_choices) return 0;
+    for (long j = 0; j < heads * c.n_blocks; j++)
+        if (c.offs[j] > c.offs[j + 1]) return 0;
+    for (long i = c.offs[heads * c.n_blocks]; i < n_choices; i++)
+        if (c.rows[i] != -1) return 0;
+    return 1;
+}
+
+/* Whether the columns of a head hold the queries that chose them, and the choices are ascending, the own block the
+ * last, -1 behind it: `blocks` and `pair` (N, K), their rows `blocks_row` apart. With that and `fit` nothing is read or
+ * written that is not there. Returns -1 where there is no memory. */
+int fits(columns c, long top_k, const int32_t *blocks, const int32_t *pair, long blocks_row)
+{
+    int64_t *next = malloc(8 * (c.n_blocks + 1));
+    if (!next) return -1;
+    memcpy(next, c.offs, 8 * (c.n_blocks + 1));
+    long own = 0, good = 1;
+    for (long t = 0; t < c.n_tokens && good; t++, blocks += blocks_row, pair += blocks_row) {
+        long last = -1, j = 0;
+        own += t == c.starts[own] + c.lengths[own];
+        for (; j < top_k && last < own; j++) {
+            long block = blocks[j], at;
+            good = block > last && block <= own && (at = next[block]++) < c.offs[block + 1] && c.rows[at] == t &&
+                   pair[j] == at;
+            if (!good) break;
+            last = block;
+        }
+        good = good && last == own;
+        for (; j < top_k && good; j++) good = blocks[j] == -1 && pair[j] == -1;
+    }
+    for (long j = 0; j < c.n_blocks && good; j++) good = next[j] == c.offs[j + 1];
+    free(next);
+    return good;
+}
+
 /* Whole vectors, and whole cache lines of 16. */
 static long padded(long n) { return (n + 15) / 16 * 16; }
 

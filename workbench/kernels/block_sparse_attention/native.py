@@ -51,6 +51,23 @@ class Columns(ctypes.Structure):
         return cls(index.blocks.shape[0], index.n_blocks, index.block_size, *where)
 
 
+def fits(index: BlockIndex) -> bool:
+    """Whether the values of an index are right, for `BlockIndex.require`."""
+    library, (_, heads, top_k) = native.library(SOURCE), index.blocks.shape
+    if not library.fit(Columns.of(index, 0), c_long(heads), c_long(len(index.rows))):
+        return False
+    good = [0] * heads
+
+    def head(h: int) -> None:
+        choices = (native.address(x[:, h]) for x in (index.blocks, index.pair))
+        good[h] = library.fits(Columns.of(index, h), c_long(top_k), *choices, c_long(heads * top_k))
+
+    each(heads, head)
+    if -1 in good:
+        raise MemoryError("block_sparse_attention found no memory to look at its index")
+    return all(good)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
     """Output (N, H, d) and L (N, H), as the reference."""
     out, lse, group = result(q), q.new_empty(q.shape[:2]), q.shape[1] // k.shape[1]

@@ -39,17 +39,7 @@ def gather_sum(
     Raises:
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
-    if y.ndim != 2 or y.shape[0] != plan.order.shape[0] or not y.is_floating_point():
-        raise InputError(f"y is {y.dtype} of shape {tuple(y.shape)} but must be floating point ({plan.n_pairs}, dim)")
-    if y.device != plan.order.device:
-        raise InputError(f"y is on {y.device} but must be where plan is, on {plan.order.device}")
-    if weight is not None and (weight.shape != y.shape[:1] or weight.dtype not in (torch.float32, y.dtype)):
-        raise InputError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)} but must be {y.dtype} or float32, of shape "
-            f"({plan.n_pairs},)"
-        )
-    if weight is not None and weight.device != y.device:
-        raise InputError(f"weight is on {weight.device} but must be where y is, on {y.device}")
+    _check(y, plan, weight)
     chosen = dispatch.choose("gather_sum", backend, y.device, BACKENDS)
     weight = None if weight is None else weight.contiguous()
     return _forward(
@@ -72,9 +62,13 @@ def _forward(
     top_k: int | None,
     backend: str,
 ) -> Tensor:
-    dispatch.begin("gather_sum", backend)
     plan = RoutePlan(order, inv, tok, offs, tok_offs, n_tokens, n_experts, top_k)
-    return import_module(f"{__name__}.{backend}").gather_sum(y, plan, weight)
+    _check(y, plan, weight)
+    dispatch.admit("gather_sum", backend, y.device, BACKENDS)
+    plan.require()
+    dispatch.begin("gather_sum", backend)
+    weight = None if weight is None else weight.contiguous()
+    return import_module(f"{__name__}.{backend}").gather_sum(y.contiguous(), plan, weight)
 
 
 @_forward.register_fake
@@ -100,3 +94,18 @@ def _grads(ctx, grad):
 
 
 _forward.register_autograd(_grads, setup_context=_setup)
+
+
+def _check(y: Tensor, plan: RoutePlan, weight: Tensor | None) -> None:
+    plan.require_form()
+    if y.ndim != 2 or y.shape[0] != plan.order.shape[0] or not y.is_floating_point():
+        raise InputError(f"y is {y.dtype} of shape {tuple(y.shape)} but must be floating point ({plan.n_pairs}, dim)")
+    if y.device != plan.order.device:
+        raise InputError(f"y is on {y.device} but must be where plan is, on {plan.order.device}")
+    if weight is not None and (weight.shape != y.shape[:1] or weight.dtype not in (torch.float32, y.dtype)):
+        raise InputError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)} but must be {y.dtype} or float32, of shape "
+            f"({plan.n_pairs},)"
+        )
+    if weight is not None and weight.device != y.device:
+        raise InputError(f"weight is on {weight.device} but must be where y is, on {y.device}")

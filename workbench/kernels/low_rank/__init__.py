@@ -25,7 +25,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from workbench.errors import InputError
 from workbench.kernels import dispatch
+from workbench.kernels.low_rank.order import unpack
 from workbench.kernels.native import obstacle
+from workbench.kernels.plan import RoutePlan, check_values
 
 BACKENDS = ("reference", "dense", "cpu", "native", "triton")
 NATIVE = Path(__file__).with_name("native.c")
@@ -104,6 +106,9 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and what `kept` says."""
+    _check(x, a, b, expert, score, top_k, tok_offs)
+    dispatch.admit("low_rank", backend, x.device, BACKENDS, x.dtype)
+    x, a, b, score, expert = (t.contiguous() for t in (x, a, b, score, expert))
     return _run(x, a, b, score, expert, tok_offs, top_k, backend, save)
 
 
@@ -141,6 +146,10 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, a, b and score; an empty tensor for one that is not wanted."""
+    _check(x, a, b, expert, score, top_k, tok_offs)
+    dispatch.admit("low_rank", backend, x.device, BACKENDS, x.dtype)
+    _check_kept(grad, x, codes, a, b, expert, index, tok_offs, top_k, backend, needs)
+    grad, x, codes, a, b, score, expert = (t.contiguous() for t in (grad, x, codes, a, b, score, expert))
     backend = dispatch.begin("low_rank.backward", backend, NATIVE)
     grads = _path(backend).backward(grad, x, codes, a, b, score, expert, index, tok_offs, top_k, needs)
     return tuple(g if needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True))
@@ -279,3 +288,35 @@ def _check(x, a, b, expert, score, top_k, tok_offs) -> None:
         raise InputError(
             f"tok_offs is {tok_offs.dtype} of shape {tuple(tok_offs.shape)} but must be integers ({x.shape[0] + 1},)"
         )
+    if expert.shape[0] >= 2**31:
+        raise InputError(f"expert holds {expert.shape[0]} pairs but must hold fewer than 2**31, as they are int32")
+
+
+def _check_kept(grad, x, codes, a, b, expert, index, tok_offs, top_k, backend, needs) -> None:
+    """What a forward has made, where it may come from anywhere."""
+    n_tokens, n_pairs, n_experts, width = x.shape[0], expert.shape[0], a.shape[0], b.shape[1]
+    of_codes, of_index = kept(n_tokens, n_pairs, n_experts, a.shape[1], backend, True)
+    wanted = {
+        "grad": (grad, (n_tokens, width), x.dtype),
+        "codes": (codes, of_codes, x.dtype),
+        "index": (index, of_index, torch.int32),
+    }
+    for name, (tensor, shape, dtype) in wanted.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:
+            raise InputError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} but must be {dtype} of "
+                f"shape {shape} on {x.device}"
+            )
+    if len(needs) != 4:
+        raise InputError(f"needs holds {len(needs)} values but must hold four, for x, a, b and score")
+    check_values(expert, n_experts, tok_offs)
+    if backend != "dense":
+        plan = unpack(index.contiguous(), n_tokens, n_pairs, n_experts, tok_offs, top_k)
+        plan.require()
+        if x.device.type == "cpu" and (expert[plan.order] != _owners(plan)).any():
+            raise InputError("index must be that of the pairs of expert")
+
+
+def _owners(plan: RoutePlan) -> Tensor:
+    """(P,) expert of each grouped row."""
+    return torch.arange(plan.n_experts).repeat_interleave(plan.offs.diff(), output_size=plan.n_pairs)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workbench.errors import InputError
 from workbench.kernels.low_rank.reference import inner, weighted
+from workbench.kernels.plan import check_values
 
 
 def forward(
@@ -82,12 +82,9 @@ def _gates(
     """(N, E) weights, 0 where a token has no pair; a pair that is there twice counts twice.
 
     Raises:
-        InputError: an expert is out of range, on a CPU.
+        InputError: an expert, or the first pair of a token, is out of range, on a CPU.
     """
-    if expert.device.type == "cpu" and expert.numel():
-        low, high = (int(bound) for bound in expert.aminmax())
-        if low < 0 or high >= n_experts:
-            raise InputError(f"expert holds values from {low} to {high} but all must be from 0 to {n_experts - 1}")
+    check_values(expert, n_experts, tok_offs)
     gates, expert = score.new_zeros(n_tokens, n_experts), expert.long()
     if top_k is None:
         return gates.index_put_((_token(expert, tok_offs), expert), score, accumulate=True)

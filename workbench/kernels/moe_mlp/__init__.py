@@ -65,10 +65,7 @@ def moe_mlp(
     chosen = dispatch.choose("moe_mlp", backend, x.device, BACKENDS, x.dtype, NATIVE)
     if chosen == "grouped_mm":
         _check_grouped_mm(x, w1, w2)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    w1, w2, score = w1.contiguous(), w2.contiguous(), score.contiguous()
-    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
+    x, w1, w2, score, b1, b2 = _laid(x, w1, w2, score, b1, b2)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, score, b1, b2))
     out, _ = _forward(
         x, w1, w2, score, b1, b2, plan.order, plan.inv, plan.tok, plan.offs, plan.tok_offs, plan.top_k,
@@ -96,9 +93,11 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and Z where it is to be kept, else an empty tensor."""
-    backend = dispatch.begin("moe_mlp", backend, NATIVE)
-    plan = RoutePlan(order, inv, tok, offs, tok_offs, x.shape[0], w1.shape[0], top_k)
-    out, z = _path(backend).forward(x, w1, w2, plan, score, b1, b2, activation, save)
+    plan = _plan(x, w1, order, inv, tok, offs, tok_offs, top_k)
+    _check(x, w1, w2, plan, score, b1, b2, activation)
+    path = _enter("moe_mlp", backend, x, w1, w2, plan)
+    x, w1, w2, score, b1, b2 = _laid(x, w1, w2, score, b1, b2)
+    out, z = path.forward(x, w1, w2, plan, score, b1, b2, activation, save)
     return out, x.new_empty(0, w1.shape[1]) if z is None else z
 
 
@@ -127,9 +126,18 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w2, score, b1, b2; an empty tensor for a bias that is not there."""
-    backend = dispatch.begin("moe_mlp.backward", backend, NATIVE)
-    plan = RoutePlan(order, inv, tok, offs, tok_offs, x.shape[0], w1.shape[0], top_k)
-    *grads, db1, db2 = _path(backend).backward(grad, x, z, w1, w2, plan, score, b1, b2, activation)
+    plan = _plan(x, w1, order, inv, tok, offs, tok_offs, top_k)
+    _check(x, w1, w2, plan, score, b1, b2, activation)
+    for name, tensor, shape in (("grad", grad, tuple(x.shape)), ("z", z, (plan.n_pairs, w1.shape[1]))):
+        if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise InputError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} but must be {x.dtype} of "
+                f"shape {shape} on {x.device}"
+            )
+    path = _enter("moe_mlp.backward", backend, x, w1, w2, plan)
+    x, w1, w2, score, b1, b2 = _laid(x, w1, w2, score, b1, b2)
+    grad, z = grad.contiguous(), z.contiguous()
+    *grads, db1, db2 = path.backward(grad, x, z, w1, w2, plan, score, b1, b2, activation)
     return *grads, x.new_empty(0) if db1 is None else db1, x.new_empty(0) if db2 is None else db2
 
 
@@ -170,6 +178,30 @@ def _backward_flops(grad, x, z, w1, w2, score, *_, **__) -> int:
     return 4 * score[0] * (w1[1] * w1[2] + w2[1] * w2[2])
 
 
+def _plan(x: Tensor, w1: Tensor, order: Tensor, *others) -> RoutePlan:
+    """The plan of an operator's arguments."""
+    *indices, top_k = others
+    n_tokens, n_experts = (t.shape[0] if t.ndim else 0 for t in (x, w1))
+    return RoutePlan(order, *indices, n_tokens, n_experts, top_k)
+
+
+def _enter(op: str, backend: str, x: Tensor, w1: Tensor, w2: Tensor, plan: RoutePlan):
+    """The module of the path that begins to run; it can take what is there, and follow the plan wherever it points."""
+    dispatch.admit(op, backend, x.device, BACKENDS, x.dtype)
+    if backend == "grouped_mm":
+        _check_grouped_mm(x, w1, w2)
+    path = _path(dispatch.begin(op, backend, NATIVE))
+    plan.require(getattr(path, "fits", None))
+    return path
+
+
+def _laid(x: Tensor, w1: Tensor, w2: Tensor, score: Tensor, *biases: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in memory as the paths read them; nothing is copied that lies so."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    biases = (None if b is None else b.contiguous() for b in biases)
+    return x, w1.contiguous(), w2.contiguous(), score.contiguous(), *biases
+
+
 def _path(backend: str):
     """The module of a path, imported when it is used: importing an operator must not import triton."""
     return import_module(f"{__name__}.{backend}")
@@ -178,6 +210,7 @@ def _path(backend: str):
 def _check(x, w1, w2, plan, score, b1, b2, activation) -> None:
     if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
+    plan.require_form()
     if x.ndim != 2:
         raise InputError(f"x has shape {tuple(x.shape)} but must be (tokens, dim)")
     if x.dtype not in DTYPES:

@@ -35,6 +35,34 @@ static long least(long a, long b) { return a < b ? a : b; }
 /* For native.py. */
 long pitch(long n) { return pitched(n); }
 
+/* Whether offs, of n + 1 numbers, rises from 0 to the end. */
+static int rises(const int32_t *offs, long n, long end)
+{
+    if (offs[0] != 0 || offs[n] != end) return 0;
+    for (long i = 0; i < n; i++)
+        if (offs[i] > offs[i + 1]) return 0;
+    return 1;
+}
+
+/* Whether a plan is one that RoutePlan.build makes: with that, no row is read or written that is not there. top_k is 0
+ * where tok_offs tells the pairs of a token. */
+int fits(long n_tokens, long n_experts, long n_pairs, long top_k, const int32_t *order, const int32_t *inv,
+         const int32_t *tok, const int32_t *offs, const int32_t *tok_offs)
+{
+    if (!rises(offs, n_experts, n_pairs) || (tok_offs && !rises(tok_offs, n_tokens, n_pairs))) return 0;
+    for (long e = 0; e < n_experts; e++) {
+        long last = -1;
+        for (long row = offs[e]; row < offs[e + 1]; row++) {
+            long pair = order[row], token = tok[row];
+            if (pair <= last || pair >= n_pairs || inv[pair] != row || token < 0 || token >= n_tokens) return 0;
+            long first = tok_offs ? tok_offs[token] : token * top_k;
+            if (pair < first || pair >= (tok_offs ? tok_offs[token + 1] : first + top_k)) return 0;
+            last = pair;
+        }
+    }
+    return 1;
+}
+
 /* panel (depth, WIDE) = n columns of b from row k and column j on; zeros behind them. */
 static void pack(right b, long k, long depth, long j, long n, float *panel)
 {

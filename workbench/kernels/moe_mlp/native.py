@@ -7,7 +7,7 @@ rows, and then, once they are done, by rows of its weight gradients. No number d
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import c_long, c_void_p
+from ctypes import c_int, c_long, c_void_p
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -43,10 +43,19 @@ class Layer(ctypes.Structure):
 #: The arguments of the functions of native.c.
 ARGUMENTS = {
     "pitch": (c_long,),
+    "fits": (*(c_long,) * 4, *(c_void_p,) * 5),
     "forward": (Layer, *(c_long,) * 3, c_void_p, c_long, *(c_void_p,) * 3),
     "backward": (Layer, *(c_long,) * 5, *(c_void_p,) * 6),
     "weights": (Layer, *(c_long,) * 5, c_void_p, c_long, *(c_void_p,) * 6),
 }
+
+RESULTS = {"pitch": c_long, "fits": c_int}
+
+
+def fits(plan: RoutePlan) -> bool:
+    """Whether the values of a plan are right, for `RoutePlan.require`."""
+    sizes = plan.n_tokens, plan.n_experts, plan.n_pairs, plan.top_k or 0
+    return bool(_function("fits")(*sizes, *_addresses(plan.order, plan.inv, plan.tok, plan.offs, plan.tok_offs)))
 
 
 def forward(
@@ -184,5 +193,5 @@ def _pitch(width: int) -> int:
 @cache
 def _function(name: str):
     function = native.library(SOURCE)[name]
-    function.argtypes, function.restype = ARGUMENTS[name], c_long if name == "pitch" else None
+    function.argtypes, function.restype = ARGUMENTS[name], RESULTS.get(name)
     return function

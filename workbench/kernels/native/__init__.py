@@ -11,8 +11,10 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,20 +54,64 @@ def library(source: Path) -> ctypes.CDLL:
     """
     compiler, flags = _flags()
     parts = [HEADER.read_bytes(), source.read_bytes(), repr((compiler, flags, _processor())).encode()]
-    kept = home() / "native" / f"{source.parent.name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    if kept.exists():
-        with suppress(OSError):  # it is torn, or in a folder from which nothing may be run
+    name, cache = f"{source.parent.name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}", home() / "native"
+    private = _private(cache)
+    if private and (kept := _kept(cache, name)) is not None:
+        with suppress(OSError):  # it is in a folder from which nothing may be run
             return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as scratch:
-        built = Path(scratch) / kept.name
+        built = Path(scratch) / f"{name}.so"
         _compile(compiler, flags, source, built)
-        # in a home that cannot be written nothing is kept: each process compiles it
-        with suppress(OSError), sealed_file(kept) as copy:
-            shutil.copyfile(built, copy)
+        if private:
+            _keep(built, cache)
         try:
             return ctypes.CDLL(str(built))
         except OSError as error:
             raise NoCompiler(f"what the C compiler built cannot be loaded: {error}") from error
+
+
+def _private(cache: Path) -> bool:
+    """Whether nobody else can write to the folder, if it is there: code in it is going to run in this process."""
+    try:
+        found = cache.stat()
+    except OSError:
+        return True
+    if hasattr(os, "geteuid") and (
+        found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        warnings.warn(
+            f"{cache} belongs to another person or may be written by others, so no compiled code is taken from it and "
+            "each process compiles its own; delete the folder, and it is made anew",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _kept(cache: Path, name: str) -> Path | None:
+    """The library of this name that is, byte for byte, what was kept. What is not is removed: it would end the process
+    that runs it, without a word.
+    """
+    for path in cache.glob(f"{name}-*.so"):
+        with suppress(OSError):
+            if path.name == _kept_name(path, name):
+                return path
+            path.unlink()
+    return None
+
+
+def _keep(built: Path, cache: Path) -> None:
+    """In a home that cannot be written nothing is kept: each process compiles it."""
+    with suppress(OSError):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with sealed_file(cache / _kept_name(built, built.stem)) as copy:
+            shutil.copyfile(built, copy)
+            copy.chmod(0o600)
+
+
+def _kept_name(path: Path, name: str) -> str:
+    """Known by what it was made from, and by what it is."""
+    return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:32]}.so"
 
 
 def compiler() -> str | None:

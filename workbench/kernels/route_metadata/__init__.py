@@ -50,6 +50,9 @@ def _triton(
     expert: Tensor, n_experts: int, top_k: int | None, tok_offs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """order, inv and tok (P,) and offs (E + 1,), int32."""
+    check(expert, n_experts, top_k, tok_offs)
+    check_values(expert, n_experts, tok_offs)
+    dispatch.admit("route_metadata", "triton", expert.device, BACKENDS)
     dispatch.begin("route_metadata", "triton")
     return import_module(f"{__name__}.triton").route_metadata(expert, n_experts, top_k, tok_offs)
 

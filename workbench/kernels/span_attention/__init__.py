@@ -48,12 +48,7 @@ def span_attention(
     Raises:
         InputError: a shape, dtype, span or backend that cannot be used; a gradient asked of the "triton" path.
     """
-    _check(q, k, v, 4)
-    if k.shape[2] != q.shape[2]:
-        raise InputError(f"k has {k.shape[2]} tokens but must have as many as q, {q.shape[2]}")
-    spans = _integers("spans", spans, q.shape[1], "query head", 1)
-    if isinstance(sink, bool) or not isinstance(sink, int | torch.SymInt) or sink < 0:
-        raise InputError(f"sink is {sink!r} but must be a number of tokens, at least 0")
+    spans = _check_spans(q, k, v, spans, sink)
     backend = dispatch.choose("span_attention", backend, q.device, BACKENDS)
     if backend == "triton":
         _check_triton(q)
@@ -83,15 +78,7 @@ def span_decode(
     Returns:
         (B, Hq, d).
     """
-    _check(q, k, v, 3)
-    heads = len(start)
-    if not heads or q.shape[1] % heads:
-        raise InputError(f"start has {heads} entries but their number must divide the {q.shape[1]} heads of q")
-    start = _integers("start", start, heads, "key head", 0)
-    length = _integers("length", length, heads, "key head", 1)
-    for s, n in zip(start, length, strict=True):
-        if s + n > k.shape[1]:
-            raise InputError(f"start {s} and length {n} reach slot {s + n} but k has {k.shape[1]} slots")
+    start, length = _check_slots(q, k, v, start, length)
     backend = dispatch.choose("span_decode", backend, q.device, BACKENDS)
     if backend == "triton":
         _check_triton(q)
@@ -110,6 +97,8 @@ def _path(backend: str):
 
 @torch.library.custom_op("workbench::span_attention", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sink: int, backend: str) -> Tensor:
+    _check_spans(q, k, v, spans, sink)
+    _admit("span_attention", backend, q)
     dispatch.begin("span_attention", backend)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -125,6 +114,15 @@ def _(q, k, v, spans, sink, backend):
 def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int], sink: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_spans(q, k, v, spans, sink)
+    _admit("span_attention", backend, q)
+    if grad.shape != q.shape or grad.dtype != q.dtype or grad.device != q.device:
+        raise InputError(
+            f"grad is {grad.dtype} of shape {tuple(grad.shape)} on {grad.device} but must be {q.dtype} of shape "
+            f"{tuple(q.shape)} on {q.device}"
+        )
+    if backend == "triton":
+        raise InputError("backend is 'triton' but that path of span_attention has no gradient")
     dispatch.begin("span_attention.backward", backend)
     return _path(backend).span_attention_backward(grad, q, k, v, spans, sink)
 
@@ -148,6 +146,8 @@ _attend.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("workbench::span_decode", mutates_args=())
 def _decode(q: Tensor, k: Tensor, v: Tensor, start: Sequence[int], length: Sequence[int], backend: str) -> Tensor:
+    _check_slots(q, k, v, start, length)
+    _admit("span_decode", backend, q)
     dispatch.begin("span_decode", backend)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -176,6 +176,38 @@ def _backward_flops(grad, q, k, v, spans, sink, *_, **__) -> int:
 def _decode_flops(q, k, v, start, length, *_, **__) -> int:
     batch, heads, d = q
     return 4 * batch * d * sum(length) * heads // len(length)
+
+
+def _admit(op: str, backend: str, q: Tensor) -> None:
+    dispatch.admit(op, backend, q.device, BACKENDS)
+    if backend == "triton":
+        _check_triton(q)
+
+
+def _check_spans(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[int] | Tensor, sink: int) -> list[int]:
+    """The spans as integers."""
+    _check(q, k, v, 4)
+    if k.shape[2] != q.shape[2]:
+        raise InputError(f"k has {k.shape[2]} tokens but must have as many as q, {q.shape[2]}")
+    if isinstance(sink, bool) or not isinstance(sink, int | torch.SymInt) or sink < 0:
+        raise InputError(f"sink is {sink!r} but must be a number of tokens, at least 0")
+    return _integers("spans", spans, q.shape[1], "query head", 1)
+
+
+def _check_slots(
+    q: Tensor, k: Tensor, v: Tensor, start: Sequence[int] | Tensor, length: Sequence[int] | Tensor
+) -> tuple[list[int], list[int]]:
+    """Start and length as integers."""
+    _check(q, k, v, 3)
+    heads = len(start)
+    if not heads or q.shape[1] % heads:
+        raise InputError(f"start has {heads} entries but their number must divide the {q.shape[1]} heads of q")
+    start = _integers("start", start, heads, "key head", 0)
+    length = _integers("length", length, heads, "key head", 1)
+    for s, n in zip(start, length, strict=True):
+        if s + n > k.shape[1]:
+            raise InputError(f"start {s} and length {n} reach slot {s + n} but k has {k.shape[1]} slots")
+    return start, length
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:

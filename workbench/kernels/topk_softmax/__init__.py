@@ -38,18 +38,15 @@ def topk_softmax(
     Raises:
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
-    if logits.ndim != 2 or not logits.is_floating_point():
-        raise InputError(
-            f"logits is {logits.dtype} of shape {tuple(logits.shape)} but must be floating point (tokens, experts)"
-        )
-    if not 1 <= k <= logits.shape[1]:
-        raise InputError(f"k is {k} but must be between 1 and the number of experts, {logits.shape[1]}")
+    _check(logits, k)
     chosen = dispatch.choose("topk_softmax", backend, logits.device, BACKENDS)
     return _forward(logits, k, renormalize, chosen)
 
 
 @torch.library.custom_op("workbench::topk_softmax", mutates_args=())
 def _forward(logits: Tensor, k: int, renormalize: bool, backend: str) -> tuple[Tensor, Tensor]:
+    _check(logits, k)
+    dispatch.admit("topk_softmax", backend, logits.device, BACKENDS)
     dispatch.begin("topk_softmax", backend)
     score, index = import_module(f"{__name__}.{backend}").topk_softmax(logits, k, renormalize)
     return score, index.to(torch.int64)
@@ -81,3 +78,12 @@ def _grads(ctx, grad, _):
 
 
 _forward.register_autograd(_grads, setup_context=_setup)
+
+
+def _check(logits: Tensor, k: int) -> None:
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise InputError(
+            f"logits is {logits.dtype} of shape {tuple(logits.shape)} but must be floating point (tokens, experts)"
+        )
+    if not 1 <= k <= logits.shape[1]:
+        raise InputError(f"k is {k} but must be between 1 and the number of experts, {logits.shape[1]}")

