@@ -1,5 +1,7 @@
 """What the native paths share: how a C file is built, kept and found again, and the arithmetic of tile.h."""
 
+import itertools
+import os
 import stat
 import sys
 from ctypes import c_long
@@ -7,7 +9,16 @@ from ctypes import c_long
 import pytest
 import torch
 
+from tests.fuzz import plans
+from tests.fuzz.harness import try_all
+from workbench.errors import InputError
 from workbench.kernels import native
+from workbench.kernels.block_sparse_attention import native as attention
+from workbench.kernels.block_sparse_attention.index import BlockIndex
+from workbench.kernels.moe_mlp import native as experts
+from workbench.kernels.native.cases import INDEX, PLAN, calls
+from workbench.kernels.native.sanitize import sanitize
+from workbench.kernels.plan import RoutePlan
 
 PRODUCT = """
 #include "tile.h"
@@ -90,15 +101,61 @@ def test_a_file_is_compiled_once_and_again_when_it_changes(source, home, monkeyp
     assert len(calls) == 2
 
 
-def test_a_torn_library_is_built_again(source, home):
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_library_that_was_cut_short_is_built_again(source, home, share):
     native.library.cache_clear()
     native.library(source)
     (kept,) = (home / "native").iterdir()
+    content = kept.read_bytes()
     kept.unlink()  # what is loaded stays as it is
-    kept.write_bytes(b"torn")
+    kept.write_bytes(content[: int(len(content) * share)])
     native.library.cache_clear()
     assert native.library(source).rows() > 0
-    assert kept.stat().st_size > 1000
+    assert [path.read_bytes() for path in (home / "native").iterdir()] == [content]
+
+
+def test_another_library_of_that_name_is_not_loaded(source, home):
+    native.library.cache_clear()
+    native.library(source)
+    (kept,) = (home / "native").iterdir()
+    source.write_text(PRODUCT.replace("return ROWS", "return -1"))
+    native.library.cache_clear()
+    native.library(source)
+    (other,) = set((home / "native").iterdir()) - {kept}
+    other.replace(kept)
+    source.write_text(PRODUCT)
+    native.library.cache_clear()
+    assert native.library(source).rows() > 0
+
+
+def test_what_is_kept_is_the_persons_own(source, home):
+    native.library.cache_clear()
+    before = os.umask(0)
+    try:
+        native.library(source)
+    finally:
+        os.umask(before)
+    for path in (home / "native", *(home / "native").iterdir()):
+        assert not path.stat().st_mode & 0o077
+
+
+@pytest.mark.parametrize("whose", ["writable by others", "another person's"])
+def test_a_folder_that_others_may_write_is_not_used(source, home, monkeypatch, whose):
+    native.library.cache_clear()
+    native.library(source)
+    folder = home / "native"
+    (kept,) = folder.iterdir()
+    kept.unlink()
+    if whose == "writable by others":
+        folder.chmod(0o770)
+    elif os.geteuid() == 0:
+        os.chown(folder, 1, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    native.library.cache_clear()
+    with pytest.warns(UserWarning, match="may be written by others, so no compiled code is taken from it"):
+        assert native.library(source).rows() > 0
+    assert not [*folder.iterdir()]
 
 
 def test_a_file_the_compiler_refuses_is_an_obstacle_that_is_told(source, home):
@@ -132,3 +189,45 @@ def test_a_compiler_that_hangs_is_given_up(source, tmp_path, monkeypatch):
         assert "did not run" in native.obstacle(source)
     finally:
         native._flags.cache_clear()
+
+
+def test_calls_that_cannot_be_are_refused_on_every_path(tmp_path):
+    tally = try_all(itertools.islice(plans.cases(tmp_path, seed=1), 60))
+    assert not tally.faults and tally.refused["plans"] > 15
+
+
+def test_c_and_python_say_the_same_of_a_plan_and_of_an_index(compiler):
+    """The two ways to look at one: whatever the form allows, both take it or both refuse it."""
+    seen = {"taken": 0, "refused": 0}
+    for call in itertools.islice(calls(seed=2), 1200):
+        given = call.arguments
+        if "order" in given and "x" in given:
+            made = RoutePlan(*(given[name] for name in PLAN), len(given["x"]), len(given["w1"]), given["top_k"])
+            form, fits = made.require_form, experts.fits
+        elif "rows" in given:
+            made = BlockIndex(given["block_size"], *(given[name] for name in INDEX))
+            form, fits = lambda made=made, q=given["q"]: made.require_form(*q.shape[:2]), attention.fits
+        else:
+            continue
+        try:
+            form()
+        except (InputError, TypeError, IndexError):  # q, x or w1 may be what is no tensor of theirs
+            continue
+        try:
+            made._require_values()
+            says = "taken"
+        except InputError:
+            says = "refused"
+        assert fits(made) == (says == "taken"), call.name
+        seen[says] += 1
+    assert min(seen.values()) > 50
+
+
+def test_the_sanitizers_find_nothing():
+    try:
+        findings = sanitize(28, seed=1)
+    except InputError as error:
+        if "has no" in str(error) or "no C compiler" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert findings.found == () and findings.sound == 14 and findings.refused > 5

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from joblib.externals.loky import get_reusable_executor
 
+from tests.processes import below, running
 from tests.studies import toy
 from tests.studies.toy import ARMS, STUDY, ran
 from workbench.errors import InputError
@@ -94,8 +95,8 @@ def test_each_row_is_kept_in_two_processes_too(home: Path):
     assert STUDY.execute("smoke", jobs=2).origin == {"kept": 6} and len(ran()) == 6
 
 
-def start(log: Path, seeds: int, **env: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.studies.toy", str(log), str(seeds)]
+def start(log: Path, seeds: int, jobs: int = 1, **env: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.studies.toy", str(log), str(seeds), str(jobs)]
     given = os.environ | {key: str(value) for key, value in env.items()}
     return subprocess.Popen(command, env=given, stdout=subprocess.PIPE, text=True)
 
@@ -108,6 +109,20 @@ def test_a_study_that_was_killed_goes_on_where_it_was_and_leaves_nothing(home: P
     assert STUDY.execute("smoke", seeds=4).origin == {"kept": 7, "run": 5}
     assert ran()[8:] == ["one-2", "other-2", *(f"{arm}-3" for arm in ARMS)]
     assert [path.suffix for path in files(home)] == [".json"] * 12
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at the processes of Linux")
+def test_the_workers_of_a_study_end_with_it(home: Path, log: Path, until):
+    killed = start(log, 4, jobs=2, TOY_SECONDS=600)
+    until(lambda: len(ran()) == 2)
+    left = below(killed.pid)
+    assert len(left) >= 2
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    until(lambda: not any(map(running, left)))
+    killed.stdout.close()
+    STUDY.execute("smoke")
+    assert [path.suffix for path in files(home)] == [".json"] * 6
 
 
 def test_what_a_kill_has_left_is_cleared_up_by_a_run_that_has_nothing_to_run(home: Path):

@@ -1,6 +1,6 @@
 """A study that costs nothing and writes down each row it runs; also as a process of its own:
 
-    python -m tests.studies.toy LOG [SEEDS]     one process, prints the origin of its rows
+    python -m tests.studies.toy LOG SEEDS JOBS     in JOBS workers, or itself; prints the origin of its rows
 
 The environment asks it to be slow (TOY_SECONDS a row) or to be killed in the middle (TOY_KILL: the row that does it).
 """
@@ -60,4 +60,5 @@ if __name__ == "__main__":
     from tests.studies import toy  # by its name: the code of __main__ would be another's
 
     os.environ["TOY_LOG"] = sys.argv[1]
-    print(json.dumps(dict(toy.STUDY.execute("smoke", seeds=int(sys.argv[2])).origin)))
+    seeds, jobs = map(int, sys.argv[2:])
+    print(json.dumps(dict(toy.STUDY.execute("smoke", seeds=seeds, jobs=jobs).origin)))

@@ -1,5 +1,6 @@
 """Checkpoints: exact, atomic, checked, and without pickles."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.fuzz import sidecars
+from tests.fuzz.harness import try_all
 from workbench.errors import InputError
 from workbench.lib.core.checkpoint import load, save, weights_digest
 from workbench.lib.core.experts import GLUExperts
@@ -148,6 +151,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm):
     found = load(tmp_path, model, optimizer)
     assert found.step == 1 and weights_digest(model) == before
     assert len(found.skipped) == 1 and found.skipped[0].startswith("step-00000002: ")
+
+
+def test_a_sidecar_that_is_not_what_was_written_is_refused_in_words(tmp_path: Path):
+    tally = try_all(itertools.islice(sidecars.cases(tmp_path, seed=1), 60))
+    assert not tally.faults and min(tally.read["sidecars"], tally.refused["sidecars"]) > 5
 
 
 def test_without_one_good_checkpoint_the_reasons_are_given(tmp_path: Path):

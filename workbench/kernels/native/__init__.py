@@ -3,6 +3,14 @@
 They do what separate operators of torch cannot: rows are gathered, multiplied, put through the exponential and summed
 while they are in registers and the first level of cache. Each is a `native.c` beside the operator's other paths, for
 float32; `tile.h` here is what they share. Where there is no C compiler, the operators take their path "cpu".
+
+    python -m workbench.kernels.native --sanitize [--shapes N] [--seed S]
+
+builds them with the address and undefined-behaviour sanitizers of gcc and runs N calls, of random shapes and with
+arguments that cannot be; it says how many there were and what was found (see `sanitize`).
+
+What is compiled is kept, and is run by every process that finds it. So it is written aside and flushed, its name has a
+digest of its content, which is looked at before it is loaded, and nothing is taken from a folder that others may write.
 """
 
 import ctypes

@@ -13,9 +13,11 @@ may change while training (top_k and the coefficients of every router) are kept 
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -118,25 +120,26 @@ def load(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer 
     for path in _checkpoints(Path(folder)):
         try:
             content = _verified(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             skipped.append(f"{path.name}: {error}")
             continue
         try:
-            load_model(model, str(path / MODEL))
+            extra, state = load_file(path / EXTRA), None
             if optimizer is not None:
                 names = _names(model, optimizer)
-                optimizer.load_state_dict(
-                    _unflatten(optimizer, names, load_file(path / OPTIMIZER), content["optimizer"])
-                )
+                state = _unflatten(optimizer, names, load_file(path / OPTIMIZER), content["optimizer"])
             _restore_routers(model, content["routers"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            load_model(model, str(path / MODEL))
+            if optimizer is not None:
+                optimizer.load_state_dict(state)
+        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"checkpoint {path} does not fit this model: {error}") from error
         return Checkpoint(
             path=path,
             step=content["step"],
             lr_scale=content["lr_scale"],
             controls=content["controls"],
-            extra=load_file(path / EXTRA),
+            extra=extra,
             torch_version=content["torch_version"],
             skipped=tuple(skipped),
         )
@@ -167,17 +170,53 @@ def _step(path: Path) -> int:
 
 
 def _verified(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's sidecar; ValueError, KeyError, TypeError or OSError where anything is amiss."""
-    sealed = json.loads((path / SIDECAR).read_text())
-    content = sealed["content"]
-    if sealed["sha256"] != _digest(content):
-        raise ValueError(f"{SIDECAR} is damaged")
-    if content["format"] > FORMAT:
-        raise ValueError(f"format {content['format']} is newer than {FORMAT}")
+    """The content of a checkpoint's sidecar; ValueError or OSError where anything is amiss."""
+    try:
+        sealed = _told(json.loads((path / SIDECAR).read_bytes()), content=dict, sha256=str)
+        content = sealed["content"]
+        if sealed["sha256"] != _digest(content):
+            raise ValueError(f"{SIDECAR} is damaged")
+        _check_content(content)
+    except RecursionError:
+        raise ValueError(f"{SIDECAR} is nested too deeply") from None
+    if content["step"] != _step(path):
+        raise ValueError(f"{SIDECAR} is of step {content['step']}")
     for name, digest in content["files"].items():
         if _file_digest(path / name) != digest:
             raise ValueError(f"{name} is damaged")
     return content
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    """ValueError unless it is what `save` writes: a digest says no more than that who wrote it made one."""
+    if _told(content, format=int)["format"] > FORMAT:
+        raise ValueError(f"format {content['format']} is newer than {FORMAT}")
+    _told(content, step=int, lr_scale=float, controls=dict, torch_version=str, routers=dict, optimizer=dict, files=dict)
+    if content["files"].keys() != {MODEL, OPTIMIZER, EXTRA}:
+        raise ValueError(f"{SIDECAR} lists other files than {MODEL}, {OPTIMIZER} and {EXTRA}")
+    for router in content["routers"].values():
+        for coefficient in _told(router, top_k=(int, NoneType), coefficients=dict)["coefficients"].values():
+            _told({"coefficient": coefficient}, coefficient=float)
+    stored = _told(content["optimizer"], groups=list, values=dict)
+    plain = list(stored["values"].values())
+    for group in stored["groups"]:
+        _told(group, names=list, options=dict)
+        for value in group["options"].values():
+            plain += value if isinstance(value, list) else [value]  # JSON has no tuples
+    for value in plain:
+        _told({"value": value}, value=(float, bool, str, NoneType))
+
+
+def _told(value: Any, /, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """The value, if it is a dict with these keys and their values are of these types; a float is any finite number."""
+    if not isinstance(value, dict) or not kinds.keys() <= value.keys():
+        raise ValueError(f"{SIDECAR} has no {', '.join(kinds)} where they must be")
+    for name, kind in kinds.items():
+        found, allowed = value[name], kind if isinstance(kind, tuple) else (kind,)
+        number = float in allowed and type(found) in (int, float) and abs(found) <= sys.float_info.max
+        if not number and (type(found) is float or type(found) not in allowed):
+            raise ValueError(f"{SIDECAR} has {str(found)[:60]!r} for {name}")
+    return value
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -238,11 +277,14 @@ def _restore_routers(model: nn.Module, settings: dict[str, dict[str, Any]]) -> N
     if layers.keys() != settings.keys():
         raise ValueError("it has other mixture-of-experts layers")
     for name, layer in layers.items():
-        top_k, coefficients = settings[name]["top_k"], settings[name]["coefficients"]
+        top_k = settings[name]["top_k"]
+        if (top_k is None) != (layer.router.top_k is None):
+            raise ValueError(f"{name} has a router of another kind")
         if top_k != layer.router.top_k:
             layer.router.set_top_k(top_k)
+    for name, layer in layers.items():
         layer.router.coefficients.clear()
-        layer.router.coefficients.update(coefficients)
+        layer.router.coefficients.update(settings[name]["coefficients"])
 
 
 def _digest(content: dict[str, Any]) -> str:

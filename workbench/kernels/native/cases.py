@@ -1,0 +1,307 @@
+"""Calls of the operators from a seed: random shapes, and arguments that cannot be. For the sanitizer and for tests.
+
+Every second call is sound. In the others one argument is another: an index that points elsewhere, a list that is cut
+short, a size beyond all memory. Such a call must be refused, by `InputError`; where an index could only be the one it
+was, there is no excuse for taking it.
+
+Tensor letters: T tokens, D and H widths, E experts, K experts or blocks a token, P routed pairs.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
+from workbench.kernels.block_sparse_attention.index import BlockIndex
+from workbench.kernels.moe_mlp import ACTIVATIONS, moe_mlp
+from workbench.kernels.plan import RoutePlan
+
+WIDTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 80, 129)  # about whole vectors, tiles and panels
+NUMBERS = (-(2**63), -(2**31), -1, 0, 1, 3, 1000, 2**16 + 1, 2**31 - 1, 2**31, 2**40, 2**63 - 1)
+PLAN = ("order", "inv", "tok", "offs", "tok_offs")
+INDEX = ("blocks", "rows", "col_offs", "pair", "starts", "lengths")
+
+ops = torch.ops.workbench
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator.
+
+    Attributes:
+        name: of the operator, and what was done to an argument.
+        function: called with the arguments in their order.
+        arguments: by name.
+        only: those of which no other value is right beside the rest.
+        refused: whether it must be.
+    """
+
+    name: str
+    function: Callable[..., object]
+    arguments: dict[str, Any]
+    only: Sequence[str] = ()
+    refused: bool = False
+
+    def __call__(self) -> object:
+        return self.function(*self.arguments.values())
+
+
+def calls(seed: int, native: bool = False) -> Iterator[Call]:
+    """Without end; `native` for those alone that a path in C takes."""
+    problems = (experts, bank, attention, gate) if native else (experts, bank, attention, gate, sums, spans, slots)
+    for number in itertools.count():
+        draw = random.Random(f"{seed} {number}")
+        torch.manual_seed(draw.randrange(2**31))
+        call = draw.choice(problems[number // 2 % len(problems)](draw, native))
+        yield damaged(draw, call) if number % 2 else call
+
+
+def experts(draw: random.Random, native: bool) -> list[Call]:
+    n_experts, top_k, activation = draw.randrange(1, 7), draw.randrange(1, 4), draw.choice(tuple(ACTIVATIONS))
+    dim, hidden = draw.choice(WIDTHS), draw.choice(WIDTHS)
+    plan = _plan(draw, n_experts, top_k)
+    backend = "native" if native else draw.choice(("native", "native", "cpu", "reference", "grouped_mm"))
+    if backend == "grouped_mm":
+        dim, hidden = -(-dim // 4) * 4, -(-hidden // 4) * 4
+    up, biased = ACTIVATIONS[activation] * hidden, draw.random() < 0.5
+    x = torch.randn(plan.n_tokens, dim + draw.choice((0, 3)))[:, :dim]  # rows may lie apart
+    arguments = {
+        "x": x,
+        "w1": torch.randn(n_experts, up, dim),
+        "w2": torch.randn(n_experts, dim, hidden),
+        "score": torch.rand(plan.n_pairs),
+        "b1": torch.randn(n_experts, up) if biased else None,
+        "b2": torch.randn(n_experts, dim) if biased else None,
+        **{name: getattr(plan, name) for name in PLAN},
+        "top_k": plan.top_k,
+        "activation": activation,
+        "backend": backend,
+    }
+
+    def forward(*given):
+        return ops.moe_mlp(*given, True)
+
+    def by_plan(x, w1, w2, score, b1, b2, order, inv, tok, offs, tok_offs, top_k, activation, backend):
+        made = RoutePlan(order, inv, tok, offs, tok_offs, x.shape[0], w1.shape[0], top_k)
+        return moe_mlp(x, w1, w2, made, score, b1, b2, activation=activation, backend=backend)
+
+    out, z = forward(*arguments.values())
+    kept = {"grad": torch.randn_like(out), "x": x, "z": z} | {k: v for k, v in arguments.items() if k != "x"}
+    return [
+        Call("moe_mlp", forward, arguments, PLAN),
+        Call("moe_mlp of a RoutePlan", by_plan, arguments, PLAN),
+        Call("moe_mlp_backward", ops.moe_mlp_backward, kept, PLAN),
+    ]
+
+
+def bank(draw: random.Random, native: bool) -> list[Call]:
+    n_experts, top_k, rank = draw.randrange(1, 7), draw.randrange(1, 4), draw.choice((1, 2, 3, 4, 7, 8, 9, 16))
+    d_in, d_out = draw.choice(WIDTHS), draw.choice(WIDTHS)
+    backend = "native" if native else draw.choice(("native", "native", "cpu", "reference", "dense"))
+    plan = _plan(draw, n_experts, top_k)
+    arguments = {
+        "x": torch.randn(plan.n_tokens, d_in),
+        "a": torch.randn(n_experts, rank, d_in),
+        "b": torch.randn(n_experts, d_out, rank),
+        "score": torch.rand(plan.n_pairs),
+        "expert": _experts(plan),
+        "tok_offs": plan.tok_offs,
+        "top_k": plan.top_k,
+        "backend": backend,
+    }
+    out, codes, index = ops.low_rank(*arguments.values(), True)
+    x, a, b, score, expert, tok_offs, *_ = arguments.values()
+    kept = {"grad": torch.randn_like(out), "x": x, "codes": codes, "a": a, "b": b, "score": score, "expert": expert}
+    needs = [draw.random() < 0.8 for _ in range(4)]
+    kept |= {"index": index, "tok_offs": tok_offs, "top_k": plan.top_k, "backend": backend}
+    return [
+        Call("low_rank", lambda *given: ops.low_rank(*given, True), arguments),
+        Call("low_rank_backward", lambda *given: ops.low_rank_backward(*given, needs), kept, ("index",)),
+    ]
+
+
+def attention(draw: random.Random, native: bool) -> list[Call]:
+    arguments = gate(draw, native)[0].arguments
+    q, k, block_size, top_k, cu_seqlens, _ = arguments.values()
+    index = block_gate_topk(q, k, block_size, top_k, cu_seqlens, backend="cpu")
+    backend = "native" if native else draw.choice(("native", "native", "cpu"))
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": torch.randn_like(k),
+        **dict(zip(INDEX, index.tensors(), strict=True)),
+        "block_size": block_size,
+        "scale": 0.5,
+        "backend": backend,
+    }
+    out, lse = ops.block_sparse_attention(*arguments.values())
+    rest = {name: arguments[name] for name in (*INDEX, "block_size", "scale", "backend")}
+    kept = {"grad": torch.randn_like(out), "q": q, "k": k, "v": arguments["v"], "out": out, "lse": lse, **rest}
+
+    def by_index(q, k, v, blocks, rows, col_offs, pair, starts, lengths, block_size, scale, backend):
+        made = BlockIndex(block_size, blocks, rows, col_offs, pair, starts, lengths)
+        return block_sparse_attention(q, k, v, made, scale=scale, backend=backend)
+
+    def by_blocks(q, k, v, blocks, block_size, scale, backend):
+        made = BlockIndex.from_blocks(blocks, block_size, cu_seqlens)
+        return block_sparse_attention(q, k, v, made, scale=scale, backend=backend)
+
+    by_reference = arguments | {"backend": backend if native else "reference"}
+    chosen = {name: arguments[name] for name in ("q", "k", "v", "blocks", "block_size", "scale", "backend")}
+    return [
+        Call("block_sparse_attention", ops.block_sparse_attention, arguments, INDEX),
+        Call("block_sparse_attention of a BlockIndex", by_index, by_reference, INDEX),
+        Call("block_sparse_attention of blocks", by_blocks, chosen),
+        Call("block_sparse_attention_backward", ops.block_sparse_attention_backward, kept, INDEX),
+    ]
+
+
+def gate(draw: random.Random, native: bool) -> list[Call]:
+    n_tokens, groups, heads = draw.randrange(0, 80), draw.randrange(1, 3), draw.randrange(1, 3)
+    width = draw.choice(WIDTHS)
+    q, k = torch.randn(n_tokens, groups * heads, width), torch.randn(n_tokens, groups, width)
+    if draw.random() < 0.3:  # any strides
+        q = torch.randn(groups * heads, n_tokens, 2 * width).transpose(0, 1)[..., ::2]
+    ends = sorted(draw.randrange(0, n_tokens + 1) for _ in range(draw.randrange(0, 4)))
+    cu_seqlens = torch.tensor([0, *ends, n_tokens], dtype=torch.int32) if draw.random() < 0.6 else None
+    arguments = {
+        "q": q,
+        "k": k,
+        "block_size": draw.choice((1, 2, 3, 8, 16, 20, 100)),
+        "top_k": draw.choice((1, 2, 3, 5, 9)),
+        "cu_seqlens": cu_seqlens,
+        "backend": "native" if native else draw.choice(("native", "native", "cpu", "reference")),
+    }
+    return [Call("block_gate_topk", ops.block_gate_topk, arguments)]
+
+
+def sums(draw: random.Random, native: bool) -> list[Call]:
+    plan = _plan(draw, draw.randrange(1, 7), draw.randrange(1, 4))
+    arguments = {
+        "y": torch.randn(plan.n_pairs, draw.choice(WIDTHS)),
+        "weight": torch.rand(plan.n_pairs) if draw.random() < 0.5 else None,
+        **{name: getattr(plan, name) for name in PLAN},
+        "n_tokens": plan.n_tokens,
+        "n_experts": plan.n_experts,
+        "top_k": plan.top_k,
+        "backend": draw.choice(("cpu", "reference")),
+    }
+    return [Call("gather_sum", ops.gather_sum, arguments, PLAN)]
+
+
+def spans(draw: random.Random, native: bool) -> list[Call]:
+    n_tokens, groups, heads, width = draw.randrange(0, 70), draw.randrange(1, 3), draw.randrange(1, 3), 8
+    q, k = torch.randn(2, groups * heads, n_tokens, width), torch.randn(2, groups, n_tokens, width)
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": torch.randn_like(k),
+        "spans": [draw.randrange(1, 90) for _ in range(groups * heads)],
+        "sink": draw.randrange(0, 9),
+        "backend": draw.choice(("cpu", "reference")),
+    }
+    return [
+        Call("span_attention", ops.span_attention, arguments),
+        Call("span_attention_backward", ops.span_attention_backward, {"grad": torch.randn_like(q)} | arguments),
+    ]
+
+
+def slots(draw: random.Random, native: bool) -> list[Call]:
+    groups, heads, width = draw.randrange(1, 4), draw.randrange(1, 3), 8
+    length = [draw.randrange(1, 9) for _ in range(groups)]
+    start = [sum(length[:group]) for group in range(groups)]
+    k = torch.randn(2, sum(length), width)
+    q, backend = torch.randn(2, groups * heads, width), draw.choice(("cpu", "reference"))
+    arguments = {"q": q, "k": k, "v": torch.randn_like(k), "start": start, "length": length, "backend": backend}
+    return [Call("span_decode", ops.span_decode, arguments)]
+
+
+def damaged(draw: random.Random, call: Call) -> Call:
+    """The call with one argument that is another."""
+    indices = [name for name in call.only if call.arguments[name] is not None]
+    name = draw.choice(indices if indices and draw.random() < 0.6 else list(call.arguments))
+    value = call.arguments[name]
+    if isinstance(value, Tensor):
+        what, other = _index(draw, value) if not value.is_floating_point() else _numbers(draw, value)
+    elif isinstance(value, str):
+        what, other = "unknown", "order"  # a module of that name there is
+    elif isinstance(value, float):
+        what, other = "not a number", float("nan")
+    elif isinstance(value, list):
+        place, number = draw.randrange(len(value)), draw.choice(NUMBERS)
+        what, other = f"{number} at {place}", [*value[:place], number, *value[place + 1 :]]
+    else:
+        number = draw.choice(NUMBERS)
+        other = (
+            torch.tensor([0, number]).clamp(-(2**31), 2**31 - 1).int() if name in ("tok_offs", "cu_seqlens") else number
+        )
+        other, what = (
+            (torch.rand(3), "given") if name in ("b1", "b2", "weight") and value is None else (other, str(number))
+        )
+    changed = isinstance(value, Tensor) and not (value.shape == other.shape and bool((value == other).all()))
+    return replace(
+        call,
+        name=f"{call.name}, {name} {what}",
+        arguments=call.arguments | {name: other},
+        refused=name in call.only and changed,
+    )
+
+
+def _index(draw: random.Random, index: Tensor) -> tuple[str, Tensor]:
+    """An index of which a number, the length, the order or the type is another."""
+    how = draw.choice(("one", "one", "one", "two", "swapped", "shorter", "longer", "back", "type", "apart"))
+    other, flat = index.clone(), index.numel()
+    if how == "shorter" or not flat:
+        return "cut short", index.flatten()[: draw.randrange(flat) if flat else 0].clone()
+    if how == "longer":
+        return "longer", torch.cat([index.flatten(), index.flatten()[-1:]])
+    if how == "back":
+        return "turned round", index.flip(0)
+    if how == "type":
+        return "of another type", index.to(draw.choice((torch.int64, torch.int16, torch.uint8, torch.float32)))
+    if how == "apart":
+        return "with room between", torch.stack([index, index], -1)[..., 0]
+    limits = torch.iinfo(index.dtype)
+    for _ in range(2 if how == "two" else 1):
+        place, number = draw.randrange(flat), draw.choice((*NUMBERS, flat, flat + 1, draw.randrange(-3, flat + 3)))
+        if how == "swapped":
+            number, other.view(-1)[place] = int(other.view(-1)[place]), int(other.view(-1)[0])
+            other.view(-1)[0] = number
+        else:
+            other.view(-1)[place] = min(max(number, limits.min), limits.max)
+    return ("two numbers swapped" if how == "swapped" else f"{number} at {place}"), other
+
+
+def _numbers(draw: random.Random, x: Tensor) -> tuple[str, Tensor]:
+    """A tensor of another shape, type or layout."""
+    how = draw.choice(("shorter", "narrower", "flat", "type", "none", "apart"))
+    if how == "shorter":
+        return "one shorter", x[:-1]
+    if how == "narrower":
+        return "one narrower", x[..., :-1]
+    if how == "flat":
+        return "flat", x.flatten()
+    if how == "type":
+        return "of another type", x.to(draw.choice((torch.float64, torch.bfloat16, torch.int32)))
+    if how == "none":
+        return "of one number", torch.tensor(0.0)
+    return "with room between", torch.stack([x, x], -1)[..., 0]
+
+
+def _plan(draw: random.Random, n_experts: int, top_k: int) -> RoutePlan:
+    n_tokens = draw.choice((0, 1, 2, 5, 16, 40, 90))
+    if draw.random() < 0.6:
+        return RoutePlan.build(torch.randint(n_experts, (n_tokens * top_k,)), n_experts, top_k=top_k)
+    counts = torch.randint(0, 4, (n_tokens,))
+    tok_offs = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return RoutePlan.build(torch.randint(n_experts, (int(counts.sum()),)), n_experts, tok_offs=tok_offs)
+
+
+def _experts(plan: RoutePlan) -> Tensor:
+    """(P,) expert of each pair, token-major."""
+    return torch.arange(plan.n_experts).repeat_interleave(plan.offs.diff())[plan.inv]
