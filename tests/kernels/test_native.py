@@ -101,7 +101,7 @@ def test_a_file_is_compiled_once_and_again_when_it_changes(source, home, monkeyp
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.99])
 def test_a_library_that_was_cut_short_is_built_again(source, home, share):
     native.library.cache_clear()
     native.library(source)
@@ -192,14 +192,14 @@ def test_a_compiler_that_hangs_is_given_up(source, tmp_path, monkeypatch):
 
 
 def test_calls_that_cannot_be_are_refused_on_every_path(tmp_path):
-    tally = try_all(itertools.islice(plans.cases(tmp_path, seed=1), 60))
-    assert not tally.faults and tally.refused["plans"] > 15
+    tally = try_all(itertools.islice(plans.cases(tmp_path, seed=1), 40))
+    assert not tally.faults and tally.refused["plans"] > 10
 
 
 def test_c_and_python_say_the_same_of_a_plan_and_of_an_index(compiler):
     """The two ways to look at one: whatever the form allows, both take it or both refuse it."""
     seen = {"taken": 0, "refused": 0}
-    for call in itertools.islice(calls(seed=2), 1200):
+    for call in itertools.islice(calls(seed=2), 300):
         given = call.arguments
         if "order" in given and "x" in given:
             made = RoutePlan(*(given[name] for name in PLAN), len(given["x"]), len(given["w1"]), given["top_k"])
@@ -220,7 +220,7 @@ def test_c_and_python_say_the_same_of_a_plan_and_of_an_index(compiler):
             says = "refused"
         assert fits(made) == (says == "taken"), call.name
         seen[says] += 1
-    assert min(seen.values()) > 50
+    assert min(seen.values()) > 10
 
 
 def test_the_sanitizers_find_nothing():

@@ -287,7 +287,7 @@ def _restore_routers(model: nn.Module, settings: dict[str, dict[str, Any]]) -> N
         layer.router.coefficients.update(settings[name]["coefficients"])
 
 
-def _digest(content: dict[str, Any]) -> str:
+def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
