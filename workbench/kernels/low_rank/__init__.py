@@ -149,7 +149,8 @@ def _backward(
     _check(x, a, b, expert, score, top_k, tok_offs)
     dispatch.admit("low_rank", backend, x.device, BACKENDS, x.dtype)
     _check_kept(grad, x, codes, a, b, expert, index, tok_offs, top_k, backend, needs)
-    grad, x, codes, a, b, score, expert = (t.contiguous() for t in (grad, x, codes, a, b, score, expert))
+    tensors = grad, x, codes, a, b, score, expert, index
+    grad, x, codes, a, b, score, expert, index = (tensor.contiguous() for tensor in tensors)
     backend = dispatch.begin("low_rank.backward", backend, NATIVE)
     grads = _path(backend).backward(grad, x, codes, a, b, score, expert, index, tok_offs, top_k, needs)
     return tuple(g if needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True))

@@ -68,11 +68,22 @@ def sanitize(shapes: int, seed: int = 0) -> Findings:
     before, _, after = done.stderr.partition(MARK)
     if not FOUND.search(before):
         raise InputError(f"the sanitizers are not at work: {done.stderr.strip()[-300:]}")
-    found = [match[1] for match in FOUND.finditer(after)] + [line for line in done.stdout.splitlines()[:-1]]
+    found = _told(after) + done.stdout.splitlines()[:-1]
     if done.returncode:
         found.append(f"it ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
         return Findings(0, 0, 0, tuple(found))
     return Findings(*map(int, done.stdout.split()[-3:]), tuple(found))
+
+
+def _told(said: str) -> list[str]:
+    """What the sanitizers say, each with the call in which they do."""
+    found, call = [], ""
+    for line in said.splitlines():
+        if line.startswith("call "):
+            call = line
+        elif match := FOUND.match(line):
+            found.append(f"{call}: {match[1]}")
+    return found
 
 
 def _preloaded(compiler: str) -> list[str]:
