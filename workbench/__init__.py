@@ -35,6 +35,7 @@ _LAZY = {
     "adapt": "workbench.lib.core.adapt:adapt",
     "load_adapter": "workbench.lib.core.adapt:load_adapter",
     "watch": "workbench.live.watch:watch",
+    "WatchCallback": "workbench.live.trainer_callback:WatchCallback",
     "runs": "workbench.live.store:runs",
     "find_run": "workbench.live.store:find",
     "home": "workbench.paths:home",

@@ -3,7 +3,8 @@
     workbench study rmoe --power          # runs the baselines, and prints the deviation and the seeds
 
 What is found is written into the study, `Power(..., deviation={"small": (0.004, 12)})`, and printed beside its rule. A
-test holds every preset to the seeds that its deviation asks for.
+test holds every preset to the seeds that its deviation asks for, and to no fewer than the baselines were run with: the
+differences of the paper's method may deviate more than theirs.
 """
 
 import math

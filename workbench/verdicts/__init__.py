@@ -121,7 +121,10 @@ def _system(row: Method, state: str, result: "StudyResult | None", study: "Study
     searched = " ".join((row.slug, row.title, _words(row.family), str(row.year), row.paper, row.claim, state))
     parts = {"Tested here": _text(study.tested)} if study is not None and study.tested else {}
     parts |= {} if result is None else _told(result)
-    parts |= {} if study is None else {"Rule, fixed before the runs": _text(study.rule)}
+    if study is not None:
+        parts["Rule, fixed before the runs"] = _text(study.rule)
+        note = study.power and study.power.note(study, result.preset if result else "small")
+        parts |= {"Number of seeds": _text(note.removeprefix("Seeds: "))} if note else {}
     figure = ""
     if result is not None:
         parts["Arms"] = _table(result.table())

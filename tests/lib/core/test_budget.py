@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.beds.symbol_maps import SymbolMaps
 from workbench.lib.core.adapt import Adapter, RoutedLayer, RoutedLinear, adapt
 from workbench.lib.core.adapt.expert_ffn import RoutedFeedForward
 from workbench.lib.core.attention import Attention
-from workbench.lib.core.budget import count_params, measure_budget
+from workbench.lib.core.budget import UNCOUNTED, count_params, measure_budget
 from workbench.lib.core.experts import GLU, GLUExperts
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.models import DecoderLM
@@ -151,3 +152,36 @@ def test_the_operations_of_a_bank_are_counted(monkeypatch):
         one, two, four = (flops(rank, path) for rank in (1, 2, 4))
         assert four - two == 2 * (two - one) > 0
     assert flops(2, "dense") > flops(2, "grouped")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "offsets", "flops"),
+    [
+        ((12, 8), (3, 8, 4), [4, 4, 12], 2 * 12 * 8 * 4),  # rows to experts
+        ((8, 12), (12, 4), [4, 4, 12], 2 * 12 * 8 * 4),  # their weights' gradients
+        ((3, 4, 8), (8, 12), [4, 4, 12], 2 * 4 * 8 * 12),  # columns to experts
+        ((3, 4, 8), (3, 8, 4), None, 3 * 2 * 4 * 8 * 4),  # each its own
+    ],
+)
+def test_grouped_products_are_counted(a, b, offsets, flops):
+    """torch's own counter takes them for nothing."""
+    offsets = offsets and torch.tensor(offsets, dtype=torch.int32)
+    with FlopCounterMode(display=False) as plain, FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        nn.functional.grouped_mm(torch.randn(a), torch.randn(b), offs=offsets)
+    assert counter.get_total_flops() == flops and plain.get_total_flops() == 0
+
+
+def test_packed_experts_of_transformers_count_the_same_whatever_computes_them():
+    """By the formula: pairs times the experts' matrices, once forward and twice backward."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=13, num_key_value_heads=2, num_local_experts=4, **sizes)
+    block = transformers.MixtralForCausalLM(config).model.layers[0].mlp
+    router, found = 2 * 10 * 16 * 4, set()
+    for implementation in ("grouped_mm", "batched_mm", "eager"):
+        block.experts.config._experts_implementation = implementation
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+            block(torch.randn(1, 10, 16, requires_grad=True)).sum().backward()
+        found.add(counter.get_total_flops())
+    assert found == {3 * (router + 2 * 10 * 2 * (16 * 48 + 24 * 16))}

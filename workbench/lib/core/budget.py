@@ -17,8 +17,15 @@ from workbench.lib.core.routing import Context, Routing
 from workbench.lib.core.task import Batch, Task
 
 aten = torch.ops.aten
+
+
+def _grouped(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: object) -> int:
+    """Of a grouped product: groups split one axis of the three, unless each has matrices of its own on both sides."""
+    return 2 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == len(b) == 3 else 1)
+
+
 UNCOUNTED = {  # operators of the CPU paths that torch's own counter does not know
-    aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1],
+    aten._grouped_mm: _grouped,
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)

@@ -114,6 +114,8 @@ class ColumnPool(nn.Module):
         scale: alpha / r.
     """
 
+    rank = 1
+
     def __init__(self, pool: int, d_out: int, scale: float, pairing: str = "rank"):
         super().__init__()
         if pairing not in PAIRINGS:

@@ -250,7 +250,7 @@ class MoLE(Adapter):
         alpha: float | None = None,
         local_gate: bool = True,
         global_gate: bool = True,
-        convs: Sequence[str] = (),
+        convs: str | Sequence[str] = (),
         freeze_experts: bool = False,
     ):
         self.experts, self.rank, self.alpha, self.freeze_experts = experts, rank, alpha, freeze_experts
@@ -317,7 +317,7 @@ def train_region_expert(
     targets: str | Sequence[str] = "*",
     rank: int | None = None,
     alpha: float | None = None,
-    convs: Sequence[str] = (),
+    convs: str | Sequence[str] = (),
 ) -> LoRAs:
     """Stage 2: a LoRA for one part, trained on its close-ups; the denoiser is as it was afterwards.
 

@@ -19,7 +19,7 @@ def by_layer(model: nn.Module, loras: Sequence[LoRAs | str | Path], *kinds: type
     Raises:
         InputError: none is given; or layers that the model lacks, that are none of `kinds` or that have other widths.
     """
-    read = [lora if isinstance(lora, Mapping) else read_loras(lora) for lora in loras]
+    read = [lora if isinstance(lora, Mapping) else read_loras(lora, model) for lora in loras]
     if not any(read):
         raise InputError("loras is empty but must hold the LoRAs of at least one layer")
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in kinds}

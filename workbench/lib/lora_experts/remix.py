@@ -203,12 +203,12 @@ class ReMixLinear(RoutedLinear):
             raise unknown("granularity", granularity, GRANULARITIES)
         if prompt is not None and prompt < 1:
             raise InputError(f"prompt is {prompt} but must be at least 1 token, or None for the whole sequence")
+        bank = LowRankExperts(experts, base.in_features, base.out_features, rank)
         if isinstance(weight, str):
             if weight not in WEIGHTS:
                 raise unknown("weight", weight, WEIGHTS)
             check_top_k(top_k, experts)
             weight = WEIGHTS[weight](top_k * rank)
-        bank = LowRankExperts(experts, base.in_features, base.out_features, rank)
         super().__init__(base, PlackettLuceRouter(base.in_features, experts, top_k, weight), bank, dropout)
         self.granularity, self.prompt = granularity, prompt
 

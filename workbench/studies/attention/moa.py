@@ -17,7 +17,7 @@ from workbench.lib.attention.moa_plan import Plan, SpanRule
 from workbench.lib.core.observe import outputs
 from workbench.lib.core.train import step_seed
 from workbench.lib.measures.statistics import spearman
-from workbench.studies.core import Settings, Study
+from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, trained_row, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
@@ -44,7 +44,7 @@ PRESETS = {
     | {"profiled": (32, 64), "validated": 80, "unseen": 96, "rows": 4, "alpha_step": 16}
     | {"densities": (0.5,), "gap": 0.05},
     "small": COMMON
-    | {"seeds": 3, "steps": 300, "batch_size": 8, "d_model": 64, "d_hidden": 128, "n_layers": 3, "cap": 1_500_000}
+    | {"seeds": 12, "steps": 300, "batch_size": 8, "d_model": 64, "d_hidden": 128, "n_layers": 3, "cap": 1_500_000}
     | {"profiled": (128, 256), "validated": 320, "unseen": 384, "rows": 16, "alpha_step": 32},
     "full": COMMON
     | {"seeds": 5, "steps": 3000, "batch_size": 16, "d_model": 128, "d_hidden": 256, "n_layers": 4, "cap": 1_500_000}
@@ -219,5 +219,6 @@ STUDY = Study(
     judge=judge,
     tested="Attention spans fitted to each head by the influence of what they leave out keep more of the context's use "
     "than one span for all heads at the same density, and growing with the length they keep it at unseen lengths.",
+    power=Power(("uniform@0.25", "random@0.25"), effect=0.05, deviation={"small": (0.039, 12)}),
     trainings=lambda arm: "spans are fitted to a dense model that is trained once for a seed and kept",
 )

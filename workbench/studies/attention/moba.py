@@ -22,7 +22,7 @@ from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.routing import Context
 from workbench.lib.core.train import TrainConfig, train
-from workbench.studies.core import Settings, Study
+from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, trained_row, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
@@ -50,7 +50,7 @@ PRESETS = {
     | {"d_model": 16, "cap": 65_536, "test_rows": 8}
     | {"theory": THEORY | {"blocks": (16, 32), "trials": 4000}},
     "small": COMMON
-    | {"seeds": 3, "steps": 100, "batch_size": 8, "seq_len": 512, "blocks": (64, 32, 16), "keys": 128, "facts": 16}
+    | {"seeds": 12, "steps": 100, "batch_size": 8, "seq_len": 512, "blocks": (64, 32, 16), "keys": 128, "facts": 16}
     | {"test_rows": 128},
     "full": COMMON
     | {"seeds": 3, "steps": 1000, "batch_size": 16, "seq_len": 1024, "blocks": (128, 64, 32, 16), "keys": 256}
@@ -208,5 +208,6 @@ STUDY = Study(
     judge=judge,
     tested="Small key blocks, at equally many keys visited, and a short convolution on keys raise the signal-to-noise "
     "ratio of block selection until sparse attention recalls as dense attention does.",
+    power=Power(("dense", "moba-64", "random-16"), effect=0.2, deviation={"small": (0.0692, 12)}),
     main=lambda settings: f"moba-{settings['blocks'][-1]}",
 )

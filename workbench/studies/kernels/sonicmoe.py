@@ -21,7 +21,7 @@ from workbench.lib.core.observe import observing
 from workbench.lib.core.routing import Routing
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.kernels.sonicmoe import METHOD, SonicMoE, padded_fraction, token_rounding
-from workbench.studies.core import Settings, Study
+from workbench.studies.core import Power, Settings, Study
 from workbench.studies.kernels.sonicmoe_memory import memory
 from workbench.studies.rows import Row, Rows, trained_row, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
@@ -53,7 +53,7 @@ PRESETS = {
     | {"memory": MEMORY | {"d_model": 32, "n_tokens": 256, "width": 64}},
     # Tokens and tiles are a fraction of those in "full"; the tiles of the mean expert, 16, 4 and 1, are the same.
     "small": COMMON
-    | {"seeds": 4, "steps": 300, "batch_size": 8, "seq_len": 64, "cap": 1_500_000, "test_batches": 4}
+    | {"seeds": 12, "steps": 300, "batch_size": 8, "seq_len": 64, "cap": 1_500_000, "test_batches": 4}
     | {"d_model": 64, "n_layers": 2, "n_experts": 8, "width": 64, "waste_tiles": (64, 128)}
     | {"rounding": (*(("nearest", m) for m in (8, 32, 128)), ("down", 32), ("up", 32), ("stochastic", 32))}
     | {"grid": ((32, 2), (64, 4), (64, 8)), "grid_steps": 150},
@@ -213,5 +213,6 @@ STUDY = Study(
     arms=arms,
     run=run,
     judge=judge,
+    power=Power(("tc", "down-32"), effect=MARGIN, level=0.9, deviation={"small": (0.016, 12)}),
     main=lambda settings: f"nearest-{settings['rounding'][1][1]}",
 )

@@ -22,7 +22,7 @@ from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts import flexmore
 from workbench.lib.lora_experts.flexmore import Expert, count_parameters, domain_rows, merge_experts, take_expert
-from workbench.studies.core import Settings, Study
+from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, decide
 
@@ -55,7 +55,7 @@ PRESETS = {
     "smoke": COMMON
     | {"seeds": 1, "public_steps": 10, "steps": 3, "batch_size": 4, "seq_len": 16, "cap": 65_536}
     | {"n_layers": 1, "batches": 1},
-    "small": COMMON | {"seeds": 3, "public_steps": 400, "steps": 120, "seq_len": 64, "cap": 262_144, "batches": 2},
+    "small": COMMON | {"seeds": 12, "public_steps": 400, "steps": 120, "seq_len": 64, "cap": 262_144, "batches": 2},
     "full": COMMON
     | {"seeds": 5, "public_steps": 5000, "steps": 1000, "seq_len": 128, "cap": 1_048_576, "batches": None},
 }
@@ -192,6 +192,7 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    power=Power(("public", "full"), effect=MARGIN, level=0.9, deviation={"small": (0.0122, 12)}),
     main="chosen ranks",
     trainings=lambda arm: "it is the public model as it is kept" if arm == "public" else 1,  # the first owner's
 )

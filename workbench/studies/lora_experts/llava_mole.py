@@ -19,7 +19,7 @@ from workbench.lib.lora_experts.llava_mole import METHOD, ROUTER_GRADS, Top1Rout
 from workbench.lib.measures.conflict import cosine_matrix
 from workbench.lib.measures.routing import counts_by_class
 from workbench.lib.measures.statistics import Interval
-from workbench.studies.core import Settings, Study
+from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, any_below, decide
 
@@ -44,7 +44,7 @@ RULE = (
 COMMON = {"batch": 48, "held_out": 256, "rank": 4, "lr": 3e-3, "arms": (*LORAS, *MOLES)}
 PRESETS = {
     "smoke": COMMON | {"base_steps": 15, "steps": 6, "seeds": 1, "batch": 12, "held_out": 16},
-    "small": COMMON | {"base_steps": 800, "steps": 330, "seeds": 3},
+    "small": COMMON | {"base_steps": 800, "steps": 330, "seeds": 12},
     "full": COMMON | {"base_steps": 2000, "steps": 1500, "seeds": 5, "arms": (*LORAS, *MOLES, *UNEVEN)},
 }
 
@@ -185,5 +185,7 @@ STUDY = Study(
     arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
+    version=2,
+    power=Power(("lora-mix", "lora-rank-k"), effect=0.1, deviation={"small": (0.0875, 12)}),
     main=OURS,
 )

@@ -16,7 +16,7 @@ from workbench.lib.core.adapt import RoutedLayer
 from workbench.lib.core.observe import announcing, observing
 from workbench.lib.lora_experts.mixlora import METHOD
 from workbench.lib.measures.routing import counts_by_class, effective_support, routing_information
-from workbench.studies.core import Settings, Study
+from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, adapted_row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
@@ -45,7 +45,7 @@ RULE = (
 SINGLE = {"single_tasks": 3, "single_share": 8}  # single tasks: how many, and steps of all tasks / steps of one
 PRESETS = {
     "smoke": bed.SMOKE | SINGLE | {"single_tasks": 1},
-    "small": bed.SMALL | SINGLE | {"seeds": 4},
+    "small": bed.SMALL | SINGLE | {"seeds": 12},
     "full": bed.FULL | SINGLE,
 }
 
@@ -132,4 +132,5 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    power=Power(("lora-active", "lora-equal"), effect=0.05, deviation={"small": (0.049, 12)}),
 )

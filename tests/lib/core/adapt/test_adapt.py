@@ -231,3 +231,60 @@ def test_feed_forward_blocks_are_recognised_and_computed_as_they_are():
         nn.Linear(6, 6),
     ):
         assert find_feed_forward(other) is None
+
+
+def test_a_report_says_what_was_put_where():
+    """Rank, scale, how many experts, whether routers train; and where "*" took a router or experts of the model."""
+
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x):
+            return self.gate(x).sum() + sum(expert(x) for expert in self.experts)
+
+    model = nn.ModuleDict({"proj": nn.Linear(8, 8), "mixture": Mixture()})
+    adapted = adapt(model, rank=2, alpha=3)
+    plain = {"part": "", "rank": 2, "scale": 1.5, "experts": None, "router": None}
+    assert adapted.report()["targets"] == {
+        "proj": plain,
+        "mixture.gate": plain | {"part": "router"},
+        "mixture.experts.0": plain | {"part": "experts"},
+        "mixture.experts.1": plain | {"part": "experts"},
+    }
+    adapted.layers["proj"].experts.scale.fill_(0.5)
+    assert adapted.report()["targets"]["proj"]["scale"] == 0.5
+    adapted.remove()
+    mixed = adapt(model, "mhr", experts=3, rank=2, tasks=2, targets="proj")
+    mixed.layers["proj"].experts.scale.copy_(torch.tensor([0.5, 1.0, 0.5]))
+    row = {"part": "", "rank": 2, "scale": [0.5, 1.0], "experts": 3, "router": "trained"}
+    assert mixed.report()["targets"] == {"proj": row}
+    mixed.layers["proj"].router.requires_grad_(False)
+    assert mixed.report()["targets"] == {"proj": row | {"router": "fixed"}}
+
+
+@pytest.mark.parametrize(
+    ("slug", "options", "said"),
+    [
+        ("lora", {"rank": 2.5}, "option rank of lora is 2.5 but must be a whole number or None"),
+        ("lora", {"rank": True}, "option rank of lora is True but must be a whole number or None"),
+        ("lora", {"alpha": float("nan")}, "option alpha of lora is nan but must be a finite number or None"),
+        ("lora", {"dropout": 1.0}, "option dropout of lora is 1.0 but must be at least 0 and below 1"),
+        ("lora", {"ranks": 2}, "option of lora 'ranks' is unknown; did you mean 'rank'?"),
+        ("mixlora", {"rslora": 1}, "option rslora of mixlora is 1 but must be True or False"),
+        (
+            "flexmore",
+            {"rank": [1, "x"]},
+            "rank of flexmore is .* must be a whole number or a list, each a whole number",
+        ),
+        ("lora-mixer", {"rank": {"0": 1.5}}, "must be a whole number or a dict, each value a whole number or None"),
+        ("remix", {"weight": []}, r"option weight of remix is \[\] but must be a text or a finite number"),
+        ("remix", {"rank": 0}, "rank is 0 but must be between 1 and"),
+    ],
+)
+def test_options_are_of_the_kinds_that_the_signature_says(slug, options, said):
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(InputError, match=said):
+        adapt(model, slug, **options)
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())

@@ -372,7 +372,14 @@ def test_report_counts_what_the_formula_says(slug):
     constant = sum(R * i for i in (8, 8, 8)) if slug == "charluma" else 0  # its A is not trained
     trained, percent = COUNTS[slug], 100 * COUNTS[slug] / (base + added)
     assert added == trained + constant
-    assert adapted.report() == {"base": base, "added": added, "trained": trained, "percent": percent}
+    report = adapted.report()
+    targets = report.pop("targets")
+    assert report == {"base": base, "added": added, "trained": trained, "percent": percent}
+    assert targets.keys() == adapted.layers.keys()
+    for name, layer in adapted.layers.items():
+        routed = hasattr(layer, "router")
+        assert targets[name]["router"] == ("trained" if routed else None)
+        assert targets[name]["experts"] == (layer.n_experts if routed else None)
 
 
 ONE = {

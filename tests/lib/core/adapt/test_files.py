@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.fuzz.adapters import fingerprint
 from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.adapt.files import SIDECAR, TENSORS
@@ -84,3 +85,29 @@ def test_damage_is_told(saved, damage):
     with pytest.raises(InputError, match=r"damaged|must hold an adaptation|has format 99 but"):
         load_adapter(model, folder)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"base_sha256": None}, "base_sha256 of adapter.json is None but must be a SHA-256"),
+        ({"targets": "*"}, r"targets of adapter.json is '\*' but must be a list of patterns"),
+        ({"options": {"model": 1}}, "option of lora 'model' is unknown"),
+        ({"options": {"rank": 2, "alpha": "x"}}, "option alpha of lora is 'x' but must be a finite number or None"),
+        ({"options": {"rank": 10**7}}, "options of adapter.json is .* no number in it above a million"),
+        ({"slug": "mhr", "options": {"experts": 10**6}}, "options ask for more than"),
+        ({"slug": ["lora"]}, r"slug of adapter.json is \['lora'\] but must be the name of a system"),
+        ({"format": True}, "format of adapter.json is True but must be a whole number from 1 to 1"),
+        (None, "holds None but must hold an object"),
+    ],
+)
+def test_a_sidecar_is_not_trusted_and_an_error_leaves_the_model_as_it_was(saved, change, said):
+    _, folder = saved
+    sidecar = json.loads((folder / SIDECAR).read_text())
+    (folder / SIDECAR).write_text(json.dumps(change and sidecar | change))
+    model = net()
+    before = fingerprint(model)
+    with pytest.raises(InputError, match=said):
+        load_adapter(model, folder)
+    assert fingerprint(model) == before
+    torch.testing.assert_close(adapt(model).model(torch.ones(6)), net()(torch.ones(6)))  # it can be adapted

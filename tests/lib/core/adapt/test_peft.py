@@ -3,14 +3,21 @@
 import copy
 import json
 import os
+import warnings
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
 
+from tests.fuzz.adapters import Net as Nested
+from tests.fuzz.adapters import cases, fingerprint
+from tests.fuzz.harness import try_all
 from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt
 from workbench.lib.core.adapt.peft import CONFIG, TENSORS, read_loras, read_peft, write_peft
+from workbench.lib.core.adapt.peft_config import _literal, _matches
+from workbench.lib.core.low_rank import LowRankExperts
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,6 +68,17 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=31, num_key_value_heads=1, **sizes))
 
 
+def mixtral() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "num_local_experts": 3}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=31, **sizes))
+
+
+IDS = torch.randint(31, (3, 5), generator=torch.Generator().manual_seed(4))
+
+
 @pytest.mark.parametrize(
     ("build", "targets", "names", "x"),
     [
@@ -103,10 +121,204 @@ def test_a_fresh_lora_is_the_one_of_peft_in_outputs_and_gradients(build, targets
     assert sum(p.grad is not None for p in ours.parameters()) == 2 * len(pairs)
 
 
-def test_what_is_no_plain_lora_is_refused_with_all_its_features(tmp_path):
-    theirs(use_dora=True, bias="all").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="is no plain LoRA: bias = 'all', use_dora = True"):
+FEATURES = {
+    "use_dora = True": {"use_dora": True},
+    "bias = 'all'": {"bias": "all"},
+    "init_lora_weights = 'pissa'": {"init_lora_weights": "pissa"},
+    "init_lora_weights = 'olora'": {"init_lora_weights": "olora"},
+    r"alora_invocation_tokens = \[3, 4\]": {"alora_invocation_tokens": [3, 4]},
+    "lora_bias = True": {"lora_bias": True},
+    "init_lora_weights = 'orthogonal'": None,  # changes no base: read
+    "init_lora_weights = True": None,
+}
+
+
+@pytest.mark.parametrize(("said", "options"), FEATURES.items(), ids=list(FEATURES))
+def test_a_folder_that_peft_makes_is_read_where_it_is_plain_and_else_refused_by_name(tmp_path, said, options):
+    plain = options is None
+    options = {"init_lora_weights": said.split(" = ")[1].strip("'")} if plain else options
+    torch.manual_seed(1)
+    task = {"task_type": "CAUSAL_LM"} if "alora_invocation_tokens" in options else {}
+    config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": True} | task | options
+    config["init_lora_weights"] = True if config["init_lora_weights"] == "True" else config["init_lora_weights"]
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**config))
+    model.save_pretrained(tmp_path)
+    before = fingerprint(ours := llama())
+    if plain:
+        read_peft(ours, tmp_path)
+        torch.testing.assert_close(ours(IDS).logits, model(IDS).logits, atol=1e-6, rtol=1e-6)
+        return
+    with pytest.raises(InputError, match=f"is no plain LoRA: .*{said}"):
+        read_peft(ours, tmp_path)
+    assert fingerprint(ours) == before
+
+
+GONE = object()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora_alpha": GONE}, "lora_alpha is None but must be a finite number"),
+        ({"lora_alpha": None}, "lora_alpha is None but must be a finite number"),
+        ({"lora_alpha": [5]}, r"lora_alpha is \[5\] but must be a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan but must be a finite number"),
+        ({"r": 4}, "first has rank 3, but its settings have only 4"),
+        ({"rank_pattern": {"first": 2.5}}, "the rank 'first' is 2.5 but must be a whole number"),
+        ({"alpha_pattern": {"(x+)+y": 3}}, r"alpha_pattern has '\(x\+\)\+y', of which only the names of layers"),
+        ({"alpha_pattern": {"[": 3}}, r"alpha_pattern has '\[', of which only"),
+        ({"alpha_pattern": ["first"]}, r"alpha_pattern is \['first'\] but must be an object"),
+        ({"alpha_pattern": {"first": "x"}}, "alpha_pattern of 'first' is 'x' but must be a finite number"),
+        ({"target_modules": ["first"]}, "holds a LoRA of second, which its settings do not name"),
+        ({"a_new_feature": {"x": 1}}, "is no plain LoRA: a_new_feature = {'x': 1}"),
+        ({"peft_type": "IA3"}, "is no plain LoRA: peft_type = 'IA3'"),
+        ({"lora_dropout": 1}, "lora_dropout is 1.0 but must be at least 0 and below 1"),
+        (None, "must hold an object"),
+        ([{}], "must hold an object"),
+    ],
+)
+def test_settings_that_are_not_as_they_must_be_say_so(tmp_path, change, said):
+    theirs().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    if isinstance(change, dict):
+        change = {key: value for key, value in (config | change).items() if value is not GONE}
+    (tmp_path / CONFIG).write_text(json.dumps(change))
+    before = fingerprint(ours := Net())
+    with pytest.raises(InputError, match=said):
+        read_peft(ours, tmp_path)
+    assert fingerprint(ours) == before
+
+
+def test_settings_that_say_nothing_of_the_function_are_read_over(tmp_path):
+    theirs(lora_dropout=0.25).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    more = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "there", "new_and_off": None, "new_too": False}
+    (tmp_path / CONFIG).write_text(json.dumps(config | more))
+    adapted = read_peft(ours := Net(), tmp_path)
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(ours.eval()(x), theirs().eval()(x), atol=1e-6, rtol=1e-6)
+    assert all(layer.dropout.p == 0.25 for layer in adapted.layers.values())
+
+
+def test_the_copy_of_a_head_that_peft_adds_is_compared_with_the_model_and_left_out(tmp_path):
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(llama(), config)
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    ours = llama()
+    adapted = read_peft(ours, tmp_path)
+    assert len(adapted.layers) == 3 and read_loras(tmp_path, llama()).keys() == adapted.layers.keys()
+    torch.testing.assert_close(ours(IDS).logits, model(IDS).logits, atol=1e-6, rtol=1e-6)
+    other = llama()
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    before = fingerprint(other)
+    with pytest.raises(InputError, match=r"base weight lm_head.weight that is not this model's"):
+        read_peft(other, tmp_path)
+    assert fingerprint(other) == before
+    with pytest.raises(InputError, match=r"copy of the base's lm_head.weight: give the model"):
         read_loras(tmp_path)
+
+
+def test_patterns_match_what_they_match_in_peft():
+    names = ["out", "block.out", "block.fout", "layers.1.out", "layers.11.out", "blockxout", "a-b.out", "out.q"]
+    patterns = [
+        "out",
+        "^out",
+        "out$",
+        "^out$",
+        r"block\.out",
+        "block.out",
+        "k.out",
+        r"1\.out",
+        "^block",
+        r"a\-b\.out",
+        ".",
+    ]
+    for pattern in patterns:
+        for name in names:
+            found = peft.utils.other.get_pattern_key([pattern], name) != name or pattern == name
+            assert _matches(_literal(pattern), name) == found, (pattern, name)
+
+
+@pytest.mark.parametrize(
+    ("build", "ranks"),
+    [
+        (Nested, {"out": 2}),
+        (Nested, {"block.out": 2}),
+        (Nested, {"first": 1, "out": 2, "block.out": 3}),
+        (Nested, {"block.out": 1, "out": 3}),
+        ("llama", {"model.layers.1.self_attn.q_proj": 2, "model.layers.1.mlp.up_proj": 4, "lm_head": 3}),
+        ("mixtral", {"model.layers.1.self_attn.q_proj": 2, "model.layers.0.self_attn.o_proj": 3}),
+    ],
+    ids=["the end", "the longer", "three ranks", "two ranks", "llama", "mixtral"],
+)
+def test_what_is_written_peft_loads_to_the_same_function(tmp_path, build, ranks):
+    """Also where the name of one layer is the end of another's, each with a rank and a scale of its own."""
+    build = {"llama": llama, "mixtral": mixtral}.get(build, build)
+    torch.manual_seed(2)
+    base, banks = build(), {}
+    for name, rank in ranks.items():
+        layer = base.get_submodule(name)
+        bank = LowRankExperts(1, layer.in_features, layer.out_features, rank, alpha=rank * (1 + rank / 7))
+        nn.init.normal_(bank.b)
+        banks[name] = bank
+    write_peft(banks, tmp_path / "ours")
+    x = torch.randn(7, 6) if build is Nested else IDS
+    outputs = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        public = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
+    read_peft(ours := build().eval(), tmp_path / "ours")
+    for model in (ours, public, base.eval()):
+        y = model(x)
+        outputs.append(y if isinstance(y, torch.Tensor) else y.logits)
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-6, rtol=1e-6)
+    assert (outputs[0] - outputs[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("keys", [("gate_up_proj", "down_proj"), ("down_proj",)])
+def test_loras_of_packed_experts_lie_as_peft_has_them(tmp_path, keys):
+    """A in blocks for each expert, B interleaved; a wrapper for each parameter. Against peft's own update."""
+    torch.manual_seed(2)
+    base, banks, packed = mixtral(), {}, []
+    for i, key in enumerate(keys):
+        place = "model.layers.1.mlp.experts"
+        packed.append(f"{place}.{key}")
+        n_experts, d_out, d_in = base.get_parameter(packed[-1]).shape
+        for e in range(n_experts):
+            bank = banks[f"{place}.{e}.{key}"] = LowRankExperts(1, d_in, d_out, 2 + i, alpha=5 + i)
+            nn.init.normal_(bank.b)
+    attention = banks["model.layers.0.self_attn.q_proj"] = LowRankExperts(1, 16, 16, 4)
+    nn.init.normal_(attention.b)
+    write_peft(banks, tmp_path, packed=packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        public = peft.PeftModel.from_pretrained(mixtral(), tmp_path).eval()
+    with torch.no_grad():
+        for name, bank in banks.items():
+            place, _, key = name.rpartition(".")
+            place, _, e = place.rpartition(".")
+            weight = base.get_parameter(f"{place}.{key}")[int(e)] if e.isdigit() else base.get_submodule(name).weight
+            weight += bank.delta(0)
+    torch.testing.assert_close(base.eval()(IDS).logits, public(IDS).logits, atol=1e-6, rtol=1e-6)
+    for name, (a, b, scale) in (read := read_loras(tmp_path, mixtral())).items():
+        torch.testing.assert_close((a, b, scale), (banks[name].a[0], banks[name].b[0], float(banks[name].scale[0])))
+    assert read.keys() == banks.keys()
+    with pytest.raises(InputError, match="has target_parameters: give the model"):
+        read_loras(tmp_path)
+    del banks[f"model.layers.1.mlp.experts.0.{keys[0]}"]
+    with pytest.raises(InputError, match=r"has banks of .* but must have some"):
+        write_peft(banks, tmp_path, packed=packed)
+
+
+def test_a_share_of_spoiled_folders_is_refused_in_words_and_changes_nothing(tmp_path):
+    """`python -m tests.fuzz adapters` tries them all."""
+    tally = try_all(islice(cases(tmp_path), 40))
+    assert not tally.faults, tally.faults
+    assert sum(tally.refused.values()) > 20 and sum(tally.read.values()) > 2
+    assert len(tally.read | tally.refused) == 4
 
 
 def test_folders_that_do_not_fit_or_are_damaged_say_so(tmp_path):
@@ -146,11 +358,13 @@ def test_a_write_that_fails_leaves_the_lora_that_was_there_and_other_files_stay(
     def full(*args):
         raise OSError("No space left on device")
 
-    for name in ("fsync", "replace"):
+    for name in ("fsync", "rename"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(os, name, full)
             write_peft(other, tmp_path)
         torch.testing.assert_close(read_loras(tmp_path), before)
+    with pytest.raises(InputError, match="must be new, empty, or hold a LoRA"):
+        write_peft(other, tmp_path.parent)
     write_peft(other, tmp_path)
     assert all(a.shape[0] == 1 for a, _, _ in read_loras(tmp_path).values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, TENSORS]

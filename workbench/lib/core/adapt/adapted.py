@@ -13,6 +13,7 @@ from workbench.lib.core.adapt.feed_forward import FeedForward
 from workbench.lib.core.adapt.files import write_adapter
 from workbench.lib.core.adapt.layer import AdaptedLayer, Side
 from workbench.lib.core.adapt.passes import Passes
+from workbench.lib.core.adapt.report import target_rows
 from workbench.lib.core.adapt.sequences import Generate
 
 
@@ -108,6 +109,9 @@ class Adapted:
         To be trained with the task's loss: `loss + sum(adapted.losses().values())`. Where the model is called with a
         `Context`, as `train` does, `context.aux` holds them already, beside the model's own: add that, and not both.
 
+        They are means over tokens: of a step that is made of several batches, each counts by its share of the tokens.
+        Under transformers' `Trainer`, `live.trainer_callback` sees to that.
+
         Layers may be checkpointed. With a reentrant checkpoint the losses must be differentiated together with the
         output; apart from it, or of a forward under `torch.no_grad()`, their backward pass raises an `InputError`.
         """
@@ -147,12 +151,16 @@ class Adapted:
         groups = [{"params": others, "lr_scale": 1.0}, {"params": routers, "lr_scale": scale, "lr": lr * scale}]
         return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay)
 
-    def report(self) -> dict[str, int | float]:
-        """Counts of parameters: base (of the model as it was), added, trained; and trained in percent of all."""
+    def report(self) -> dict[str, Any]:
+        """Counts of parameters: base (of the model as it was), added, trained; and trained in percent of all.
+
+        And what was put where, as "targets", by the names of the layers: see `adapt.report.target_rows`.
+        """
         base = sum(p.numel() for p in self._trained)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.parameters())
-        return {"base": base, "added": total - base, "trained": trained, "percent": 100 * trained / total}
+        counts = {"base": base, "added": total - base, "trained": trained, "percent": 100 * trained / total}
+        return counts | {"targets": target_rows(self.model, self.layers)}
 
     def save(self, folder: str | Path) -> Path:
         """Keep it in a new folder, or in place of the adaptation that is there; `load_adapter` gets it back.

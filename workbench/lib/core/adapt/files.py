@@ -1,13 +1,16 @@
-"""Adapters on disk: two files in a folder, `adapter.safetensors` and `adapter.json`. Nothing is unpickled."""
+"""Adapters on disk: two files in a folder, `adapter.safetensors` and `adapter.json`. Nothing is unpickled.
+
+A folder may come from anywhere, so nothing in it is trusted: what is not as it must be is an `InputError`.
+"""
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
@@ -17,6 +20,8 @@ from workbench.sealed import sealed_folder, whole
 
 FORMAT = 1
 TENSORS, SIDECAR = "adapter.safetensors", "adapter.json"
+LONGEST = 2**24
+"""Bytes of the longest file of settings that is read; those of a thousand layers have 2**17."""
 
 
 def write_adapter(
@@ -59,16 +64,84 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     folder, there = Path(folder), whole(folder)
     if not (there / SIDECAR).is_file():
         raise InputError(f"folder is {str(folder)!r} but must hold an adaptation ({SIDECAR}, {TENSORS})")
+    sidecar = read_object(there / SIDECAR)
+    format_ = sidecar.get("format")
+    if type(format_) is int and format_ > FORMAT:
+        raise InputError(f"{folder} has format {format_} but this workbench reads up to {FORMAT}")
+    for key, (said, right) in ENTRIES.items():
+        if not right(sidecar.get(key)):
+            raise InputError(f"{folder} is damaged: {key} of {SIDECAR} is {short(sidecar.get(key))} but must be {said}")
+    content = read_bytes(there / TENSORS)
+    if hashlib.sha256(content).hexdigest() != sidecar["sha256"]:
+        raise InputError(f"{folder} is damaged: the SHA-256 of {TENSORS} is not the one it was saved with")
+    return sidecar, parse_tensors(content, there / TENSORS)
+
+
+def _digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) and 0 < len(v) <= 1000 for v in value)
+
+
+def _small(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_small, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int | float) or abs(value) <= 1e6
+
+
+ENTRIES = {
+    "format": (f"a whole number from 1 to {FORMAT}", lambda value: type(value) is int and value >= 1),
+    "slug": ("the name of a system", lambda value: isinstance(value, str)),
+    "targets": ("a list of patterns of at most 1000 characters", _names),
+    "options": ("an object, no number in it above a million", lambda value: isinstance(value, dict) and _small(value)),
+    "base_sha256": ("a SHA-256", _digest),
+    "sha256": ("a SHA-256", _digest),
+}
+"""What the sidecar holds: key -> what it must be, in words and as a check."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file is.
+
+    Raises:
+        InputError: it cannot be read, is longer than `LONGEST`, or is something else.
+    """
     try:
-        sidecar = json.loads((there / SIDECAR).read_text())
-        if sidecar["format"] > FORMAT:
-            raise InputError(f"{folder} has format {sidecar['format']} but this workbench reads up to {FORMAT}")
-        content = (there / TENSORS).read_bytes()
-        if hashlib.sha256(content).hexdigest() != sidecar["sha256"]:
-            raise InputError(f"{folder} is damaged: the SHA-256 of {TENSORS} is not the one it was saved with")
-        return sidecar, safetensors.load(content)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
-        raise InputError(f"{folder} is damaged or half-written: {error}") from error
+        value = json.loads(read_bytes(path, LONGEST))
+    except (ValueError, RecursionError) as error:  # no JSON, no Unicode, a number of 5000 digits; nested too deep
+        raise InputError(f"{path} is damaged or half-written: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds {short(value)} but must hold an object")
+    return value
+
+
+def read_bytes(path: Path, longest: int | None = None) -> bytes:
+    """The content of a plain file; an `InputError` where it is none, cannot be read or is longer than that."""
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is no file")
+        if longest is not None and path.stat().st_size > longest:
+            raise InputError(f"{path} has {path.stat().st_size} bytes but must have at most {longest}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; an `InputError` that names it where it is none."""
+    try:
+        return safetensors.load(content)
+    # beside its own error the library lets through those of torch for kinds and shapes that torch has not
+    except Exception as error:
+        raise InputError(f"{path} is damaged or half-written: {error!r}") from error
+
+
+def short(value: object) -> str:
+    """A value from a file in an error message."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def own_state(layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:

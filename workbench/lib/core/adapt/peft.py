@@ -4,142 +4,239 @@ Written folders load with `peft.PeftModel.from_pretrained`; read ones may come f
 """
 
 import json
-import math
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt.adapted import Adapted
-from workbench.lib.core.adapt.put import adapt
+from workbench.lib.core.adapt.files import parse_tensors, read_bytes
+from workbench.lib.core.adapt.peft_config import Config, anchored
+from workbench.lib.core.adapt.put import adapt, match_targets
 from workbench.lib.core.low_rank import LowRankExperts
-from workbench.sealed import sealed_file
+from workbench.sealed import sealed_folder, whole
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-PLAIN: dict[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "modules_to_save": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-}
-"""What the settings of a plain LoRA are; peft has more features, and a folder that uses one is refused."""
 
 LoRAs = dict[str, tuple[Tensor, Tensor, float]]
 
 
-def write_peft(banks: Mapping[str, LowRankExperts], folder: str | Path, expert: int = 0) -> Path:
+def write_peft(
+    banks: Mapping[str, LowRankExperts], folder: str | Path, expert: int = 0, packed: Sequence[str] = ()
+) -> Path:
     """Write one expert of the banks, by the names of their layers, as a LoRA that peft loads.
 
     Args:
         banks: of an adapted model, `{name: layer.experts for name, layer in adapted.layers.items()}`.
-        folder: made if it is not there; other files in it stay.
+        folder: new, empty or with a LoRA, which is replaced; other files in it stay.
         expert: which one, 0..E-1.
+        packed: names of packed parameters, such as "mlp.experts.gate_up_proj", whose banks are called by each of the
+            model's experts, "mlp.experts.0.gate_up_proj" and so on; those of one module in the order it has them.
+
+    Raises:
+        InputError: something else is at `folder`, there is no such expert, or no bank; or the banks of a packed
+            parameter have different ranks or scales.
+        OSError: the disk is full or not writable; what was there still is.
     """
     for name, bank in banks.items():
         if not 0 <= expert < bank.n_experts:
             raise InputError(f"expert is {expert} but {name} has {bank.n_experts} of them, numbered from 0")
+    if not banks:
+        raise InputError("banks is empty but must hold the LoRA of at least one layer")
     folder = Path(folder)
-    tensors, ranks, alphas = {}, {}, {}
-    for name, bank in banks.items():
+    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"folder is {str(folder)!r} but must be new, empty, or hold a LoRA")
+    tensors, ranks, alphas, plain = {}, {}, {}, dict(banks)
+    for i, name in enumerate(packed):
+        a, b, scale = _packed(name, plain, expert)
+        place = name.rpartition(".")[0]
+        # peft wraps a module once for each of its parameters, the first the innermost
+        around = ".base_layer" * sum(other.rpartition(".")[0] == place for other in packed[i + 1 :])
+        tensors[f"{PREFIX}{place}{around}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{place}{around}.lora_B.weight"] = b
+        ranks[name], alphas[name] = scale[0], scale[0] * scale[1]
+    for name, bank in plain.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = bank.a[expert].detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = bank.b[expert].detach().cpu().contiguous()
         ranks[name], alphas[name] = bank.rank, float(bank.scale[expert]) * bank.rank
-    first = next(iter(banks))
-    config = PLAIN | {
+    first = next(iter(ranks))
+    config = {
+        "peft_type": "LORA",
         "r": ranks[first],
         "lora_alpha": alphas[first],
-        "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != alphas[first]},
-        "target_modules": list(banks),
+        "rank_pattern": {anchored(name): rank for name, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {anchored(name): alpha for name, alpha in alphas.items() if alpha != alphas[first]},
+        # one pattern that is a whole name: of a list, peft takes each for the end of one
+        "target_modules": f"^(?:{'|'.join(re.escape(name) for name in plain)})$" if plain else [],
+        "target_parameters": list(packed) or None,
         "lora_dropout": 0.0,
+        "bias": "none",
         "use_rslora": False,
+        "use_dora": False,
         "init_lora_weights": True,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
         "inference_mode": True,
         "base_model_name_or_path": None,
         "task_type": None,
     }
-    # the settings last: with them the folder says that it holds a LoRA
-    with sealed_file(folder / CONFIG) as settings, sealed_file(folder / TENSORS) as content:
-        settings.write_text(json.dumps(config, indent=1) + "\n")
-        content.write_bytes(save(tensors))
+    with sealed_folder(folder) as unfinished:
+        if folder.exists():
+            shutil.copytree(folder, unfinished, symlinks=True, dirs_exist_ok=True)
+        (unfinished / TENSORS).write_bytes(save(tensors))
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return folder
 
 
-def read_loras(folder: str | Path) -> LoRAs:
+def _packed(name: str, banks: dict[str, LowRankExperts], expert: int) -> tuple[Tensor, Tensor, tuple[int, float]]:
+    """A (E r, I) in blocks, B (O, r E) interleaved, (r, scale): of the banks of a packed parameter, which are taken."""
+    place, _, key = name.rpartition(".")
+    found: list[LowRankExperts] = []
+    while (one := banks.pop(f"{place}.{len(found)}.{key}", None)) is not None:
+        found.append(one)
+    kinds = {(bank.rank, float(bank.scale[expert])) for bank in found}
+    if len(kinds) != 1:
+        raise InputError(
+            f"packed {name!r} has banks of (rank, scale) {sorted(kinds)} but must have some of the same, "
+            f"{place}.0.{key} and so on"
+        )
+    a, b = (torch.stack([getattr(bank, half)[expert].detach().cpu() for bank in found]) for half in "ab")
+    return a.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous(), kinds.pop()
+
+
+def read_loras(folder: str | Path, model: nn.Module | None = None) -> LoRAs:
     """The LoRAs of a peft folder: layer name -> (A (r, I), B (O, r), scale).
 
+    One of packed parameters is one LoRA for each of their experts, "mlp.experts.0.gate_up_proj" and so on.
+
+    Args:
+        model: what they are for. Beside the LoRA of a head or an embedding, peft keeps a copy of the base weight: where
+            it equals the model's it is left out.
+
     Raises:
-        InputError: no such folder, half-written files, or features beyond plain LoRA, all of them named.
+        InputError: no such folder, damaged or half-written files, features beyond plain LoRA, all of them named; or a
+            copy of a base weight that is not the model's, or with no model to compare it with.
     """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / TENSORS)
-    except FileNotFoundError as error:
-        raise InputError(f"folder is {str(folder)!r} but must hold {CONFIG} and {TENSORS}") from error
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise InputError(f"{folder} is damaged or half-written: {error}") from error
-    other = {key: config[key] for key, plain in PLAIN.items() if config.get(key, plain) not in (plain, None)}
-    if other:
-        shown = ", ".join(f"{key} = {value!r}" for key, value in other.items())
-        raise InputError(f"{folder} is no plain LoRA: {shown}")
+    return _read(Path(folder), model)[0]
+
+
+def _read(folder: Path, model: nn.Module | None) -> tuple[LoRAs, Config, list[str]]:
+    """The LoRAs, the settings, and what to adapt for them: names of layers and of packed parameters."""
+    there = whole(folder)
+    if not (there / CONFIG).is_file() or not (there / TENSORS).is_file():
+        raise InputError(f"folder is {str(folder)!r} but must hold {CONFIG} and {TENSORS}")
+    config = Config(there / CONFIG)
+    tensors = parse_tensors(read_bytes(there / TENSORS), there / TENSORS)
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight", key)
-        if not match or tensor.ndim != 2:
+        if match and tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel() and _finite(tensor):
+            pairs.setdefault(match.group(1), {})[match.group(2)] = tensor
+        elif match or not _is_copy(folder, key, tensor, model):
             raise InputError(
-                f"{folder} holds {key!r} of shape {tuple(tensor.shape)}, which no LoRA of a linear layer has"
+                f"{folder} holds {key!r} of shape {tuple(tensor.shape)} and {tensor.dtype}, which is no LoRA of a "
+                "linear layer in finite numbers"
             )
-        pairs.setdefault(match.group(1), {})[match.group(2)] = tensor
     halves = [name for name, pair in pairs.items() if pair.keys() != {"A", "B"}]
     if halves or not pairs:
         raise InputError(f"{folder} lacks one half of the LoRA of {', '.join(halves) or 'every layer'}")
-    return {name: (pair["A"], pair["B"], _scale(config, name, pair["A"].shape[0])) for name, pair in pairs.items()}
+    unequal = [f"{n}: A {tuple(p['A'].shape)}, B {tuple(p['B'].shape)}" for n, p in pairs.items() if _unequal(p)]
+    if unequal:
+        raise InputError(f"{folder} has halves of unequal ranks: {'; '.join(unequal)}")
+    packed = _unpacked(folder, pairs, config, model)
+    if strange := [name for name in pairs if not config.targeted(name)]:
+        raise InputError(f"{folder} holds a LoRA of {', '.join(strange)}, which its settings do not name")
+    plain = {name: (p["A"], p["B"], config.scale(name, len(p["A"]))) for name, p in pairs.items()}
+    return plain | {k: v for loras in packed.values() for k, v in loras.items()}, config, [*plain, *packed]
+
+
+def _unpacked(
+    folder: Path, pairs: dict[str, dict[str, Tensor]], config: Config, model: nn.Module | None
+) -> dict[str, LoRAs]:
+    """The LoRAs of each packed parameter, expert by expert; their pairs are taken."""
+    if not config.parameters:
+        return {}
+    if model is None:
+        raise InputError(f"{folder} has target_parameters: give the model, which says what lies in them")
+    found: dict[str, LoRAs] = {}
+    for place, module in model.named_modules():
+        held = [(f"{place}.{key}", p) for key, p in module.named_parameters(recurse=False)]
+        held = [(name, p) for name, p in held if config.holds(name)]
+        for i, (name, p) in enumerate(held):
+            pair = pairs.pop(place + ".base_layer" * (len(held) - 1 - i), None)
+            experts = len(p)
+            if pair is None or p.ndim != 3 or len(pair["A"]) % experts:
+                raise InputError(f"{folder} has no LoRA of {name}, {tuple(p.shape)}, that is one of packed experts")
+            a, b, key = pair["A"], pair["B"], name.rpartition(".")[2]
+            a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+            scale = config.scale(name, a.shape[1])
+            found[name] = {f"{place}.{e}.{key}": (a[e], b[e], scale) for e in range(experts)}
+    return found
 
 
 def read_peft(model: nn.Module, folder: str | Path) -> Adapted:
-    """Adapt `model` with the LoRAs of a peft folder.
+    """Adapt `model` with the LoRAs of a peft folder, its dropout included.
 
     Lower ranks are padded with zeros to the highest, which changes nothing.
 
     Raises:
-        InputError: as `read_loras`; or layers that the model lacks or that have other widths, all in one message.
+        InputError: as `read_loras`; or layers that the model lacks or that have other widths, all in one message. The
+            model is as it was before.
     """
-    loras = read_loras(folder)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    wrong = [f"the model has no linear layer {name!r}" for name in loras if name not in linears]
-    for name in loras.keys() & linears.keys():
-        a, b, _ = loras[name]
-        here = (linears[name].out_features, linears[name].in_features)
-        if (b.shape[0], a.shape[1]) != here:
-            wrong.append(f"{name} is for a layer of shape {(b.shape[0], a.shape[1])} but the model's is {here}")
-    if wrong:
-        raise InputError(f"{folder} does not fit this model: {'; '.join(sorted(wrong))}")
+    loras, config, names = _read(Path(folder), model)
+    here = match_targets(model, ("*",))
+    if wrong := [f"the model has no linear layer {name!r}" for name in sorted(names) if name not in here]:
+        raise InputError(f"{folder} does not fit this model: {'; '.join(wrong)}")
     rank = max(a.shape[0] for a, _, _ in loras.values())
-    adapted = adapt(model, "lora", list(loras), rank=rank)
-    with torch.no_grad():
-        for name, layer in adapted.layers.items():
-            a, b, scale = loras[name]
-            bank = layer.experts
-            bank.a.zero_(), bank.b.zero_(), bank.scale.fill_(scale)
-            bank.a[0, : a.shape[0]], bank.b[0, :, : b.shape[1]] = a, b
+    if narrow := [name for name, (a, b, _) in loras.items() if rank > min(a.shape[1], b.shape[0])]:
+        raise InputError(f"{folder} has LoRAs of rank {rank}, for which {', '.join(narrow)} is too narrow")
+    adapted = adapt(model, "lora", names, rank=rank, dropout=config.dropout)
+    try:
+        _fill(adapted, folder, loras)
+    except BaseException:
+        adapted.remove()
+        raise
     return adapted
 
 
-def _scale(config: dict[str, Any], name: str, rank: int) -> float:
-    alphas = config.get("alpha_pattern") or {}
-    matched = (alpha for pattern, alpha in alphas.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    alpha = next(matched, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+@torch.no_grad()
+def _fill(adapted: Adapted, folder: str | Path, loras: LoRAs) -> None:
+    wrong = []
+    for name, layer in adapted.layers.items():
+        (a, b, scale), bank = loras[name], layer.experts
+        if (b.shape[0], a.shape[1]) != (bank.d_out, bank.d_in):
+            there, here = (b.shape[0], a.shape[1]), (bank.d_out, bank.d_in)
+            wrong.append(f"{name} is for a layer of shape {there} but the model's is {here}")
+            continue
+        bank.a.zero_(), bank.b.zero_(), bank.scale.fill_(scale)
+        bank.a[0, : a.shape[0]], bank.b[0, :, : b.shape[1]] = a, b
+    if wrong:
+        raise InputError(f"{folder} does not fit this model: {'; '.join(sorted(wrong))}")
+
+
+def _is_copy(folder: Path, key: str, tensor: Tensor, model: nn.Module | None) -> bool:
+    """Whether a tensor is the model's own base weight; an `InputError` where it should be and is not."""
+    match = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)(?:\.base_layer)?\.(weight|bias)", key)
+    if not match or ".lora_" in key:
+        return False
+    name = f"{match.group(1)}.{match.group(2)}"
+    if model is None:
+        raise InputError(f"{folder} holds a copy of the base's {name}: give the model, to compare it with")
+    here = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    if here is None or here.shape != tensor.shape or not torch.equal(tensor.to(here.dtype), here.detach().cpu()):
+        raise InputError(f"{folder} holds a base weight {name} that is not this model's: it is more than a plain LoRA")
+    return True
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())
+
+
+def _unequal(pair: Mapping[str, Tensor]) -> bool:
+    return pair["A"].shape[0] != pair["B"].shape[1]

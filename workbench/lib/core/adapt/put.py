@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from workbench import catalogue
 from workbench.errors import InputError, unknown
@@ -32,6 +32,7 @@ from workbench.lib.core.adapt.adapted import Adapted, Adapter, adapted_with
 from workbench.lib.core.adapt.feed_forward import find_feed_forward
 from workbench.lib.core.adapt.files import base_digest, own_state, read_adapter
 from workbench.lib.core.adapt.lora import LoRA
+from workbench.lib.core.adapt.options import Room, check_options
 
 
 def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "*", **options: Any) -> Adapted:
@@ -50,6 +51,10 @@ def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "
         InputError: unknown slug or option, targets that match nothing or something that is no linear layer, a model
             that is adapted already, a rank above a layer's width. The model is as it was before.
     """
+    return _adapt(model, slug, targets, options)
+
+
+def _adapt(model: nn.Module, slug: str, targets: str | Sequence[str], options: dict[str, Any]) -> Adapted:
     if (slug_there := adapted_with(model)) is not None:
         raise InputError(f"model is adapted with {slug_there!r} already; remove() that first")
     adapter, options = make_adapter(slug, options)
@@ -77,7 +82,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapted:
             weights, or has tensors of other names or shapes: all of it in one message. The model is unchanged then.
     """
     sidecar, tensors = read_adapter(folder)
-    adapted = adapt(model, sidecar["slug"], sidecar["targets"], **sidecar["options"])
+    with Room(4 * sum(tensor.numel() for tensor in tensors.values()) + 2**20):
+        adapted = _adapt(model, sidecar["slug"], sidecar["targets"], sidecar["options"])
+    try:
+        _fill(adapted, folder, sidecar["base_sha256"], tensors)
+    except BaseException:
+        adapted.remove()
+        raise
+    return adapted
+
+
+def _fill(adapted: Adapted, folder: str | Path, base: str, tensors: dict[str, Tensor]) -> None:
+    """Give an adapted model the tensors of a folder; an `InputError` with all that does not fit."""
     here = own_state(adapted.layers)
     wrong = [f"{name} is missing" for name in here if name not in tensors]
     wrong += [f"{name} has no place in this model" for name in tensors if name not in here]
@@ -86,15 +102,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapted:
         for name in here
         if name in tensors and tensors[name].shape != here[name].shape
     ]
-    if base_digest(adapted.layers) != sidecar["base_sha256"]:
+    if base_digest(adapted.layers) != base:
         wrong.append("the layers it was made on have other weights than this model's")
     if wrong:
-        adapted.remove()
         raise InputError(f"{folder} does not fit this model: {'; '.join(wrong)}")
     with torch.no_grad():
         for name, tensor in here.items():
             tensor.copy_(tensors[name])
-    return adapted
 
 
 def make_adapter(slug: str, options: dict[str, Any]) -> tuple[Adapter, dict[str, Any]]:
@@ -107,11 +121,8 @@ def make_adapter(slug: str, options: dict[str, Any]) -> tuple[Adapter, dict[str,
         if kind is None:
             allowed = ", ".join(["lora", *(row.slug for row in catalogue.methods() if row.adapts)])
             raise InputError(f"slug {slug!r} is no adapter that stands; allowed: {allowed}")
-    signature = inspect.signature(kind)
-    for name in options:
-        if name not in signature.parameters:
-            raise unknown(f"option of {slug}", name, signature.parameters)
-    bound = signature.bind(**options)
+    check_options(slug, kind, options)
+    bound = inspect.signature(kind).bind(**options)
     bound.apply_defaults()
     return kind(**options), dict(bound.arguments)
 

@@ -1,0 +1,178 @@
+"""A training by transformers' `Trainer`: watched, a mixture's losses in it, and what is said of the model's own."""
+
+import pytest
+import torch
+from torch import nn
+
+from workbench.errors import InputError
+from workbench.lib.core.adapt import adapt, load_adapter
+from workbench.live.records import LOAD
+from workbench.live.store import Run
+
+SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": None}
+ROWS = torch.randint(1, 31, (6, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _transformers():
+    """Only the process that runs these tests pays for the import."""
+    global transformers, WatchCallback
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from workbench.live.trainer_callback import WatchCallback
+
+
+def olmo() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES, **HEADS))
+
+
+def mixtral(coefficient: float = 0.02) -> nn.Module:
+    torch.manual_seed(0)
+    more = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": coefficient}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, **HEADS, **more))
+
+
+def data(rows) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def train(model, folder, rows=ROWS, adapted=None, batch=1, parts=1, eval_rows=None, loss=None, **arguments):
+    """Train one epoch by gradient descent, in steps of `parts` batches, watched; the trainer."""
+    quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
+    plain = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts, "num_train_epochs": 1}
+    order = {"train_sampling_strategy": "sequential", "eval_strategy": "no" if eval_rows is None else "epoch"}
+    args = transformers.TrainingArguments(str(folder / "trainer"), **quiet, **plain, **size, **order, **arguments)
+    evaluated = {} if eval_rows is None else {"eval_dataset": data(eval_rows)}
+    trainer = transformers.Trainer(model, args, train_dataset=data(rows), compute_loss_func=loss, **evaluated)
+    trainer.add_callback(WatchCallback(trainer, folder / "run", adapted=adapted, overwrite=True))
+    trainer.train()
+    return trainer
+
+
+def test_a_mixture_is_trained_watched_saved_loaded_and_generated_from(tmp_path):
+    model = olmo()
+    adapted = adapt(model, "mixlora", targets="*.mlp.*", experts=4, rank=2, balance=0.5)
+    before = [p.clone() for p in adapted.parameters()]
+    trainer = train(model, tmp_path, adapted=adapted, parts=2, eval_rows=ROWS[:2])
+    assert trainer.state.global_step == 3
+    assert any((p != q).any() for p, q in zip(adapted.parameters(), before, strict=True))
+    with Run(tmp_path / "run") as run:
+        assert run.last_step == 2 and run.status.state == "finished" and run.meta["total_steps"] == 3
+        found = {name: run.scalars(f"train/{name}") for name in ("loss", "aux", "lr")}
+        for steps, values in found.values():
+            assert list(steps) == [0, 1, 2] and all(values > 0)
+        # what the trainer logs has both losses in it
+        logged = (found["loss"][1] + found["aux"][1]).mean()
+        assert logged == pytest.approx(trainer.state.log_history[-1]["train_loss"], rel=1e-4)
+        assert run.scalars("valid/loss")[1][0] == pytest.approx(trainer.state.log_history[0]["eval_loss"])
+        assert run.tensor(LOAD.name("model.layers.0.mlp"))[1].shape == (4,)
+    assert trainer.compute_loss.__func__ is transformers.Trainer.compute_loss  # as it was
+    adapted.save(tmp_path / "adapter")
+    again = olmo()
+    load_adapter(again, tmp_path / "adapter")
+    model.eval(), again.eval()
+    assert torch.equal(again(ROWS).logits, model(ROWS).logits)
+    assert not torch.equal(olmo().eval()(ROWS).logits, model(ROWS).logits)
+    made = [m.generate(ROWS[:2], max_new_tokens=5, do_sample=False) for m in (model, again)]
+    assert made[0].shape == (2, 13) and torch.equal(*made)
+
+
+def cross_entropy(outputs, labels, num_items_in_batch):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    ("slug", "options", "rows", "how"),
+    [
+        # a mean over tokens, in batches of two rows and of one
+        ("flexmore", {"z": 20.0}, ROWS[:3], {}),
+        ("flexmore", {"z": 20.0}, ROWS[:3], {"label_smoothing_factor": 0.1}),
+        ("flexmore", {"z": 20.0}, ROWS[:3], {"loss": cross_entropy}),
+        # a product of two means, which are the same in each batch
+        ("mixlora", {"balance": 5.0, "experts": 4, "rank": 2}, ROWS[:1].expand(4, -1), {}),
+    ],
+    ids=["plain", "label smoothing", "a loss of one's own", "balance"],
+)
+def test_a_step_of_several_batches_is_that_of_one_batch_of_the_same_rows(tmp_path, slug, options, rows, how):
+    """The trained numbers after one step; without the mixture's losses they are others."""
+
+    def stepped(batch: int, parts: int, **changed) -> list[torch.Tensor]:
+        adapted = adapt(model := olmo(), slug, targets="*.mlp.*", **options | changed)
+        train(model, tmp_path, rows, adapted, batch, parts, **how)
+        return [p.detach() for p in adapted.parameters()]
+
+    one, parts = stepped(len(rows), 1), stepped(2, 2)
+    for a, b in zip(one, parts, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    without = stepped(2, 2, **{next(iter(options)): 0.0})
+    assert max(float((a - b).abs().max()) for a, b in zip(parts, without, strict=True)) > 1e-3
+
+
+def test_processes_weigh_by_their_tokens(tmp_path, monkeypatch):
+    """Two processes with two rows and one: the mean of their gradients is that of one batch."""
+    adapted = adapt(model := olmo().train(), "flexmore", targets="*.mlp.*", z=20.0)
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = transformers.Trainer(model, args)
+    callback = WatchCallback(trainer, adapted=adapted)
+    trainer.current_gradient_accumulation_steps = 1
+
+    def compute(model, inputs, return_outputs, **_):
+        outputs = model(**inputs)
+        return outputs.loss * 0, outputs
+
+    def gradients(parts) -> list[torch.Tensor]:
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", len(parts))
+        everywhere = torch.tensor([float(part.numel()) for part in parts])
+        monkeypatch.setattr(trainer.accelerator, "gather", lambda count: everywhere)
+        model.zero_grad()
+        for part in parts:
+            inputs = {"input_ids": part, "labels": part}
+            callback._count(([inputs], None))
+            (callback._compute_loss(compute, model, inputs) / len(parts)).backward()
+        return [p.grad.clone() for p in adapted.parameters() if p.grad is not None]
+
+    for a, b in zip(gradients([ROWS[:3]]), gradients([ROWS[:2], ROWS[2:3]]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "times", "said"),
+    [
+        ({"batch": 4}, 1, None),
+        ({"parts": 4}, 4, "counts 4 times"),
+        ({"batch": 4, "label_smoothing_factor": 0.1}, 0, "is not trained: with label smoothing"),
+    ],
+    ids=["one batch", "four batches", "smoothed"],
+)
+def test_what_the_trainer_does_with_a_model_s_own_balance_loss_is_said(tmp_path, capsys, how, times, said):
+    """And it is what happens: transformers 5.24, the balance loss's part of a step, as a multiple of its own."""
+    rows = ROWS[:1].expand(4, -1)  # the same in each batch, so that parts do not differ from the whole
+
+    def router(coefficient: float) -> torch.Tensor:
+        train(model := mixtral(coefficient), tmp_path, rows, **how)
+        return model.model.layers[0].mlp.gate.weight.detach()
+
+    own = mixtral()
+    own(rows).aux_loss.backward()
+    expected = -0.1 * own.model.layers[0].mlp.gate.weight.grad
+    plain, capture = router(0.0), capsys.readouterr()
+    assert "balance loss" not in capture.err
+    torch.testing.assert_close(router(1.0) - plain, times * expected, atol=2e-6, rtol=1e-3)
+    with Run(tmp_path / "run") as run:
+        notes = [event.text for event in run.events() if event.kind == "note"]
+    assert len(notes) == (said is not None) and all(said in note for note in notes)
+    assert (said is None) or said in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_an_error(tmp_path):
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    adapted = adapt(olmo())
+    with pytest.raises(InputError, match="adapted is of another model than the trainer's"):
+        WatchCallback(transformers.Trainer(olmo(), args), adapted=adapted)
+    args._n_gpu = 2
+    with pytest.raises(InputError, match="n_gpu is 2"):
+        WatchCallback(transformers.Trainer(adapted.model, args), adapted=adapted)
