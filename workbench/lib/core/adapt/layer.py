@@ -30,11 +30,13 @@ class Forward:
         context: what the model is called with; an empty one where it is called without.
         rows: of the batch, along the axis it has in what the model is called with; empty where nobody knows.
         calls: of the routed layers, in their order.
+        decided: for whole sequences, by layers that know of no cache, by their place.
     """
 
     context: Context = field(default_factory=Context)
     rows: frozenset[int] = frozenset()
     calls: list[Call] = field(default_factory=list)
+    decided: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def losses(self) -> dict[tuple[Hashable, str], Tensor]:
         """The weighted auxiliary losses, by who reports one and its name."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from workbench.lib.core.adapt.layer import AdaptedLayer, Forward, Frame, Side
-from workbench.lib.core.adapt.sequences import begin_sequences, is_cache
+from workbench.lib.core.adapt.sequences import begin_sequences, end_pass, is_cache
 from workbench.lib.core.recompute import recomputing
 from workbench.lib.core.routing import Context
 
@@ -67,6 +67,7 @@ class Passes:
         if context is not None and output is not None:  # None: it has failed
             with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):  # off in a reentrant checkpoint
                 context.aux = context.aux + sum(self.side.forward.losses().values(), 0.0)
+        end_pass(self.side.forward, output)
         _tie(self.side.forward, output)
 
 

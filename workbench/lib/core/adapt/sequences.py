@@ -6,12 +6,13 @@ has: reordered with it, copied with it, forgotten when it is emptied. Without a 
 so does the model's own `generate`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt.layer import AdaptedLayer, RoutedLayer
+from workbench.lib.core.adapt.layer import AdaptedLayer, Forward, RoutedLayer
 
 KEPT = "workbench_decided"
 ROWS = {
@@ -63,32 +64,41 @@ def begin_sequences(holder: Any) -> None:
             getattr(holder, KEPT).clear()
 
 
+def end_pass(forward: Forward, output: Any) -> None:
+    """A pass is over; with a cache that the model has made, it is kept what layers outside of it have decided."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    for holder in filter(is_cache, values):
+        kept = _of(holder)
+        kept.update({place: parts for place, parts in forward.decided.items() if place not in kept})
+
+
 def decided(layer: RoutedLayer, rows: int) -> tuple[Tensor, ...] | None:
     """What the layer has decided for these sequences before, each (rows, ...); None if nothing."""
-    kept = _kept(layer)
-    if not kept or layer.place not in kept:
+    parts = next((kept[layer.place] for kept in _kept(layer) if layer.place in kept), None)
+    if parts is None:
         return None
-    parts = kept[layer.place]
-    there = len(parts[0])
-    if rows % there:
-        raise InputError(f"what goes on has {rows} sequences but {there} were begun")
-    return tuple(part.repeat_interleave(rows // there, 0) for part in parts)
+    if rows % len(parts[0]):
+        raise InputError(f"what goes on has {rows} sequences but {len(parts[0])} were begun")
+    return tuple(part.repeat_interleave(rows // len(parts[0]), 0) for part in parts)
 
 
 def decide(layer: RoutedLayer, *parts: Tensor) -> None:
     """Keep what the layer decides now for the sequences, each (rows, ...), where they may go on."""
-    kept = _kept(layer)
-    if kept is not None:
+    for kept in _kept(layer) or [layer.side.forward.decided]:
         kept[layer.place] = tuple(part.detach() for part in parts)
 
 
-def _kept(layer: RoutedLayer) -> dict[str, tuple[Tensor, ...]] | None:
+def _kept(layer: RoutedLayer) -> list[dict[str, tuple[Tensor, ...]]]:
+    """What is kept for the layer's sequences: with their cache, and by `Adapted.generating`."""
     side = layer.side
     if side.chosen is not None:  # of packed experts a layer is given tokens, and decides for each of them
         return None
     holder = side.frames[-1].cache if side.frames else None
-    if holder is None:
-        return side.decided
+    return [*([] if holder is None else [_of(holder)]), *([] if side.decided is None else [side.decided])]
+
+
+def _of(holder: Any) -> dict[str, tuple[Tensor, ...]]:
+    """What is kept with a cache."""
     if KEPT not in vars(holder):
         setattr(holder, KEPT, {})
         for name in ROWS:
