@@ -84,15 +84,15 @@ def decided(layer: RoutedLayer, rows: int) -> tuple[Tensor, ...] | None:
 
 def decide(layer: RoutedLayer, *parts: Tensor) -> None:
     """Keep what the layer decides now for the sequences, each (rows, ...), where they may go on."""
-    for kept in _kept(layer) or [layer.side.forward.decided]:
+    for kept in _kept(layer) or ([] if _of_tokens(layer) else [layer.side.forward.decided]):
         kept[layer.place] = tuple(part.detach() for part in parts)
 
 
 def _kept(layer: RoutedLayer) -> list[dict[str, tuple[Tensor, ...]]]:
     """What is kept for the layer's sequences: with their cache, and by `Adapted.generating`."""
     side = layer.side
-    if side.chosen is not None:  # of packed experts a layer is given tokens, and decides for each of them
-        return None
+    if _of_tokens(layer):
+        return []
     holder = side.frames[-1].cache if side.frames else None
     return [*([] if holder is None else [_of(holder)]), *([] if side.decided is None else [side.decided])]
 
@@ -105,3 +105,8 @@ def _of(holder: Any) -> dict[str, tuple[Tensor, ...]]:
             if hasattr(type(holder), name):
                 setattr(holder, name, Following(holder, name))
     return getattr(holder, KEPT)
+
+
+def _of_tokens(layer: RoutedLayer) -> bool:
+    """Whether the layer is given tokens of all sequences, as packed experts are, and decides for each of them."""
+    return layer.side.chosen is not None
