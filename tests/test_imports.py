@@ -14,7 +14,7 @@ from workbench.imports import PACKAGE, Imports, files_below, read
 #: From the ground up. A module imports from its own part and from floors below; parts of one floor not from each other.
 FLOORS = (
     ("", "errors"),  # "": the package itself, which imports nothing before it is asked for a name
-    ("paths", "catalogue", "sealed"),
+    ("paths", "catalogue", "sealed", "attached"),
     ("imports",),
     ("kernels",),
     ("lib",),
