@@ -102,8 +102,9 @@ def classes(name: str) -> list[type]:
     for registry in dict.fromkeys((*ordered, *others)):
         entry = getattr(modeling_auto, registry).get(name, ())
         found |= dict.fromkeys((entry,) if isinstance(entry, str) else entry)
+    inside = {type(value) for value in vars(configuration_auto.CONFIG_MAPPING[name]()).values()}
     kinds = [getattr(transformers, each, None) for each in found]
-    return [kind for kind in kinds if isinstance(kind, type)]
+    return [kind for kind in kinds if isinstance(kind, type) and getattr(kind, "config_class", None) not in inside]
 
 
 # -- sizes
@@ -117,6 +118,7 @@ MOST = {
 KINDS = (
     (r"chunk_size_feed_forward|num_channels|type_vocab_size|.*(stride|dilation|kernel|divisor|scale).*", "kept"),
     (r".*vocab_size.*|.*vocab|.*codebook_size|num_embeddings|.*num_buckets|.*_bins", "vocabulary"),
+    (r".*heads_per_layer", "heads"),
     (r".*(num|n)_?(key_value|kv)_heads|kv_n_heads|.*linear_num_key_heads|multi_query_group_num", "key heads"),
     (r".*(num|n)_?(.*_)?heads?|.*attention_heads|resampler_heads", "heads"),
     (r"(.*_)?(head_dim|d_kv|dim_head|d_head|head_size|rotary_dim)", "head"),
@@ -137,13 +139,58 @@ KINDS = (
 )  # fmt: skip
 """A pattern for the whole name of a size in a configuration, and its kind; the first that fits."""
 
-TOKEN = re.compile(r"(.*_)?(token|bos|eos|pad|sep|cls|mask|unk|blank|image|start|end)(_token)?_?(ids?|index)")
+TOKEN = re.compile(r"(.*_)?(token|bos|eos|pad|sep|cls|mask|unk|blank|image|start|end)_?(ids?|index)")
 INDICES = re.compile(r".*(ind(ex(es)?|ices)|idxs?|layers)")
 OFF = re.compile(r"(.*_)?(layerdrop|apply_spec_augment|mask_time_prob|mask_feature_prob)")
 """What skips layers or masks inputs by a generator that is not torch's."""
 
-ALSO: dict[str, dict[str, Any]] = {}
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+BY_TYPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+ALSO: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": BY_TYPE},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe_text": {"rope_parameters": SECTIONS | {"mrope_section": [2, 2, 4]}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "glm4v_text": {"rope_parameters": SECTIONS},
+    "glm4v_moe_text": {"rope_parameters": SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+    "glm5_next_text": {"index_topk": 2, "index_kpool": 2},
+    "glm_image_text": {"rope_parameters": SECTIONS},
+    "glm_ocr_text": {"rope_parameters": SECTIONS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 32},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+    },
+    "paddleocr_vl_text": {"rope_parameters": SECTIONS},
+    "qwen2_5_omni_text": {"rope_parameters": SECTIONS},
+    "qwen2_5_vl_text": {"rope_parameters": SECTIONS},
+    "qwen2_vl_text": {"rope_parameters": SECTIONS},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 128,
+    },
+    "recurrent_gemma": {"block_types": ("recurrent", "attention")},
+    "reformer": {"is_decoder": True},
+    "step3p5": {"sliding_window": 4},
+    "xmod": {"languages": ("en", "de"), "default_language": "en"},
+}
 """What a configuration needs beside its sizes, by its model_type."""
+
+FILLED = {"head_dim": 16, "num_key_value_heads": 1, "vocab_size": MOST["vocabulary"]}
+"""Sizes that some defaults leave open."""
 
 
 def configuration(name: str) -> Any:
@@ -163,6 +210,8 @@ def small(config: Any) -> Any:
             changed[key] = small(value)
         elif OFF.fullmatch(key) and value is not None:
             changed[key] = type(value)(0)
+        elif value is None and key in FILLED:
+            changed[key] = FILLED[key]
         elif isinstance(value, bool) or value is None:
             continue
         elif TOKEN.fullmatch(key):
@@ -177,8 +226,12 @@ def small(config: Any) -> Any:
         elif isinstance(value, dict):
             changed[key] = sections(value)
     fields = {f for kind in type(config).__mro__ for f in getattr(kind, "__annotations__", ())}
-    changed = {key: value for key, value in changed.items() if key in fields and value != own[key]}
-    return type(config)(**changed | ALSO.get(config.model_type, {}))
+    plain = vars(type(config)())
+    same = [key for key, value in changed.items() if not isinstance(value, transformers.PreTrainedConfig)]
+    same = {key for key in same if changed[key] == plain.get(key)}
+    chosen = {key: value for key, value in (own | changed).items() if key in fields and key not in same}
+    chosen = {key: value for key, value in chosen.items() if key in changed or value != plain.get(key)}
+    return type(config)(**chosen | ALSO.get(config.model_type, {}))
 
 
 def layers_kept(own: dict[str, Any]) -> list[int]:
@@ -193,8 +246,9 @@ def layers_kept(own: dict[str, Any]) -> list[int]:
 
 def small_list(key: str, value: Any, kept: list[int]) -> Any:
     kind = kind_of(key)
-    if all(isinstance(each, str) for each in value) or (len(value) > 8 and kind != "layers"):
-        return [value[i] for i in kept] if len(value) > max(kept) and len(value) > MOST["layers"] else value
+    if (all(isinstance(each, str) for each in value) or len(value) > 8) and len(value) > max(MOST["layers"], *kept):
+        value = [value[i] for i in kept]
+        return [min(each, MOST["heads"]) for each in value] if kind == "heads" else value
     if not all(isinstance(each, int) and not isinstance(each, bool) for each in value):
         return value
     if INDICES.fullmatch(key):
@@ -279,14 +333,14 @@ B, T = 2, 6
 def find(config: Any, *names: str, default: Any = None) -> Any:
     """The first of the names that the configuration, or one inside it, has."""
     inside = [value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)]
-    for name in names:
-        value = getattr(config, name, None)
-        if value is not None:
-            return value
-    for each in inside:
-        value = find(each, *names)
-        if value is not None:
-            return value
+    for each in (config, *inside):
+        for name in names:
+            try:
+                value = getattr(each, name, None)
+            except Exception:  # one that differs between layers is an error to ask for
+                continue
+            if value is not None:
+                return value
     return default
 
 
@@ -303,8 +357,8 @@ def calls(model: nn.Module) -> Iterator[dict[str, Any]]:
     firsts = [["input_ids"], [main], ["pixel_values"], ["input_ids", "pixel_values"], ["inputs_embeds"], ["hidden_states"], []]
     tried: list[list[str]] = []
     for first in firsts:
-        chosen = list(dict.fromkeys([n for n in first if n in names] + needed + decoder))
-        if not chosen or chosen in tried:
+        chosen = list(dict.fromkeys([*first, *needed, *decoder]))
+        if not chosen or chosen in tried or not names.keys() >= set(first):
             continue
         tried.append(chosen)
         options = {name: shapes(name, model.config) for name in chosen}
@@ -340,7 +394,11 @@ def shapes(name: str, config: Any) -> list[Any]:
     if name == "pixel_values":
         sides = dict.fromkeys((s, 32, 64, 128))
         images = [floats(B, c, side, side) for side in sides]
-        return [*images, floats(B, number(find(config, "num_frames", default=4)), c, s, s)]
+        patch = number(find(config, "patch_size", default=8))
+        times = number(find(config, "temporal_patch_size", "video_temporal_patch_size", default=1))
+        flat = [floats(16, c * t * patch**2) for t in (times, 2)]
+        flat += [ floats(B, 16, c * patch**2), floats(16, c, patch, patch)]
+        return [*images, *flat, floats(B, number(find(config, "num_frames", default=4)), c, s, s), floats(B, 2, c, s, s)]
     if name in ("pixel_values_videos", "pixel_values_video"):
         return [floats(B, number(find(config, "frames_per_clip", "num_frames", default=4)), c, s, s)]
     if name == "input_features":
