@@ -15,6 +15,7 @@ left them out would be right.
 
 import copy
 import inspect
+import itertools
 import logging
 import math
 import re
@@ -362,9 +363,8 @@ def calls(model: nn.Module) -> Iterator[dict[str, Any]]:
             continue
         tried.append(chosen)
         options = {name: shapes(name, model.config) for name in chosen}
-        if all(options.values()):
-            for i in range(max(map(len, options.values()))):
-                yield {name: made[min(i, len(made) - 1)] for name, made in options.items()}
+        for made in itertools.product(*options.values()):
+            yield dict(zip(options, made, strict=True))
     try:
         yield dict(model.dummy_inputs)
     except Exception:
@@ -387,8 +387,11 @@ def shapes(name: str, config: Any) -> list[Any]:
     width = number(find(config, "hidden_size", "d_model", default=MOST["width"]))
     mel = number(find(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", "n_mels", default=80))
     frames = 2 * number(find(config, "max_source_positions", default=32))
-    if name in ("input_ids", "decoder_input_ids", "tokens"):
-        return [ids(B, T), ids(B, T, find(config, "num_codebooks", "num_code_groups", default=4))]
+    if name in ("input_ids", "tokens"):
+        books = find(config, "num_codebooks", "num_code_groups")
+        return [ids(B, T)] if books is None else [ids(B, T), ids(B, T, number(books))]
+    if name == "decoder_input_ids":
+        return [ids(B, T)]
     if name in ("attention_mask", "decoder_attention_mask"):
         return [torch.ones(B, T, dtype=torch.int64)]
     if name == "pixel_values":
