@@ -32,7 +32,7 @@ LARGEST = 2_000_000
 """Parameters of a model that is still called tiny."""
 
 REGISTRIES = (
-    "CAUSAL_LM", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "", "BACKBONE",
+    "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "MULTIMODAL_LM", "", "BACKBONE",
 )  # fmt: skip
 """Of transformers, in the order they are tried; "" is that of the models without a head. All others come after."""
 
