@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import workbench
 from tests.sweep.models import NotBuilt, answer, build, one_line, quiet
@@ -52,7 +53,8 @@ class Case:
         y: its answer in evaluation mode.
         trained: its answer in training mode and the state of the generator afterwards; None where it is not the same
             twice, or none.
-        checkpoints: whether its own gradients are the same with checkpointed layers, by `use_reentrant`.
+        learns: whether its own linear layers get gradients.
+        checkpoints: the values of `use_reentrant` with which they get the same when layers are checkpointed.
         beams: the numbers of beams with which it generates the same with a cache as without.
     """
 
@@ -61,6 +63,7 @@ class Case:
     inputs: dict[str, Any]
     y: Tensor
     trained: tuple[Tensor, Tensor] | None = None
+    learns: bool = False
     checkpoints: tuple[bool, ...] = ()
     beams: tuple[int, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -80,8 +83,7 @@ def case(name: str) -> Case:
         NotBuilt: it cannot be.
     """
     model, inputs = build(name)
-    for p in model.parameters():
-        p.requires_grad_(True)
+    model.requires_grad_(True)
     with quiet(), torch.no_grad():
         found = Case(name, model, inputs, answer(model, inputs))
         found.tensors = {key: tensor.clone() for key, tensor in model.state_dict(keep_vars=False).items()}
@@ -89,7 +91,8 @@ def case(name: str) -> Case:
         found.trained = training(found)
         found.beams = tuple(n for n in (1, 2) if generates(found, n))
     with quiet():
-        found.checkpoints = tuple(r for r in (False, True) if checkpoints(found, r))
+        found.learns = learns(found)
+        found.checkpoints = tuple(r for r in (False, True) if found.learns and checkpoints(found, r))
     return found
 
 
@@ -125,7 +128,8 @@ def check(found: Case, slug: str) -> None:
             disturb(adapted)
             y = answer(model, found.inputs)
         require(bool(y.isfinite().all()), "an answer that is not finite")
-        same_gradients(found, adapted)
+        if found.learns:
+            same_gradients(found, adapted)
         with torch.no_grad():
             for beams in found.beams:
                 gap = generated_gap(found, beams)
@@ -256,15 +260,17 @@ def gradient_gap(grads: list[Tensor | None], expected: list[Tensor | None]) -> f
 
 @contextmanager
 def checkpointed(model: nn.Module, reentrant: bool) -> Iterator[None]:
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
+    hooks = [(module, set(module._forward_hooks)) for module in model.modules()]
     try:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
         yield
     finally:
         model.gradient_checkpointing_disable()
-        if reentrant:
-            model.disable_input_require_grads()
+        for module, before in hooks:  # those that ask for gradients of the input are left there by the library
+            for key in module._forward_hooks.keys() - before:
+                del module._forward_hooks[key]
 
 
 # -- what a model does by itself
@@ -284,19 +290,41 @@ def training(found: Case) -> tuple[Tensor, Tensor] | None:
 
 
 def checkpoints(found: Case, reentrant: bool) -> bool:
+    """Whether the model's own linear layers, the rest of it frozen, get the same gradients with checkpointed layers."""
     if not getattr(found.model, "supports_gradient_checkpointing", False):
         return False
     try:
-        parameters = list(found.model.parameters())
-        _, expected, _ = gradients(found, parameters)
-        with checkpointed(found.model, reentrant):
-            _, grads, _ = gradients(found, parameters)
+        with matrices(found.model) as parameters:
+            _, expected, _ = gradients(found, parameters)
+            with checkpointed(found.model, reentrant):
+                _, grads, _ = gradients(found, parameters)
         return gradient_gap(grads, expected) <= SAME
     except Exception:
         return False
+
+
+def learns(found: Case) -> bool:
+    """Whether the model's own linear layers get finite gradients, and any at all."""
+    try:
+        with matrices(found.model) as parameters:
+            _, grads, _ = gradients(found, parameters)
+        grads = [grad for grad in grads if grad is not None]
+        return any(bool(g.any()) for g in grads) and all(bool(g.isfinite().all()) for g in grads)
+    except Exception:
+        return False
+
+
+@contextmanager
+def matrices(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The weights of linear layers; everything else is frozen meanwhile, as it is when the model is adapted."""
+    chosen = list({id(m): m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}.values())
+    model.requires_grad_(False)
+    for p in chosen:
+        p.requires_grad_(True)
+    try:
+        yield chosen
     finally:
-        found.model.eval()
-        found.restore()
+        model.requires_grad_(True).eval()
 
 
 def generates(found: Case, beams: int) -> bool:
