@@ -119,14 +119,14 @@ MOST = {
 KINDS = (
     (r"chunk_size_feed_forward|num_channels|type_vocab_size|.*(stride|dilation|kernel|divisor|scale).*", "kept"),
     (r".*vocab_size.*|.*vocab|.*codebook_size|num_embeddings|.*num_buckets|.*_bins", "vocabulary"),
-    (r".*heads_per_layer", "heads"),
+    (r".*heads_per_(layer|stage)", "heads"),
     (r".*(num|n)_?(key_value|kv)_heads|kv_n_heads|.*linear_num_key_heads|multi_query_group_num", "key heads"),
     (r".*(num|n)_?(.*_)?heads?|.*attention_heads|resampler_heads", "heads"),
     (r"(.*_)?(head_dim|d_kv|dim_head|d_head|head_size|rotary_dim)", "head"),
     (r".*(intermediate|ffn|d_ff|d_inner|n_inner|dim_ff|dff|feedforward|mlp|linear_units|expert)(_hidden)?(_dim|_size)?", "inner"),
     (r"first_k_dense_replace|moe_layer_start_index|num_dense_layers|.*_layer_offset", "first"),
     (r".*_layer_(period|interval|step)|.*sparse_step|full_attention_interval|sliding_window_pattern|layer_group_size", "period"),
-    (r"(.*_)?(num_|n_)?(.*_)?(layers?|blocks)|(.*_)?depths?|num_stages", "layers"),
+    (r"(.*_)?(num_|n_)?(.*_)?(layers?|blocks)|(.*_)?depths?|blocks_per_stage", "layers"),
     (r".*(experts_per_tok(en)?|top_?k)(_experts|_group)?|moe_k", "active"),
     (r"(.*_)?(num_|n_)?(.*_)?(experts|expert_num)", "experts"),
     (r"n_group|num_expert_groups?", "groups"),
@@ -136,7 +136,9 @@ KINDS = (
     (r".*(num|n)_(queries|query_tokens|latents|image_tokens|codevectors_per_group|points|patches|denoising|proposals)", "few"),
     (r".*(max_|n_)(.*)?(positions?|ctx|seq_?(uence_)?len(gth)?|embeddings|length).*|n_positions|max_pos_emb|context_length", "length"),
     (r".*(hidden|embed\w*|embd|proj\w*|out|in|output|input|text|decoder|latent|encoder|feature|d_model|width)_?(size|dim|channels)?s?", "width"),
-    (r".*(dim|rank|channels|num_filters|units|d_model)s?|(.*_)?dim_.*", "width"),
+    (r"num_filters", "few"),
+    (r"embed_dim_per_stage", "width"),
+    (r".*(dim|rank|channel|units|d_model)s?|(.*_)?dim_.*", "width"),
 )  # fmt: skip
 """A pattern for the whole name of a size in a configuration, and its kind; the first that fits."""
 
@@ -148,11 +150,15 @@ OFF = re.compile(r"(.*_)?(layerdrop|apply_spec_augment|mask_time_prob|mask_featu
 SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 BY_TYPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 ALSO: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
     "cohere_compass_text": {"rope_parameters": BY_TYPE},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dory": {"num_hidden_layers": 4, "layer_types": None, "n_input_layers": 1, "n_output_layers": 1},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
     "ernie4_5_vl_moe_text": {"rope_parameters": SECTIONS | {"mrope_section": [2, 2, 4]}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "glm4v_text": {"rope_parameters": SECTIONS},
@@ -162,9 +168,14 @@ ALSO: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"rope_parameters": SECTIONS},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "hunyuan_vl_text": {"rope_parameters": SECTIONS | {"mrope_section": [2, 2, 2, 2]}},
+    "informer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
+    "led": {"attention_window": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
     "longcat_flash": {"qk_head_dim": 32},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "moonshine": {"encoder_num_key_value_heads": 2, "decoder_num_key_value_heads": 2},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
         "mamba_num_heads": 4,
@@ -184,8 +195,9 @@ ALSO: dict[str, dict[str, Any]] = {
         "ngram_vocab_size_base": 128,
     },
     "recurrent_gemma": {"block_types": ("recurrent", "attention")},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 16), "lsh_attn_chunk_length": 4},
     "step3p5": {"sliding_window": 4},
+    "time_series_transformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
     "xmod": {"languages": ("en", "de"), "default_language": "en"},
 }
 """What a configuration needs beside its sizes, by its model_type."""
@@ -227,7 +239,9 @@ def small(config: Any) -> Any:
         elif isinstance(value, dict):
             changed[key] = sections(value)
     fields = {f for kind in type(config).__mro__ for f in getattr(kind, "__annotations__", ())}
-    plain = vars(type(config)())
+    names = {old: new for new, old in getattr(config, "attribute_map", {}).items() if new in fields and old not in fields}
+    own, changed = ({names.get(key, key): value for key, value in each.items()} for each in (own, changed))
+    plain = {names.get(key, key): value for key, value in vars(type(config)()).items()}
     same = [key for key, value in changed.items() if not isinstance(value, transformers.PreTrainedConfig)]
     same = {key for key in same if changed[key] == plain.get(key)}
     chosen = {key: value for key, value in (own | changed).items() if key in fields and key not in same}
@@ -249,13 +263,13 @@ def small_list(key: str, value: Any, kept: list[int]) -> Any:
     kind = kind_of(key)
     if (all(isinstance(each, str) for each in value) or len(value) > 8) and len(value) > max(MOST["layers"], *kept):
         value = [value[i] for i in kept]
-        return [min(each, MOST["heads"]) for each in value] if kind == "heads" else value
+        return [min(each, MOST[kind]) for each in value] if kind in ("heads", "inner") else value
     if not all(isinstance(each, int) and not isinstance(each, bool) for each in value):
         return value
     if INDICES.fullmatch(key):
         return sorted({min(each, len(kept) - 1) for each in value})
     if kind == "width" and min(value) > 1:
-        return [max(8, min(64, each * 16 // min(value) // 8 * 8)) for each in value]
+        return [max(8, min(128, each * 16 // min(value) // 8 * 8)) for each in value]
     if kind == "layers":
         return [min(each, 1) for each in value]
     return [min(each, MOST[kind]) if kind != "kept" else each for each in value]
@@ -355,7 +369,7 @@ def calls(model: nn.Module) -> Iterator[dict[str, Any]]:
     main = getattr(model, "main_input_name", "input_ids")
     needed = [n for n, p in names.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
     decoder = ["decoder_input_ids"] if "decoder_input_ids" in names else []
-    firsts = [["input_ids"], [main], ["pixel_values"], ["input_ids", "pixel_values"], ["inputs_embeds"], ["hidden_states"], []]
+    firsts = [["input_ids"], [main], ["pixel_values"], ["input_ids", "pixel_values"], ["input_ids", "bbox"], ["past_values"], ["inputs_embeds"], ["hidden_states"], []]
     tried: list[list[str]] = []
     for first in firsts:
         chosen = list(dict.fromkeys([*first, *needed, *decoder]))
@@ -385,7 +399,7 @@ def shapes(name: str, config: Any) -> list[Any]:
     c = c if c <= 16 else 3
     s = number(find(config, "image_size", "img_size", default=MOST["image"]))
     width = number(find(config, "hidden_size", "d_model", default=MOST["width"]))
-    mel = number(find(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", "n_mels", default=80))
+    mel = number(find(config, "num_mel_bins", "feature_projection_input_dim", "feature_size", "input_feat_per_channel", "input_dim", "n_mels", default=80))
     frames = 2 * number(find(config, "max_source_positions", default=32))
     if name in ("input_ids", "tokens"):
         books = find(config, "num_codebooks", "num_code_groups")
@@ -414,7 +428,11 @@ def shapes(name: str, config: Any) -> list[Any]:
     if name in ("grid_thw", "image_grid_thw"):
         return [torch.tensor([[1, 4, 4]])]
     if name == "bbox":
-        return [torch.tensor([1, 2, 3, 4]).expand(B, T, 4).clone()]
+        return [torch.tensor([1, 2, 3, 4]).expand(B, T, 4).clone(), floats(B, T, 4), floats(B, T, 8)]
+    if name in ("past_values", "past_observed_mask", "past_time_features"):
+        length = number(find(config, "context_length", default=8)) + max(find(config, "lags_sequence", default=[0]))
+        features = number(find(config, "num_input_channels", default=1))
+        return [floats(B, length, 0)] if name == "past_time_features" else [floats(B, length), floats(B, length, features)]
     if name == "inputs":
         return [ids(B, T), floats(B, T, width), floats(B, c, s, s)]
     return []

@@ -33,7 +33,7 @@ def failures(rows: Mapping[str, Row]) -> list[str]:
         f"{name} {column}: {cell}"
         for name, row in rows.items()
         for column, cell in row.items()
-        if cell.startswith(("wrong: ", "error: "))
+        if cell.startswith(("wrong: ", "error: ", "refused: unlisted: "))
     ]
 
 
