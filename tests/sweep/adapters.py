@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,13 @@ SAME = 1e-5
 """Of gradients and losses of the same numbers in another order of sums, relative to the largest."""
 
 RIGHT = "right"
-REFUSALS: dict[str, str] = {}
-"""The kinds of refusal, by what the message says."""
+REFUSALS = {
+    r"must match linear layers": "no linear layer",
+    r"the model computes with '\w+' of \S+ itself": "a weight that the model reads itself",
+}
+"""The kinds of refusal, by what the message says. One that is not listed is a failure."""
+
+FILE = Path(__file__).with_name("adapters.tsv")
 
 
 class Wrong(Exception):
