@@ -27,7 +27,6 @@ import workbench
 from tests.sweep.models import NotBuilt, answer, build, one_line, quiet
 from workbench.errors import InputError
 from workbench.lib.core.adapt import Adapted, LoRA, adapt, load_adapter
-from workbench.lib.core.adapt.files import own_state
 
 ADAPTERS = {"lora": LoRA} | {row.slug: import_module(row.module).ADAPTER for row in workbench.methods() if row.adapts}
 
@@ -240,7 +239,7 @@ def gradients(
     What was counted is put back.
     """
     model = found.model.train(found.trained is not None)
-    counted = [] if adapted is None else [t for t in own_state(adapted.layers).values() if not t.requires_grad]
+    counted = [] if adapted is None else list(counters(adapted))
     before = [t.clone() for t in counted]
     for p in parameters:
         p.grad = None
@@ -256,6 +255,12 @@ def gradients(
     for p in parameters:
         p.grad = None
     return torch.stack([torch.as_tensor(loss).detach() for loss in losses]), grads, after
+
+
+def counters(adapted: Adapted) -> Iterator[Tensor]:
+    """What was put in that no gradient trains: biases, loads and statistics, kept or not."""
+    for layer in adapted.layers.values():
+        yield from (t for name, t in layer.named_buffers() if not name.startswith("base."))
 
 
 def gradient_gap(grads: list[Tensor | None], expected: list[Tensor | None]) -> float:

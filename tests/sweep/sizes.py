@@ -124,7 +124,6 @@ ALSO: dict[str, dict[str, Any]] = {
     },
     "step3p5": {"sliding_window": 4},
     "time_series_transformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
-    "vitpose_backbone": {"num_experts": 4, "part_features": 8},
     "xmod": {"languages": ("en", "de"), "default_language": "en"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
