@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt, load_adapter
@@ -293,6 +294,33 @@ def test_lora_mixer_has_a_block_decide_once_on_its_input():
     seen.clear()
     net(X, X.flip(1).clone())  # as many of them, and still others
     assert not torch.equal(seen["attention.k_proj"].probs, seen["attention.q_proj"].probs)
+
+
+class KeysFirst(Attention):
+    """Keys and values are made before the queries, and no output layer follows, as in LUKE."""
+
+    def __init__(self):
+        super().__init__()
+        del self.o_proj
+
+    def forward(self, x, other=None):
+        key, value = self.k_proj(x), self.v_proj(x)
+        return (self.q_proj(x) @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
+def test_lora_mixer_keeps_no_decision_that_a_checkpoint_would_find_again():
+    net = Net()
+    net.attention = KeysFirst()
+    names = [f"{part}_proj" for part in "qkv"]
+    net, adapted = mixed(net, [lora(seed, names=names) for seed in range(EXPERTS)])
+    net.train()
+    expected = torch.autograd.grad(net(X).sin().sum(), adapted.parameters())
+    assert adapted.layers["attention.q_proj"].block.routing is None
+    for _ in range(2):  # a backward pass, and another over the same forward
+        y = checkpoint(net.attention, X, use_reentrant=False)
+        grads = torch.autograd.grad(y.sin().sum(), adapted.parameters(), retain_graph=True)
+        torch.testing.assert_close(grads, expected)
+        torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), adapted.parameters()), expected)
 
 
 def test_lora_mixer_parameters_are_what_the_formula_says():

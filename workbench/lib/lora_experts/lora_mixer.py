@@ -240,26 +240,29 @@ class Block:
 
     def __init__(self, first: MixerLinear, others: Mapping[str, MixerLinear]):
         self.first, self.outputs = first, [layer for name, layer in others.items() if name in OUTPUT]
-        self.routing, self.x, self.waiting = None, None, 0
-        self.size = len(others)
+        self.others, self.routing, self.x = frozenset(others.values()), None, None
+        self.early: set[MixerLinear] = set()  # called before the first one, as keys may be
+        self.waiting: set[MixerLinear] = set()  # not called since
         for layer in (first, *others.values()):
             layer.block = self
             layer.router = first.router
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"routing": None, "x": None}  # a copy has seen no forward
+        return vars(self) | {"routing": None, "x": None, "early": set(), "waiting": set()}  # it has seen no forward
 
     def made(self, layer: MixerLinear, x: Tensor, routing: Routing) -> None:
         if layer is self.first:
-            self.routing, self.x, self.waiting = routing, x, self.size
+            self.waiting, self.early = set(self.others - self.early), set()
+            self.routing, self.x = (routing, x) if self.waiting else (None, None)
 
     def taken(self, layer: MixerLinear, x: Tensor) -> Routing | None:
         """The decision for this layer's tokens; None where it has to be made from its own input."""
         routing, same = self.routing, x is self.x
         if layer is self.first or routing is None:
+            self.early |= {layer} - {self.first}
             return None
-        self.waiting -= 1
-        if self.waiting == 0:  # no tensor of this forward outlives the block
+        self.waiting.discard(layer)
+        if not self.waiting:  # no tensor of this forward outlives the block, nor meets what a checkpoint repeats of it
             self.routing, self.x = None, None
         output = layer in self.outputs and x.shape[:-1].numel() == routing.n_tokens
         return routing if same or output else None

@@ -299,14 +299,8 @@ def _match(layer: AdaptedLayer, like: Tensor) -> None:
     dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
     frozen = set(layer.base.modules())
     for module in layer.modules():
-        if module in frozen:
-            continue
-        for p in module._parameters.values():
-            if p is not None:
-                p.data = p.data.to(like.device, dtype)
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = buffer.to(like.device, dtype if buffer.is_floating_point() else None)
+        if module not in frozen:  # as `module.to` does, without what is inside
+            module._apply(lambda t: t.to(like.device, dtype if t.is_floating_point() else None), recurse=False)
 
 
 def _merged(layer: AdaptedLayer) -> Tensor:
