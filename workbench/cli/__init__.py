@@ -103,6 +103,8 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         sub = command(name, text, json=False)
         port = "port of the page (default: a free one from 5006)"
         sub.add_argument("--port", type=whole(1, 65535), metavar="N", help=port)
+        address = "where to listen (default: 127.0.0.1, for this machine alone)"
+        sub.add_argument("--address", metavar="A", default="127.0.0.1", help=address)
         sub.add_argument("--no-browser", action="store_true", help="only print the address")
         return sub
 

@@ -174,13 +174,13 @@ def live(args: argparse.Namespace) -> None:
     from workbench.cli.live import recipes
     from workbench.live.serve import live as serve_live
 
-    serve_live(recipes(args), port=args.port, open_browser=False if args.no_browser else None)
+    serve_live(recipes(args), args.port, False if args.no_browser else None, address=args.address)
 
 
 def view(args: argparse.Namespace) -> None:
     from workbench.live.serve import view as serve_view
 
-    serve_view(args.run, port=args.port, open_browser=False if args.no_browser else None)
+    serve_view(args.run, args.port, False if args.no_browser else None, address=args.address)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ A run is a folder: ``run.sqlite`` (write-ahead log, crash-safe, many readers), `
 lives) and ``checkpoints/``. All processes that use a run must be on one machine; a network file system will not do.
 """
 
+import os
 import re
 import secrets
 import threading
@@ -31,6 +32,7 @@ __all__ = [
     "RunWriter",
     "Status",
     "find",
+    "kept",
     "new_folder",
     "run_name",
     "runs",
@@ -66,26 +68,37 @@ def runs(root: str | Path | None = None) -> list[Run]:
 
 
 def find(name_or_path: str | Path, root: str | Path | None = None) -> Run:
-    """A run by its name, by a prefix that only it has, by its path, or the newest as "latest"."""
-    text = str(name_or_path)
-    folder = Path(text).expanduser()
-    known = [] if folder.is_absolute() else [path.parent for path in sorted(_root(root).glob(f"*/{DATABASE}"))]
-    names = [path.name for path in known]
-    if text in names:
-        return Run(known[names.index(text)])
-    if text == "latest":
+    """A run as `kept` finds it, or by its path."""
+    try:
+        folder = Path(name_or_path).expanduser()
+    except RuntimeError:
+        raise InputError(f"run {str(name_or_path)!r} begins with a user that this machine does not know") from None
+    if folder.is_absolute():
+        return Run(folder)
+    try:
+        return kept(str(name_or_path), root)
+    except InputError:
+        if len(folder.parts) > 1 or os.path.isdir(folder):  # unlike Path's, never raises
+            return Run(folder)
+        raise
+
+
+def kept(name: str, root: str | Path | None = None) -> Run:
+    """A run in ``root`` by its name, by a prefix that only it has, or the newest as "latest"; by no path elsewhere."""
+    known = {path.parent.name: path.parent for path in sorted(_root(root).glob(f"*/{DATABASE}"))}
+    if name in known:
+        return Run(known[name])
+    if name == "latest":
         newest = next((run for run in runs(root) if run.status.state != "damaged"), None)
         if newest is None:
             raise InputError(f"there is no run in {_root(root)} yet; workbench live starts one")
         return newest
-    starting = [path for path in known if text and path.name.startswith(text)]
-    if len(starting) == 1:
-        return Run(starting[0])
+    starting = [other for other in known if name and other.startswith(name)]
     if len(starting) > 1:
-        raise InputError(f"run {text!r} could be any of {', '.join(path.name for path in starting)}")
-    if folder.is_dir() or len(folder.parts) > 1:
-        return Run(folder)
-    raise unknown("run", text, names)
+        raise InputError(f"run {name!r} could be any of {', '.join(starting)}")
+    if not starting:
+        raise unknown("run", name, known)
+    return Run(known[starting[0]])
 
 
 def run_name(folder: Path, root: str | Path | None = None) -> str:

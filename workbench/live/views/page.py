@@ -1,6 +1,6 @@
 """The page: runs to choose, how they stand, controls of the trainer, and the views one tab each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import panel as pn
 
 from workbench.errors import InputError
-from workbench.live.store import DATABASE, Run, find, runs
+from workbench.live.store import DATABASE, Run, find, run_name, runs
 from workbench.live.views import style
 from workbench.live.views.bar import SelectionBar, served, text, widget
 from workbench.live.views.coactivation import CoactivationView
@@ -50,6 +50,8 @@ class Workbench(pn.viewable.Viewer):
         theme: "light" or "dark".
         views: the view classes, a tab each; all of them if left out.
         root: folder of the runs to choose from; the user's own if left out.
+        control: whether commands may be sent to the trainer; if left out, in a notebook alone.
+        lookup: finds a run by its name or path and the root.
     """
 
     def __init__(
@@ -60,9 +62,12 @@ class Workbench(pn.viewable.Viewer):
         theme: str = "light",
         views: Sequence[type[View]] | None = None,
         root: Path | str | None = None,
+        control: bool | None = None,
+        lookup: Callable[[Path | str, Path], Run] = find,
     ):
         super().__init__()
-        self.root, self.selection = Path(root or home() / "runs").expanduser(), Selection(theme=theme)
+        self.root, self.selection = Path(root or home() / "runs").expanduser().absolute(), Selection(theme=theme)
+        self._lookup = lookup
         self._error = ""
         self._listed: tuple = ()  # the runs there and those on show, when the lists were last filled
         kinds = list(views or VIEWS)
@@ -74,7 +79,7 @@ class Workbench(pn.viewable.Viewer):
         self.compare = widget(pn.widgets.Select, 240, label="Compare", options={NONE: ""})
         self.dark = widget(pn.widgets.Toggle, 70, label="◐ Dark", value=theme == "dark")
         self.status = text(min_width=400)
-        self.trainer = TrainerControls(self.selection)
+        self.trainer = TrainerControls(self.selection, not served() if control is None else control)
         self._stage = pn.Column(sizing_mode="stretch_width", margin=0)
         self._open(run, compare)
         self._listen()
@@ -148,7 +153,7 @@ class Workbench(pn.viewable.Viewer):
         self.list_runs()
 
     def _found(self, run: Run | Path | str | None) -> Run | None:
-        return find(run, self.root) if isinstance(run, Path | str) else run
+        return self._lookup(run, self.root) if isinstance(run, Path | str) else run
 
     def _newest(self) -> Run | None:
         return next((run for run in runs(self.root) if run.status.state != "damaged"), None)
@@ -166,7 +171,7 @@ class Workbench(pn.viewable.Viewer):
         self._reopen(found)
         known = {run.name: str(run.folder) for run in found}
         for readings in self.selection.shown:
-            known.setdefault(readings.name, str(readings.run.folder))
+            known.setdefault(run_name(readings.run.folder, self.root), str(readings.run.folder))
         for select, options, value in ((self.run, known, shown[0]), (self.compare, {NONE: ""} | known, shown[1])):
             select.param.update(options=options, value=value)
 
@@ -192,6 +197,11 @@ class Workbench(pn.viewable.Viewer):
         except InputError as error:
             self._error = str(error)
             self._follow()
+
+    def tell(self, error: str) -> None:
+        """Say on the page what is wrong with what was asked for."""
+        self._error = error
+        self._follow()
 
     # -- following
 

@@ -13,20 +13,20 @@ from workbench.live.views.selection import Selection
 BUTTONS = {"pause": "❚❚ Pause", "continue": "▶ Continue", "step": "❚▶ Step", "stop": "■ Stop"}
 SETTINGS = {"learning_rate": "Learning rate", "balance": "Balance coefficient", "top_k": "Top-k"}
 SHOWN = {"failed": "has failed", "died": "died", "finished": "has finished", "stopped": "was stopped"}
-
-
 BOTH = "both runs"
+READ_ONLY = "read-only: the address with the server's token controls the run"
 
 
 class TrainerControls(pn.viewable.Viewer):
     """Sends commands to the trainer of the selected run, or of both on show, and shows what became of the last one.
 
-    Disabled for a run that nobody trains. A value is sent with Enter.
+    Disabled for a run that nobody trains. A value is sent with Enter. Where ``allowed`` is False nothing is sent,
+    whatever a browser says was clicked.
     """
 
-    def __init__(self, selection: Selection):
+    def __init__(self, selection: Selection, allowed: bool = True):
         super().__init__()
-        self.selection = selection
+        self.selection, self.allowed = selection, allowed
         self.buttons = {name: widget(pn.widgets.Button, 88, label=label) for name, label in BUTTONS.items()}
         self.settings = {
             name: widget(pn.widgets.TextInput, width, label=label)
@@ -64,10 +64,12 @@ class TrainerControls(pn.viewable.Viewer):
         runs, run = self.controlled, self.selection.run
         states = {run.status.state for run in runs}
         for part in (*self.buttons.values(), *self.settings.values()):
-            part.disabled = not runs
-        self.buttons["pause"].disabled = not states - {"paused"}
-        self.buttons["continue"].disabled = not states - {"running"}
-        if self._sent and set(self._sent) <= set(self.selection.shown):
+            part.disabled = not runs or not self.allowed
+        self.buttons["pause"].disabled = not states - {"paused"} or not self.allowed
+        self.buttons["continue"].disabled = not states - {"running"} or not self.allowed
+        if not self.allowed:
+            self.answer.object = f'<span class="muted">{READ_ONLY}</span>'
+        elif self._sent and set(self._sent) <= set(self.selection.shown):
             self._show_answers()
         elif runs:
             self.answer.object = '<span class="muted">type a value and press Enter</span>'
@@ -88,6 +90,8 @@ class TrainerControls(pn.viewable.Viewer):
     def send(self, name: str, value: float | str | None = None) -> None:
         """Send a command; an error is shown in red, never raised."""
         self._sent = {}
+        if not self.allowed:
+            return
         for run in self.controlled or [self.selection.run]:
             try:
                 self._sent[run] = run.run.send(name, value)
