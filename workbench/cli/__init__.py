@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -151,6 +152,8 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command and return its exit status."""
+    with suppress(AttributeError):  # a name of a file need be no text; stderr spells it out by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = build_parser(argv).parse_args(argv)

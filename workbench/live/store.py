@@ -9,6 +9,7 @@ import re
 import secrets
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,6 +35,7 @@ __all__ = [
     "find",
     "kept",
     "new_folder",
+    "newest",
     "run_name",
     "runs",
 ]
@@ -44,7 +46,7 @@ class DamagedRun(Run):
 
     def __init__(self, folder: Path, reason: str):
         self.folder, self.name, self.reason = folder, folder.name, reason
-        self._guard, self._db = threading.RLock(), None
+        self._guard, self._db, self._checked = threading.RLock(), None, {}
         self.created = datetime.fromtimestamp(folder.stat().st_mtime, UTC).isoformat(timespec="microseconds")
 
     @property
@@ -63,7 +65,8 @@ def runs(root: str | Path | None = None) -> list[Run]:
             with Run(database.parent) as run:  # closed: a long list holds no files open, and a use opens again
                 found.append(run)
         except InputError as error:
-            found.append(DamagedRun(database.parent, str(error)))
+            with suppress(OSError):  # it is gone
+                found.append(DamagedRun(database.parent, str(error)))
     return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
 
 
@@ -89,16 +92,21 @@ def kept(name: str, root: str | Path | None = None) -> Run:
     if name in known:
         return Run(known[name])
     if name == "latest":
-        newest = next((run for run in runs(root) if run.status.state != "damaged"), None)
-        if newest is None:
+        found = newest(root)
+        if found is None:
             raise InputError(f"there is no run in {_root(root)} yet; workbench live starts one")
-        return newest
+        return found
     starting = [other for other in known if name and other.startswith(name)]
     if len(starting) > 1:
         raise InputError(f"run {name!r} could be any of {', '.join(starting)}")
     if not starting:
         raise unknown("run", name, known)
     return Run(known[starting[0]])
+
+
+def newest(root: str | Path | None = None) -> Run | None:
+    """The newest run that can be read; None where there is none."""
+    return next((run for run in runs(root) if not isinstance(run, DamagedRun)), None)
 
 
 def run_name(folder: Path, root: str | Path | None = None) -> str:
@@ -108,8 +116,8 @@ def run_name(folder: Path, root: str | Path | None = None) -> str:
 
 def new_folder(kind: str, root: str | Path | None = None) -> Path:
     """A path for a new run, such as runs/2026-11-22-1405-lm-3f2a; it is not made yet."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", kind):
-        raise InputError(f"kind is {kind!r} but must be letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", kind):
+        raise InputError(f"kind is {kind!r} but must be at most 200 letters, digits, '.', '_' and '-'")
     while True:
         path = _root(root) / f"{time.strftime('%Y-%m-%d-%H%M')}-{kind}-{secrets.token_hex(2)}"
         if not path.exists():
