@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from html import escape
 from pathlib import Path
 
 import panel as pn
 
 from workbench.errors import InputError
-from workbench.live.store import DATABASE, Run, find, run_name, runs
+from workbench.live.store import DATABASE, DamagedRun, Run, find, newest, run_name, runs
 from workbench.live.views import style
 from workbench.live.views.bar import SelectionBar, served, text, widget
 from workbench.live.views.coactivation import CoactivationView
 from workbench.live.views.conflict import ConflictView
 from workbench.live.views.imbalance import ImbalanceView
 from workbench.live.views.loss import LossView
+from workbench.live.views.markup import html, joined
 from workbench.live.views.overview import Overview
 from workbench.live.views.plot import Pulse
 from workbench.live.views.readings import Readings
@@ -146,7 +146,7 @@ class Workbench(pn.viewable.Viewer):
         """Show the runs asked for; where one cannot be shown, say so and do without it, or show the newest."""
         for first, second in ((run, compare), (run, None), (None, None)):
             try:
-                self.selection.choose(self._found(first) or self._newest(), self._found(second))
+                self.selection.choose(self._found(first) or newest(self.root), self._found(second))
                 break
             except InputError as error:
                 self._error = self._error or str(error)
@@ -155,14 +155,11 @@ class Workbench(pn.viewable.Viewer):
     def _found(self, run: Run | Path | str | None) -> Run | None:
         return self._lookup(run, self.root) if isinstance(run, Path | str) else run
 
-    def _newest(self) -> Run | None:
-        return next((run for run in runs(self.root) if run.status.state != "damaged"), None)
-
     def list_runs(self) -> None:
         """Read the list of runs anew, if there are others than before; the newest is shown if none is yet."""
         there = sorted(_files(self.root))
-        if self.selection.run is None and there and (newest := self._newest()):
-            self.selection.choose(newest)
+        if self.selection.run is None and there and (first := newest(self.root)):
+            self.selection.choose(first)
         shown = [str(run.run.folder) if run else "" for run in (self.selection.run, self.selection.compare)]
         if (there, shown) == self._listed:
             return
@@ -177,7 +174,7 @@ class Workbench(pn.viewable.Viewer):
 
     def _reopen(self, found: Sequence[Run]) -> None:
         """Show a run that was written anew under its name in place of the one that it replaced."""
-        there = {run.folder: run for run in found if run.status.state != "damaged"}
+        there = {run.folder: run for run in found if not isinstance(run, DamagedRun)}
 
         def now(readings: Readings | None) -> Readings | Run | None:
             run = readings and there.get(readings.run.folder)
@@ -218,8 +215,9 @@ class Workbench(pn.viewable.Viewer):
     def _follow(self) -> None:
         shown = self.selection.shown
         lines = [status_line(readings, named=len(shown) > 1) for readings in shown]
-        error = f'<div class="status"><span class="bad">{escape(self._error)}</span></div>' if self._error else ""
-        self.status.object = error + "".join(lines)
+        if self._error:
+            lines.insert(0, html('<div class="status"><span class="bad">{error}</span></div>', error=self._error))
+        self.status.object = joined(lines)
         if self._root.css_classes != self._classes():
             self._root.css_classes = self._classes()
 
