@@ -1,4 +1,5 @@
-"""Singular spectra of a run, live: `panel serve apps/spectra.py`, then /spectra?run=NAME&theme=dark."""
+"""Singular spectra of a run, live: `panel serve apps/spectra.py --address 127.0.0.1`,
+then /spectra?run=NAME&theme=dark."""
 
 from workbench.live.views import SpectraView
 from workbench.live.views.served import serve_page

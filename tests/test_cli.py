@@ -297,13 +297,13 @@ def test_live_passes_on_only_what_is_given(shell, monkeypatch: pytest.MonkeyPatc
     asked = []
     monkeypatch.setattr("workbench.live.serve.live", lambda *args, **kwargs: asked.append((args, kwargs)))
     assert shell("live")[0] == 0
-    words = "--steps 5 --top-k 1 --balance 0 --domains python,docs --port 5010 --no-browser"
+    words = "--steps 5 --top-k 1 --balance 0 --domains python,docs --port 5010 --no-browser --address 0.0.0.0"
     assert shell("live", *words.split())[0] == 0
     assert asked == [
-        (([Recipe()],), {"port": None, "open_browser": None}),
+        (([Recipe()],), {"port": None, "open_browser": None, "address": "127.0.0.1"}),
         (
             ([Recipe(steps=5, top_k=1, balance=0.0, domains=("python", "docs"))],),
-            {"port": 5010, "open_browser": False},
+            {"port": 5010, "open_browser": False, "address": "0.0.0.0"},
         ),
     ]
 
@@ -328,8 +328,8 @@ def test_view_opens_the_newest_run_or_the_one_that_is_named(shell, monkeypatch: 
     monkeypatch.setattr("workbench.live.serve.view", lambda *args, **kwargs: asked.append((args, kwargs)))
     assert shell("view") == shell("view", "mine", "--port", 5010, "--no-browser") == (0, "", "")
     assert asked == [
-        (("latest",), {"port": None, "open_browser": None}),
-        (("mine",), {"port": 5010, "open_browser": False}),
+        (("latest",), {"port": None, "open_browser": None, "address": "127.0.0.1"}),
+        (("mine",), {"port": 5010, "open_browser": False, "address": "127.0.0.1"}),
     ]
 
 

@@ -141,9 +141,29 @@ def read(path: Path) -> dict:
     import nbformat
 
     try:
-        return nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError, nbformat.reader.NotJSONError, AttributeError) as error:
-        raise InputError(f"notebook {path} cannot be read: {str(error).splitlines()[0]}") from None
+        found = nbformat.read(path, as_version=4)
+    except Exception as error:  # it says in many ways that a file is none: with the error it stumbles on
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"notebook {path} cannot be read: {reason[:200]}") from None
+    if wrong := _wrong(found):
+        raise InputError(f"notebook {path} cannot be read: {wrong}")
+    return found
+
+
+def _wrong(found: dict) -> str | None:
+    """What is not as everything here takes it to be; nbformat warns of it at most."""
+    kernel = found.get("metadata", {}).get("kernelspec", {}) if isinstance(found.get("metadata", {}), dict) else None
+    if not (isinstance(kernel, dict) and isinstance(kernel.get("name", ""), str)):
+        return "its kernel has no name"
+    cells = found.get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        return "it has no cells"
+    for number, cell in enumerate(cells, 1):
+        metadata = cell.get("metadata")
+        tags = metadata.get("tags", []) if isinstance(metadata, dict) else None
+        if not (isinstance(cell.get("source"), str) and isinstance(tags, list)):
+            return f"cell {number} has no text, or tags that are none"
+    return None
 
 
 def parameters(path: Path) -> dict[str, Parameter]:
@@ -155,8 +175,9 @@ def parameters(path: Path) -> dict[str, Parameter]:
     lines = source.splitlines()
     try:
         body = ast.parse(source).body
-    except SyntaxError as error:
-        raise InputError(f"notebook {path}: its parameters cell is not plain Python: {error.msg}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = getattr(error, "msg", None) or str(error) or "it is nested too deep"
+        raise InputError(f"notebook {path}: its parameters cell is not plain Python: {reason}") from None
     found = {}
     for node in body:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -177,8 +198,8 @@ def _declare(path: Path, name: str, annotation: str, value: ast.expr, comment: s
     where = f"notebook {path}: parameter {name}"
     try:
         default = ast.literal_eval(value)
-    except ValueError:
-        raise InputError(f"{where} must have a literal default, not {ast.unparse(value)}") from None
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise InputError(f"{where} must have a literal default, not {_shown(value)}") from None
     kinds = annotation.split(" | ") if annotation else [type(default).__name__]
     optional = "None" in kinds
     kinds = [kind for kind in kinds if kind != "None"]
@@ -190,6 +211,13 @@ def _declare(path: Path, name: str, annotation: str, value: ast.expr, comment: s
     parameter = Parameter(name, kinds[0], default, optional, help=described, **constraint)
     parameter.coerce(default)
     return parameter
+
+
+def _shown(value: ast.expr) -> str:
+    try:
+        return ast.unparse(value)[:200]
+    except (RecursionError, ValueError):
+        return "this"
 
 
 def _constraint(comment: str) -> tuple[dict, str]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -43,17 +44,31 @@ def process(*command: str, **more) -> Iterator[subprocess.Popen]:
 
 
 @pytest.fixture(scope="module")
-def site(home: Path, until, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def site(home: Path, until, log: Path) -> Iterator[str]:
     files = [str(path) for path in sorted((ROOT / "apps").glob("*.py"))]
     command = ["-m", "panel", "serve", *files, "--port", "0", "--address", "127.0.0.1"]
     command += ["--index", str(ROOT / "apps" / "index.html")]
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    log = (elsewhere / "log").open("w")
-    with process(*command, cwd=elsewhere, env=os.environ | {"WORKBENCH_HOME": str(home)}, stdout=log, stderr=log):
-        until(lambda: ADDRESS.search((elsewhere / "log").read_text()))
-        yield ADDRESS.search((elsewhere / "log").read_text())[0]
-    said = (elsewhere / "log").read_text()
+    with (
+        log.open("w") as out,
+        process(*command, cwd=log.parent, env=os.environ | {"WORKBENCH_HOME": str(home)}, stdout=out, stderr=out),
+    ):
+        until(lambda: ADDRESS.search(log.read_text()))
+        yield ADDRESS.search(log.read_text())[0]
+    said = log.read_text()
     assert not ours(said), said
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server says."""
+    return tmp_path_factory.mktemp("elsewhere") / "log"
+
+
+@pytest.fixture(scope="module")
+def token(site: str, log: Path) -> str:
+    """What the server says once its first page is opened."""
+    urlopen(site + "verdicts").close()
+    return re.search(r"with token=([\w-]{32}) in the address", log.read_text())[1]
 
 
 def ours(said: str) -> list[str]:
@@ -154,8 +169,8 @@ def test_every_app_draws_its_plots_on_one_screen_without_overlap(visit, until, a
     assert page.locator(".chip.finished").inner_text() == "finished"
 
 
-def test_values_change_while_a_run_trains_and_commands_reach_it(visit, live, until):
-    page = visit(f"live?run={live.name}", plots=6)
+def test_values_change_while_a_run_trains_and_commands_reach_it(visit, live, until, token):
+    page = visit(f"live?run={live.name}&token={token}", plots=6)
     before, drawn = shown_step(page), plots(page)["Loss"]["data"][0]
     until(lambda: shown_step(page) >= before + 20)
     until(lambda: plots(page)["Loss"]["data"][0] != drawn)
@@ -184,12 +199,36 @@ def test_values_change_while_a_run_trains_and_commands_reach_it(visit, live, unt
         ("learning_rate", 0.0005, None),
     ]
 
+    page.get_by_role("button", name="Dark").click()
+    until(lambda: "theme=dark" in page.url)
+    assert f"token={token}" in page.url  # to load the page again is to have its controls again
     page.get_by_role("button", name="Continue").click()
     page.locator(".chip.running").wait_for()
     page.get_by_role("button", name="Stop").click()
     page.locator(".chip.stopped").wait_for()
     assert page.get_by_role("button", name="Pause").is_disabled()
     assert live.status.state == "stopped"
+
+
+FORCE = """() => {
+  for (const model of Bokeh.documents[0]._all_models.values()) {
+    if (model.label?.includes?.("Stop")) model.disabled = false
+  }
+}"""
+
+
+def test_without_the_token_a_page_is_read_only_whatever_its_browser_says(visit, live, until, token):
+    for wrong in ("", f"&token={token[:-1]}"):
+        page = visit(f"live?run={live.name}{wrong}", plots=6)
+        page.get_by_text("read-only: the address with").wait_for()
+        stop = page.get_by_role("button", name="Stop")
+        assert stop.is_disabled() and page.get_by_label("Learning rate").is_disabled()
+        page.evaluate(FORCE)
+        until(stop.is_enabled)
+        stop.click()
+        before = live.last_step
+        until(lambda before=before: live.last_step > before + 10)
+    assert live.answers() == [] and live.status.state == "running"
 
 
 def test_tabs_scrubbing_and_the_dark_switch(visit, until):

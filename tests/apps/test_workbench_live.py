@@ -32,7 +32,7 @@ def live(words: str) -> Iterator[tuple[subprocess.Popen, str]]:
 def started(home):
     """The command, the address it prints, and its run."""
     with live(SMALL) as (process, address):
-        yield process, address, Run(home / "runs" / address.split("run=")[1])
+        yield process, address, Run(home / "runs" / re.search("run=([^&]+)", address)[1])
 
 
 def shown_step(page) -> int:
@@ -79,7 +79,7 @@ def test_a_real_training_is_watched_steered_and_ended(started, browser, until):
 
 def test_two_arms_of_a_study_are_watched_on_one_page_and_paused_together(home, browser, until):
     with live("--study rmoe --arm gru linear") as (process, address):
-        names = re.findall(r"=([^&]+)", address)
+        names = re.findall(r"(?:run|compare)=([^&]+)", address)
         runs = [Run(home / "runs" / name) for name in names]
         assert [run.meta["recipe"]["arm"] for run in runs] == ["gru", "linear"]
         page, wrong = browser.new_page(viewport={"width": 1280, "height": 2400}), []

@@ -13,7 +13,10 @@ from workbench.errors import InputError
 from workbench.live.control import COMMANDS, Command, Controller, Controls, validate
 from workbench.live.store import Run, RunWriter
 
-META = {"kind": "train", "model": {"layers": [{"n_experts": 8, "top_k": 2}, {"n_experts": 4, "top_k": 2}]}}
+META = {
+    "kind": "train",
+    "model": {"layers": [{"name": n, "n_experts": e, "top_k": 2} for n, e in (("a", 8), ("b", 4))]},
+}
 
 
 # -- what is allowed

@@ -137,6 +137,45 @@ def test_asking_for_the_status_does_not_pass_for_writing(finished, monkeypatch):
     timer.join()
 
 
+# -- the folder is gone
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+def test_a_run_whose_folder_is_gone_stops_with_the_next_commit(tmp_path, how):
+    said = pytest.raises(RunStopped, match=r"run run stopped: its folder .*/run was moved, replaced or deleted")
+    with said, RunWriter.create(tmp_path / "run", {}) as writer:
+        fill(writer, range(3))
+        if how == "deleted":
+            shutil.rmtree(writer.folder)
+        else:
+            writer.folder.rename(tmp_path / "elsewhere")
+        if how == "replaced":
+            RunWriter.create(tmp_path / "run", {}).close()
+        fill(writer, [3])
+    there = {"deleted": [], "moved": ["elsewhere"], "replaced": ["elsewhere", "run"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == there[how]
+    if how == "replaced":
+        assert Run(tmp_path / "run").last_step == -1
+
+
+# -- other people of this machine
+
+
+def test_nobody_else_may_write_or_hold_a_run(tmp_path):
+    """Who may write the file may command the trainer; who may read the lock may hold it."""
+    before = os.umask(0)
+    try:
+        with RunWriter.create(tmp_path / "run", {}) as writer:
+            fill(writer, range(2))
+            modes = {path.name: path.stat().st_mode & 0o777 for path in (writer.folder, *writer.folder.iterdir())}
+        RunWriter.replace(writer.folder, {}).close()
+    finally:
+        os.umask(before)
+    assert {"run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "lock", "checkpoints", "run"} == set(modes)
+    assert {name for name, mode in modes.items() if mode & 0o077} == set()
+    assert writer.folder.stat().st_mode & 0o777 == 0o700
+
+
 # -- the disk is full
 
 

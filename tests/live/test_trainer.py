@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,15 @@ def test_a_full_disk_under_a_checkpoint_stops_the_run_with_a_message(tmp_path: P
 
 
 # -- as a process
+
+
+def test_a_trainer_whose_run_is_deleted_says_so(tmp_path: Path, until):
+    running = process(tmp_path / "run", "--recipe", recipe(steps=100_000, checkpoint_every=0).to_json())
+    until(lambda: Run(tmp_path / "run").last_step >= 1)
+    shutil.rmtree(tmp_path / "run")
+    _, said = running.communicate(timeout=300)
+    assert running.returncode == 1 and said.startswith("workbench: error: run run stopped: its folder ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def process(*arguments: object, **options) -> subprocess.Popen:

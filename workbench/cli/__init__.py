@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -103,6 +104,8 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         sub = command(name, text, json=False)
         port = "port of the page (default: a free one from 5006)"
         sub.add_argument("--port", type=whole(1, 65535), metavar="N", help=port)
+        address = "where to listen (default: 127.0.0.1, for this machine alone)"
+        sub.add_argument("--address", metavar="A", default="127.0.0.1", help=address)
         sub.add_argument("--no-browser", action="store_true", help="only print the address")
         return sub
 
@@ -149,6 +152,8 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command and return its exit status."""
+    with suppress(AttributeError):  # a name of a file need be no text; stderr spells it out by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = build_parser(argv).parse_args(argv)

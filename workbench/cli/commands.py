@@ -17,11 +17,16 @@ from workbench.errors import InputError, unknown
 
 def show(rows: Sequence[Sequence[object]], names: Sequence[str]) -> None:
     """Print rows as a table as wide as its content; on a terminal the last column ends where the terminal does."""
-    texts = [[str(cell) for cell in row] for row in [names, *rows]]
+    texts = [[_plain(str(cell)) for cell in row] for row in [names, *rows]]
     widths = [max(len(row[i]) for row in texts) for i in range(len(names))]
     limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for row in texts:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()[:limit])
+
+
+def _plain(text: str) -> str:
+    """What a terminal shows as it is: a line break or a command to the terminal is spelled out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def as_json(value: object) -> None:
@@ -174,13 +179,17 @@ def live(args: argparse.Namespace) -> None:
     from workbench.cli.live import recipes
     from workbench.live.serve import live as serve_live
 
-    serve_live(recipes(args), port=args.port, open_browser=False if args.no_browser else None)
+    serve_live(recipes(args), **_page(args))
 
 
 def view(args: argparse.Namespace) -> None:
     from workbench.live.serve import view as serve_view
 
-    serve_view(args.run, port=args.port, open_browser=False if args.no_browser else None)
+    serve_view(args.run, **_page(args))
+
+
+def _page(args: argparse.Namespace) -> dict[str, object]:
+    return {"port": args.port, "open_browser": False if args.no_browser else None, "address": args.address}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -231,9 +240,14 @@ def runs(args: argparse.Namespace) -> None:
 
 def _describe_run(run) -> dict[str, object]:
     """A run as plain values; of a damaged one only what is known without reading it."""
-    with run:
-        state, message = run.status
-        meta, steps = ({}, 0) if state == "damaged" else (run.meta, run.last_step + 1)
+    meta, steps = {}, 0
+    try:
+        with run:
+            state, message = run.status
+            if state != "damaged":
+                meta, steps = run.meta, run.last_step + 1
+    except InputError as error:  # since it was opened
+        state, message = "damaged", str(error)
     row = {"name": run.name, "folder": str(run.folder), "created": run.created, "state": state, "message": message}
     return row | {"steps": steps} | {key: meta.get(key) for key in ("total_steps", "kind", "seed", "weights_sha256")}
 

@@ -15,6 +15,7 @@ from workbench.figures.theme import (
     null_shape,
     short_names,
     step_shape,
+    text,
     theme_named,
 )
 
@@ -72,7 +73,7 @@ def balance_lines(
         for row, (name, shade) in enumerate(zip(names, colours.ordered(len(layers)), strict=True)):
             traces.append(
                 _layer_line(steps, lines[row], name, shade, None if selected is None else row == selected)
-                | {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "legendgroup": name, "showlegend": not panel}
+                | {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "legendgroup": text(name), "showlegend": not panel}
             )
     if len(values) == 1:
         layout["yaxis"]["title"] = {"text": f"{look.title} ({look.unit})"}
@@ -197,6 +198,7 @@ def support_sizes(
 
 def _layer_line(steps: np.ndarray, values: np.ndarray, name: str, colour: str, chosen: bool | None, unit="") -> dict:
     """The line of one layer; ``chosen`` is whether it is the selected one, None where none is."""
+    name = text(name)
     return {
         "type": "scatter",
         "x": np.asarray(steps),

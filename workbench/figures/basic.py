@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.figures.theme import blank, colour_bar, null_line, rgba, sequential, theme_named
+from workbench.figures.theme import blank, colour_bar, null_line, rgba, sequential, text, theme_named
 
 LEGEND = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom"}
 
@@ -33,7 +33,12 @@ def lines(
     shades = colours.ordered(len(series)) if ordered else colours.nominal(len(series))
     for (name, values), shade in zip(series.items(), shades, strict=True):
         figure.add_scatter(
-            x=list(x), y=list(values), name=name, mode="lines+markers", line={"color": shade, "width": 2}, marker_size=6
+            x=list(x),
+            y=list(values),
+            name=text(name),
+            mode="lines+markers",
+            line={"color": shade, "width": 2},
+            marker_size=6,
         )
     if null is not None:
         null_line(figure, theme, *null)
@@ -61,7 +66,9 @@ def bars(
     colours = theme_named(theme)
     figure = blank(theme, title, subtitle, x=x_title, y=y_title)
     for (name, values), shade in zip(series.items(), colours.nominal(len(series)), strict=True):
-        figure.add_bar(x=list(labels), y=list(values), name=name, marker_color=rgba(shade, 0.85))
+        figure.add_bar(
+            x=[text(label) for label in labels], y=list(values), name=text(name), marker_color=rgba(shade, 0.85)
+        )
     if null is not None:
         null_line(figure, theme, *null)
     figure.update_xaxes(showgrid=False)
@@ -104,7 +111,9 @@ def intervals(
         marker={"size": 10, "symbol": "diamond", "color": colours.cycle[0]},
         name="estimate and interval",
     )
-    figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=list(labels), range=[len(labels) - 0.5, -0.5])
+    figure.update_yaxes(
+        tickvals=list(range(len(labels))), ticktext=[text(label) for label in labels], range=[len(labels) - 0.5, -0.5]
+    )
     figure.update_layout(height=140 + 46 * len(labels), showlegend=False)
     return figure
 
@@ -124,12 +133,12 @@ def matrix(
     """A small matrix with its values written in; NaN cells stay empty."""
     values = np.asarray(values, dtype=float)
     figure = blank(theme, title, subtitle, x=x_title, y=y_title)
-    text = [["" if np.isnan(value) else f"{value:.3g}" for value in row] for row in values]
+    written = [["" if np.isnan(value) else f"{value:.3g}" for value in row] for row in values]
     figure.add_heatmap(
         z=values,
-        x=list(columns),
-        y=list(rows),
-        text=text,
+        x=[text(column) for column in columns],
+        y=[text(row) for row in rows],
+        text=written,
         texttemplate="%{text}",
         colorscale=sequential(theme),
         zmin=0,

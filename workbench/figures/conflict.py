@@ -18,6 +18,7 @@ from workbench.figures.theme import (
     outline_row,
     rgba,
     short_names,
+    text,
     theme_named,
 )
 
@@ -53,17 +54,17 @@ def cosine_matrix(
         f"{kind} cosine{noise} · grey = undefined",
         plot_bgcolor=theme_named(theme).undefined,
     )
-    text = [["" if np.isnan(v) else "~0" if band and abs(v) < band else f"{v:+.2f}" for v in row] for row in matrix]
+    values = [["" if np.isnan(v) else "~0" if band and abs(v) < band else f"{v:+.2f}" for v in row] for row in matrix]
     figure.add_trace(
         go.Heatmap(
             z=np.clip(matrix, -1, 1).astype(np.float32),
-            x=list(domains),
-            y=list(domains),
+            x=[text(domain) for domain in domains],
+            y=[text(domain) for domain in domains],
             zmin=-1,
             zmax=1,
             colorscale=_flipped(theme),
             colorbar=BAR,
-            text=text,
+            text=values,
             texttemplate="%{text}",
             customdata=matrix.astype(np.float32),
             hovertemplate="%{y} and %{x}<br>cosine <b>%{customdata:.4f}</b><extra></extra>",
@@ -95,13 +96,15 @@ def group_cosines(
     figure.add_trace(
         go.Heatmap(
             z=np.clip(np.asarray(cosines, dtype=np.float64), -1, 1).astype(np.float32),
-            x=[pair.replace(" – ", "<br>") for pair in pairs],
+            x=[text(pair).replace(" – ", "<br>") for pair in pairs],
             y=list(range(len(groups))),
             zmin=-1,
             zmax=1,
             colorscale=_flipped(theme),
             colorbar=BAR,
-            customdata=np.repeat(np.asarray(groups, dtype=object)[:, None], len(pairs), axis=1),
+            customdata=np.repeat(
+                np.asarray([text(group) for group in groups], dtype=object)[:, None], len(pairs), axis=1
+            ),
             hovertemplate="%{customdata}<br>%{x}<br>cosine <b>%{z:.3f}</b><extra></extra>",
             hoverongaps=False,
             ygap=1 if len(groups) <= 40 else 0,
@@ -113,7 +116,7 @@ def group_cosines(
         showgrid=False,
         tickmode="array",
         tickvals=list(range(0, len(groups), stride)),
-        ticktext=list(groups)[::stride],
+        ticktext=[text(group) for group in groups][::stride],
         tickfont_size=11 if len(groups) <= 10 else 9,
         range=[len(groups) - 0.5, -0.5],
     )
@@ -156,7 +159,7 @@ def conflict_lines(
             go.Scatter(
                 x=np.asarray(steps),
                 y=np.asarray(line, dtype=np.float32),
-                name=names[i],
+                name=text(names[i]),
                 mode="lines+markers" if len(steps) < 3 else "lines",
                 line={
                     "color": colours.accent if many and chosen else faint if many else colours.cycle[i % 8],
@@ -165,7 +168,7 @@ def conflict_lines(
                 opacity=1.0 if chosen or many or selected is None else 0.6,
                 showlegend=chosen or not many,
                 zorder=1 if chosen else 0,
-                hovertemplate=f"{group} · step %{{x}}<br><b>%{{y:.3f}}</b><extra></extra>",
+                hovertemplate=f"{text(group)} · step %{{x}}<br><b>%{{y:.3f}}</b><extra></extra>",
             )
         )
     if measure == "rate":
@@ -194,7 +197,7 @@ def self_cosines(
     figure = blank(theme, title, "cosine of two half batches", y="cosine")
     figure.add_trace(
         go.Bar(
-            x=list(domains),
+            x=[text(domain) for domain in domains],
             y=np.asarray(values, dtype=np.float32),
             marker_color=rgba(colours.cycle[0], 0.85),
             name="self-cosine",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from workbench.figures.theme import Theme, blank, rgba, theme_named
+from workbench.figures.theme import Theme, blank, rgba, text, theme_named
 
 #: Verdict -> symbol, and the same as a letter. Colours alone do not tell them apart for everybody.
 SYMBOLS = {
@@ -76,7 +76,6 @@ def forest_figure(results: Sequence[Mapping], *, theme: str = "light") -> go.Fig
         "Effects against what is claimed",
         "shaded: where the effect lies if the claim holds",
         data=traces,
-        x=AXIS,
         height=FRAME + ROW * len(results),
         meta={"row": ROW, "short": SHORT_AXIS},
         margin={"l": 130, "r": 20, "t": 58, "b": 70},
@@ -85,6 +84,7 @@ def forest_figure(results: Sequence[Mapping], *, theme: str = "light") -> go.Fig
         dragmode=False,
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 0.01, "yref": "container"},
         xaxis={
+            "title": {"text": AXIS},
             "range": [-reach, reach],
             "fixedrange": True,
             "tickmode": "array",
@@ -114,12 +114,13 @@ def verdict_colour(verdict: str, theme: Theme) -> str:
 
 def _row(colours: Theme, result: Mapping, effect: Standardised | None, edge: float) -> list[go.Scatter]:
     slug, verdict = result["slug"], result["verdict"]
+    told = f"<b>{text(slug)}</b>: {text(verdict)}"
     common = {"meta": slug, "showlegend": False}
     if effect is None:
         why = "one seed: no spread" if len(result["seeds"]) < 2 else "seeds all the same"
-        text = {"mode": "text", "text": [why], "textfont": {"color": colours.muted, "size": 11}}
-        hover = f"<b>{slug}</b>: {verdict}<br>effect {_number(result['effect'])}<extra></extra>"
-        return [go.Scatter(x=[0], y=[slug], textposition="middle right", hovertemplate=hover, **text, **common)]
+        note = {"mode": "text", "text": [why], "textfont": {"color": colours.muted, "size": 11}}
+        hover = f"{told}<br>effect {_number(result['effect'])}<extra></extra>"
+        return [go.Scatter(x=[0], y=[slug], textposition="middle right", hovertemplate=hover, **note, **common)]
     shade, colour = rgba(colours.accent, 0.13), verdict_colour(verdict, colours)
     claimed = [math.asinh(end) if math.isfinite(end) else math.copysign(10, end) for end in effect.claimed]
     ends = [_place(end, edge) for end in (effect.low, effect.high)]
@@ -128,7 +129,7 @@ def _row(colours: Theme, result: Mapping, effect: Standardised | None, edge: flo
         for end in (effect.low, effect.high)
     ]
     hover = (
-        f"<b>{slug}</b>: {verdict}<br>effect {_number(result['effect'])} "
+        f"{told}<br>effect {_number(result['effect'])} "
         f"[{_number(result['ci'][0])}, {_number(result['ci'][1])}], {float(result['level']):.0%} interval, "
         f"{len(result['seeds'])} seeds<br>{effect.estimate:+.3g} [{effect.low:+.3g}, {effect.high:+.3g}] standard "
         f"deviations, claimed {_region(effect.claimed)}<extra></extra>"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.figures.theme import blank, mark_step, null_line, rgba, theme_named
+from workbench.figures.theme import blank, mark_step, null_line, rgba, text, theme_named
 
 
 def loss_curve(
@@ -29,9 +29,11 @@ def loss_curve(
     learned nothing, drawn where it lies on the axis.
     """
     colours = theme_named(theme)
-    figure = blank(theme, title, f"{unit}, lower is better{' · dots = validation' if valid else ''}", x="step", y=unit)
+    figure = blank(
+        theme, title, f"{text(unit)}, lower is better{' · dots = validation' if valid else ''}", x="step", y=unit
+    )
     steps, train = np.asarray(steps), np.asarray(train, dtype=np.float64)
-    hover = f"step %{{x}}<br><b>%{{y:.3f}}</b> {unit}<extra></extra>"
+    hover = f"step %{{x}}<br><b>%{{y:.3f}}</b> {text(unit)}<extra></extra>"
     figure.add_trace(
         go.Scatter(
             x=steps,
@@ -65,7 +67,7 @@ def loss_curve(
                 name="commands",
                 mode="markers",
                 marker={"symbol": "triangle-up", "size": 9, "color": colours.accent},
-                text=[text for _, text in events],
+                text=[text(what) for _, what in events],
                 hovertemplate="step %{x}<br><b>%{text}</b><extra></extra>",
             )
         )
@@ -88,7 +90,7 @@ def validation_curves(
 
     ``null`` is drawn where it lies within ``limits``.
     """
-    figure = blank(theme, title, f"{unit}, on held-out data", x="step", y=unit)
+    figure = blank(theme, title, f"{text(unit)}, on held-out data", x="step", y=unit)
     _validation(figure, theme, valid, unit)
     low, high = limits or loss_limits(*(values for _, values in valid.values()), null=null)
     figure.update_yaxes(range=[low, high])
@@ -116,10 +118,10 @@ def scalar_line(
         go.Scatter(
             x=np.asarray(steps),
             y=np.asarray(values, dtype=np.float64),
-            name=title,
+            name=text(title),
             mode="lines",
             line={"color": colours.cycle[0], "width": 1.6},
-            hovertemplate=f"step %{{x}}<br><b>%{{y:.4g}}</b> {unit}<extra></extra>",
+            hovertemplate=f"step %{{x}}<br><b>%{{y:.4g}}</b> {text(unit)}<extra></extra>",
         )
     )
     if limits is not None:
@@ -138,11 +140,11 @@ def _validation(figure: go.Figure, theme: str, valid: Mapping[str, tuple[np.ndar
             go.Scatter(
                 x=np.asarray(at),
                 y=np.asarray(values, dtype=np.float32),
-                name="validation" if name == "all" else name,
+                name="validation" if name == "all" else text(name),
                 mode="lines+markers",
                 line={"color": shade, "width": 2 if name == "all" else 1.5},
                 marker={"size": 5},
-                hovertemplate=f"{name} · step %{{x}}<br><b>%{{y:.3f}}</b> {unit}<extra></extra>",
+                hovertemplate=f"{text(name)} · step %{{x}}<br><b>%{{y:.3f}}</b> {text(unit)}<extra></extra>",
             )
         )
 

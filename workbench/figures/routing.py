@@ -22,6 +22,7 @@ from workbench.figures.theme import (
     outline_row,
     rgba,
     short_names,
+    text,
     theme_named,
 )
 
@@ -122,12 +123,12 @@ def load_by_layer(
         "layer %{customdata}<br>expert %{x}<br><b>%{z:.2f}</b> × uniform<extra></extra>",
         gap=1 if width <= 64 else 0,
     )
-    heat.customdata = np.repeat(np.asarray(layers, dtype=object)[:, None], width, axis=1)
+    heat.customdata = np.repeat(np.asarray([text(layer) for layer in layers], dtype=object)[:, None], width, axis=1)
     figure.add_trace(heat)
     figure.update_xaxes(showgrid=False, **expert_ticks(width))
     ticks = expert_ticks(len(layers)) | {"range": [len(layers) - 0.5, -0.5]}  # the first layer on top
     names = short_names(layers)
-    figure.update_yaxes(showgrid=False, ticktext=[names[i] for i in ticks["tickvals"]], **ticks)
+    figure.update_yaxes(showgrid=False, ticktext=[text(names[i]) for i in ticks["tickvals"]], **ticks)
     return figure
 
 
@@ -232,7 +233,7 @@ def composition(
     expert's tokens").
     """
     colours = theme_named(theme)
-    rows, labels = list(range(len(labels))), list(labels)
+    rows, labels = list(range(len(labels))), [text(label) for label in labels]
     mine = {
         "type": "bar",
         "x": 100 * np.asarray(shares, dtype=np.float64),

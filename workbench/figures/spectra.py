@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.figures.theme import band_shape, blank, mark_step, null_line, rgba, theme_named
+from workbench.figures.theme import band_shape, blank, mark_step, null_line, rgba, text, theme_named
 
 OBJECTS = ("weight", "update", "gradient")
 """What a spectrum is taken of; each has its colour in every figure here."""
@@ -47,11 +47,11 @@ def spectrum(
             go.Scatter(
                 x=np.arange(1, len(sigma) + 1) / max(n or len(sigma), 1),
                 y=share.astype(np.float32),
-                name=name,
+                name=text(name),
                 mode="lines+markers" if len(sigma) <= 16 else "lines",
                 line=look,
                 marker={"size": 4},
-                hovertemplate=f"{name}<br>k/n = %{{x:.3f}}<br>σₖ/σ₁ = <b>%{{y:.3g}}</b><extra></extra>",
+                hovertemplate=f"{text(name)}<br>k/n = %{{x:.3f}}<br>σₖ/σ₁ = <b>%{{y:.3g}}</b><extra></extra>",
             )
         )
 
@@ -117,10 +117,10 @@ def rank_lines(
             go.Scatter(
                 x=steps,
                 y=values.astype(np.float32),
-                name=name,
+                name=text(name),
                 mode="lines+markers" if len(steps) < 3 else "lines",
                 line={"color": _colour(theme, name), "width": 1.9},
-                hovertemplate=f"{name} · step %{{x}}<br><b>%{{y:.4g}}</b><extra></extra>",
+                hovertemplate=f"{text(name)} · step %{{x}}<br><b>%{{y:.4g}}</b><extra></extra>",
             )
         )
     if band is not None:

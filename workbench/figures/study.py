@@ -1,12 +1,11 @@
 """The result of a study: every seed of every arm, their means, and the verdict; one figure for all families."""
 
 from collections.abc import Mapping
-from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.figures.theme import blank, rgba, theme_named
+from workbench.figures.theme import blank, rgba, text, theme_named
 from workbench.lib.measures import sequential, statistics
 
 
@@ -19,17 +18,17 @@ def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0
     """
     colours = theme_named(theme)
     measures = sequential if result.get("growing") else statistics
-    metric, unit = _text(result["metric"]), _text(result.get("unit") or "")
+    metric, unit = result["metric"], result.get("unit") or ""
     rows = result["arms"]
     values = {
-        _text(arm): np.array([float(row["metric"]) for row in rows if row["arm"] == arm])
+        text(arm): np.array([float(row["metric"]) for row in rows if row["arm"] == arm])
         for arm in dict.fromkeys(row["arm"] for row in rows)
     }
     better = "higher is better" if result.get("higher_is_better") else "lower is better"
     figure = blank(
         theme,
-        _text(result["title"]),
-        f"<b>{result['verdict']}</b>{_effect(result)}",
+        result["title"],
+        f"<b>{text(result['verdict'])}</b>{_effect(result)}",
         x=f"{metric.replace('_', ' ')}{f' ({unit})' if unit else ''}, {better}",
         margin={"l": 54, "r": 24, "t": 64, "b": 76},
     )
@@ -48,7 +47,7 @@ def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0
                 legendgroup="seed",
                 showlegend=row == 0,
                 marker={"size": 8, "color": rgba(shades[row], 0.45), "line": {"width": 0}},
-                hovertemplate=f"{arm}<br><b>%{{x:.4g}}</b> {unit}<extra></extra>",
+                hovertemplate=f"{arm}<br><b>%{{x:.4g}}</b> {text(unit)}<extra></extra>",
             )
         )
         figure.add_trace(
@@ -61,7 +60,7 @@ def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0
                 legendgroup="mean",
                 showlegend=row == 0,
                 marker={"size": 11, "symbol": "diamond", "color": shades[row]},
-                hovertemplate=f"{arm}, mean of {len(finite)}<br><b>%{{x:.4g}}</b> {unit}<extra></extra>",
+                hovertemplate=f"{arm}, mean of {len(finite)}<br><b>%{{x:.4g}}</b> {text(unit)}<extra></extra>",
             )
         )
     figure.update_yaxes(
@@ -79,8 +78,3 @@ def study_figure(result: Mapping, *, theme: str = "light", confidence: float = 0
 def _effect(result: Mapping) -> str:
     effect, (low, high) = float(result["effect"]), map(float, result["ci"])  # infinities are text, as in JSON
     return f" · effect {effect:+.3g} [{low:+.3g}, {high:+.3g}]" if np.isfinite(effect) else ""
-
-
-def _text(value: str) -> str:
-    """What plotly shows as it is; it reads tags and knows few entities, the quotes not among them."""
-    return escape(value, quote=False)

@@ -7,6 +7,7 @@ rising lightness, and diverging scales go from blue to orange with the null valu
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
@@ -77,6 +78,14 @@ DARK = Theme(
 THEMES = {"light": LIGHT, "dark": DARK}
 
 
+def text(value: object) -> str:
+    """What plotly shows as it is: it reads tags in all that it writes, and what stands in braces in a hover text.
+
+    Every name, label and title that a figure is given goes through here, once; `blank` does it for its own.
+    """
+    return escape(str(value), quote=False).replace("%{", "%&#123;")
+
+
 def theme_named(name: str) -> Theme:
     """The theme called ``name``; ``InputError`` for any other name."""
     if name not in THEMES:
@@ -130,17 +139,20 @@ def blank(
 ) -> go.Figure:
     """A figure in the house style: bold title, one muted line below it, named axes, and nothing in it but ``data``.
 
+    Title and axes are text; the subtitle may hold tags, and what is put into it went through `text`.
+
     ``layout`` is passed to ``go.Layout``. The view of a reader who zoomed in is kept from one update to the next
     (``uirevision``). Traces given as ``data`` cost a third of what they cost when added one by one.
     """
     colours = theme_named(theme)
+    below = f"<span style='font-size:11.5px;color:{colours.muted}'>{subtitle}</span>"
     return go.Figure(
         data=list(data),
         layout={
             "template": _template(theme),
             # one text for both lines: plotly's own subtitle leaves a wide gap
             "title": {
-                "text": f"<b>{title}</b><br><span style='font-size:11.5px;color:{colours.muted}'>{subtitle}</span>",
+                "text": f"<b>{text(title)}</b><br>{below}",
                 "font": {"size": 14, "color": colours.ink},
                 "x": 0,
                 "xref": "container",
@@ -154,8 +166,8 @@ def blank(
         }
         | layout
         | {
-            "xaxis": {"title": {"text": x}} | layout.get("xaxis", {}),
-            "yaxis": {"title": {"text": y}} | layout.get("yaxis", {}),
+            "xaxis": {"title": {"text": text(x)}} | layout.get("xaxis", {}),
+            "yaxis": {"title": {"text": text(y)}} | layout.get("yaxis", {}),
         },
     )
 
@@ -200,7 +212,7 @@ def null_label(theme: str, value: float, label: str, axis: str = "") -> dict:
     """The name of a null line, above its right end."""
     colours = theme_named(theme)
     return {
-        "text": label,
+        "text": text(label),
         "font": {"size": 10.5, "color": colours.null},
         "bgcolor": rgba(colours.card, 0.7),
         "borderpad": 1,

@@ -45,6 +45,10 @@ class Arm:
         for name, value in (("seed", self.seed), ("checkpoint_every", self.checkpoint_every)):
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
                 raise InputError(f"{name} is {value!r} but must be a whole number between 0 and 2**31 - 1")
+        for name in ("study", "preset", "arm"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name, value) != ("arm", None):
+                raise InputError(f"{name} is {value!r} but must be a name")
         if not method(self.study).ready:
             raise InputError(f"study {self.study!r} is planned: it has nothing to train yet")
         settings = self.settings

@@ -15,6 +15,7 @@ from workbench.errors import InputError
 
 KINDS = "biuf"  # bool, integers, floats: what numpy, parquet and a reader in another language all agree on
 SMALLEST = 96  # bytes; below this zlib costs time and saves nothing
+DENSEST = 1100  # bytes out of one byte; zlib reaches 1032
 
 
 def typed(name: str, array: object) -> np.ndarray:
@@ -40,13 +41,15 @@ def decode(blobs: list[bytes], dtype: str, shape: tuple[int, ...]) -> np.ndarray
     kind = np.dtype(dtype)
     n_items = prod(shape)
     n_bytes = n_items * kind.itemsize
+    if blobs and n_bytes > DENSEST * min(map(len, blobs)):  # before memory for it is asked for
+        raise ValueError(f"a stored array has {min(map(len, blobs))} bytes, too few for {dtype} {shape}")
     out = np.empty((len(blobs), n_items, kind.itemsize), dtype=np.uint8)
     for row, blob in zip(out, blobs, strict=True):
         if len(blob) == n_bytes:
             row[:] = np.frombuffer(blob, np.uint8).reshape(n_items, kind.itemsize)
             continue
         try:
-            planes = zlib.decompress(blob, bufsize=max(n_bytes, 1))
+            planes = zlib.decompressobj().decompress(blob, n_bytes + 1)  # not all that a strange one unfolds to
         except zlib.error as error:
             raise ValueError(f"a stored array cannot be decompressed ({error})") from error
         if len(planes) != n_bytes:

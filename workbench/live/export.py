@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from workbench.errors import InputError
 from workbench.live.records import RECORDS, find
+from workbench.sealed import sealed_folder
 
 if TYPE_CHECKING:
     from workbench.live.reader import Run
@@ -29,28 +30,34 @@ ROWS = 256  # tensors in memory at a time
 
 
 def export(run: "Run", folder: Path) -> Path:
-    """Write ``run`` up to its last step into ``folder``, which must be new or empty."""
-    folder = folder.expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"folder {folder} must be new or empty")
-    last = run.last_step  # the run may go on meanwhile
+    """Write ``run`` up to its last step into ``folder``, which must be new or empty: all of it, or nothing."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        state, message = run.status
-        recorded = {find(name) for name in run.names()}
-        summary = {"meta": run.meta, "state": state, "message": message, "last_step": last}
-        summary["records"] = [record.as_dict() for record in RECORDS if record in recorded]
-        (folder / "meta.json").write_text(json.dumps(summary, indent=1) + "\n")
-        _write(folder / "scalars.parquet", _SCALARS, _scalars(run, last))
-        events = [event._asdict() for event in run.events() if event.step <= last]
-        _write(folder / "events.parquet", _EVENTS, [pa.Table.from_pylist(events, schema=_EVENTS)])
-        for path, names in _files(run).items():
-            dtype = pa.from_numpy_dtype(path.rpartition(".")[2])
-            schema = pa.schema({**_KEY, "shape": pa.list_(pa.int64()), "values": pa.list_(dtype)})
-            _write(folder / "tensors" / f"{path}.parquet", schema, _tensors(run, names, schema, last))
-    except OSError as error:
+        folder = folder.expanduser().absolute()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"folder {folder} must be new or empty")
+        with sealed_folder(folder) as unfinished:
+            _fill(run, unfinished)
+            if folder.exists():
+                folder.rmdir()  # if it is empty still
+    except (OSError, RuntimeError, pa.ArrowException) as error:  # RuntimeError: a ~user that there is not
         raise InputError(f"run {run.name} cannot be exported to {folder}: {error}") from error
     return folder
+
+
+def _fill(run: "Run", folder: Path) -> None:
+    last = run.last_step  # the run may go on meanwhile
+    state, message = run.status
+    recorded = {find(name) for name in run.names()}
+    summary = {"meta": run.meta, "state": state, "message": message, "last_step": last}
+    summary["records"] = [record.as_dict() for record in RECORDS if record in recorded]
+    (folder / "meta.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _write(folder / "scalars.parquet", _SCALARS, _scalars(run, last))
+    events = [event._asdict() for event in run.events() if event.step <= last]
+    _write(folder / "events.parquet", _EVENTS, [pa.Table.from_pylist(events, schema=_EVENTS)])
+    for path, names in _files(run).items():
+        dtype = pa.from_numpy_dtype(path.rpartition(".")[2])
+        schema = pa.schema({**_KEY, "shape": pa.list_(pa.int64()), "values": pa.list_(dtype)})
+        _write(folder / "tensors" / f"{path}.parquet", schema, _tensors(run, names, schema, last))
 
 
 _KEY = {"name": pa.dictionary(pa.int32(), pa.string()), "step": pa.int64()}

@@ -12,8 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from workbench.errors import InputError
+from workbench.live.checks import STATES
 
 NAME = "lock"
+LONGEST = 10_000  # bytes that are read of it
 PATIENCE = 0.5  # seconds; a reader that asks who writes holds the lock for microseconds, so a writer asks again
 
 _held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
@@ -25,7 +27,7 @@ class Lock:
     def __init__(self, folder: Path):
         self._fd = None
         try:
-            fd = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+            fd = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
         except OSError as error:
             raise InputError(f"run folder {folder} cannot be written: {error.strerror}") from error
         deadline = time.monotonic() + PATIENCE
@@ -63,7 +65,7 @@ class Lock:
 def held(folder: Path) -> bool:
     """Whether a process writes the run in ``folder`` now."""
     try:
-        fd = os.open(folder / NAME, os.O_RDONLY)
+        fd = os.open(folder / NAME, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -75,18 +77,23 @@ def held(folder: Path) -> bool:
 def owner(folder: Path) -> str:
     """The last writer of the run in ``folder``, for a message: "process 4711 on host"."""
     pid, _, host = _lines(folder)[0].partition(" ")
-    return f"process {pid} on {host}" if pid else "a process that left no name"
+    named = pid.isascii() and pid.isdigit() and host.isprintable()
+    return f"process {pid[:20]} on {host[:100]}" if named else "a process that left no name"
 
 
 def last_word(folder: Path) -> tuple[str, str] | None:
     """(state, message) that the last writer left with ``leave_word``; None where it had no need to."""
     state, _, message = _lines(folder)[1].partition(" ")
-    return (state, message) if state else None
+    return (state, message) if state in STATES else None
 
 
 def _lines(folder: Path) -> list[str]:
     try:
-        return [*(folder / NAME).read_text(errors="replace").split("\n"), "", ""]
+        fd = os.open(folder / NAME, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return [*os.read(fd, LONGEST).decode(errors="replace").split("\n"), "", ""]
+        finally:
+            os.close(fd)
     except OSError:
         return ["", ""]
 

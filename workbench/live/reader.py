@@ -4,8 +4,8 @@
 - One connection a ``Run``, used by one thread at a time; a call takes milliseconds, so it may be made from a callback.
 """
 
-import json
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from workbench.errors import InputError, unknown
-from workbench.live import blobs, lock, schema, series
+from workbench.live import blobs, checks, lock, schema, series
 from workbench.live.control import validate
 
 TIMEOUT = 5.0  # seconds
@@ -57,26 +57,26 @@ class Answer(NamedTuple):
 
 
 class Run:
-    """A run in ``folder``. InputError where that is not a run, is damaged, or is of a newer format."""
+    """A run in ``folder``. InputError where that is not a run, is damaged, or is of a newer format.
+
+    Meta, state and names are looked through here, once, and what comes later when it is read: see ``checks``.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser().absolute()
         self.name = self.folder.name
         self._guard = threading.RLock()
         self._db: sqlite3.Connection | None = None
+        self._checked: dict[tuple, tuple[str | None, tuple[int, ...] | None]] = {}  # (dtype, shape) of rows of names
         if not os.path.isdir(self.folder):  # unlike Path's, never raises
             raise InputError(f"run folder {self.folder} does not exist, or cannot be entered")
         if not os.path.isfile(self.folder / schema.DATABASE):
             raise InputError(f"{self.folder} is not a run folder: it has no {schema.DATABASE}")
-        meta = self.meta
-        if not isinstance(meta.get("format"), int):
-            raise InputError(f"{self.folder} is not a run folder: its {schema.DATABASE} has no format")
-        if meta["format"] > schema.FORMAT:
-            raise InputError(
-                f"run {self.name} has format {meta['format']}, this workbench reads up to {schema.FORMAT}: "
-                "upgrade the workbench"
-            )
-        self.created: str = meta["created"]
+        self._check_tables()
+        self._check_format()
+        self.created: str = self.meta["created"]
+        self._state()
+        self.names()
         self._check_size()
 
     # -- what it is and how it stands
@@ -85,7 +85,7 @@ class Run:
     def meta(self) -> dict[str, Any]:
         """Seed, recipe, versions, model, ...: all that was said about the run."""
         with self._reading() as db:
-            return {key: json.loads(value) for key, value in db.execute("SELECT key, value FROM meta").fetchall()}
+            return checks.read_meta(db.execute("SELECT key, value FROM meta").fetchall())
 
     @property
     def last_step(self) -> int:
@@ -107,24 +107,28 @@ class Run:
     def names(self, prefix: str = "") -> list[str]:
         """The names recorded so far that start with ``prefix``, in the order they first came."""
         with self._reading() as db:
-            rows = db.execute("SELECT name FROM names ORDER BY id").fetchall()
-        return [name for (name,) in rows if name.startswith(prefix)]
+            rows = db.execute("SELECT name, dtype, shape FROM names ORDER BY id").fetchall()
+            for row in rows:
+                self._check_series(*row)
+        return [name for name, *_ in rows if name.startswith(prefix)]
 
     def events(self) -> list[Event]:
         """All events, oldest first."""
         with self._reading() as db:
             sql = "SELECT step, kind, text, time FROM events ORDER BY id"
-            return [Event(*row) for row in db.execute(sql).fetchall()]
+            rows = db.execute(sql).fetchall()
+            checks.check_rows(rows, {str}, {str}, checks.NUMBER, low=-1)
+            return [Event(*row) for row in rows]
 
     # -- series
 
     def dtype(self, name: str) -> str | None:
         """The numpy dtype of a series of tensors, None for one of scalars; InputError where there is no such name."""
         with self._reading() as db:
-            row = db.execute("SELECT dtype FROM names WHERE name = ?", (name,)).fetchone()
-        if row is None:
+            found = self._series(db, name)
+        if found is None:
             raise unknown("name", name, self.names())
-        return None if row[0] is None else np.dtype(row[0]).name
+        return None if found[0] is None else np.dtype(found[0]).name
 
     def steps(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
         """The steps int64 (S,) at which a series has a row, from start to stop, both included."""
@@ -197,7 +201,11 @@ class Run:
         """All commands sent so far, oldest first, with what became of them."""
         with self._reading() as db:
             sql = "SELECT id, name, value, sent, step, error FROM commands ORDER BY id"
-            return [Answer(*row) for row in db.execute(sql).fetchall()]
+            rows = db.execute(sql).fetchall()
+            told = [(-1 if row[4] is None else row[4], *row[1:4], row[5]) for row in rows]
+            number, none = checks.NUMBER, checks.NONE
+            checks.check_rows(told, {str}, number | none, number, {str} | none, low=-1)
+            return [Answer(*row) for row in rows]
 
     # -- the rest
 
@@ -236,7 +244,7 @@ class Run:
 
     def _state(self) -> tuple[str, str, int]:
         with self._reading() as db:
-            return db.execute("SELECT state, message, last_step FROM state").fetchone()
+            return checks.check_state(db.execute("SELECT state, message, last_step FROM state").fetchone())
 
     def _check_size(self) -> None:
         """SQLite takes a file that ends within a page for whole, and reads zeros there."""
@@ -253,13 +261,45 @@ class Run:
         if not status.live:
             raise InputError(f"run {self.name} takes no commands: it {_PAST[status.state]}")
 
+    def _check_tables(self) -> None:
+        """The tables are tables: a view or a trigger in their place would run what somebody else has written."""
+        with self._reading() as db:
+            rows = db.execute("SELECT type, name, rootpage FROM sqlite_master").fetchall()
+            tables = {name for kind, name, page in rows if kind == "table" and page}
+            if missing := [name for name in schema.NAMES if name not in tables]:
+                raise sqlite3.OperationalError(f"no such table: {missing[0]}")
+            if more := [name for kind, name, _ in rows if kind in ("view", "trigger")]:
+                raise ValueError(f"it has a view or a trigger, {more[0]!r}")
+
+    def _check_format(self) -> None:
+        """Before the rest of the meta, of which a newer format may say other things."""
+        with self._reading() as db:
+            found = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+        if not (found and re.fullmatch(r"\d{1,9}", str(found[0]))):
+            raise InputError(f"{self.folder} is not a run folder: its {schema.DATABASE} has no format")
+        if int(found[0]) > schema.FORMAT:
+            raise InputError(
+                f"run {self.name} has format {found[0]}, this workbench reads up to {schema.FORMAT}: "
+                "upgrade the workbench"
+            )
+
+    def _series(self, db: sqlite3.Connection, name: str) -> tuple[str | None, tuple[int, ...] | None] | None:
+        """(dtype, shape) of a series; None where there is none of this name."""
+        row = db.execute("SELECT name, dtype, shape FROM names WHERE name = ?", (name,)).fetchone()
+        return row and self._check_series(*row)
+
+    def _check_series(self, *row: object) -> tuple[str | None, tuple[int, ...] | None]:
+        if row not in self._checked:
+            self._checked[row] = checks.read_series(*row)
+        return self._checked[row]
+
     def _type(self, db: sqlite3.Connection, name: str) -> tuple[str, tuple[int, ...]]:
-        row = db.execute("SELECT dtype, shape FROM names WHERE name = ?", (name,)).fetchone()
-        if row is None:
+        found = self._series(db, name)
+        if found is None:
             return "<f8", ()
-        if row[0] is None:
+        if found[0] is None:
             raise InputError(f"{name!r} is a series of scalars: read it with scalars()")
-        return row[0], tuple(json.loads(row[1]))
+        return found
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

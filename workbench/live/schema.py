@@ -27,6 +27,7 @@ TABLES = (
     # value has no type, so that an integer comes back as one; step NULL: not answered yet
     "CREATE TABLE commands (id INTEGER PRIMARY KEY, name TEXT, value, sent REAL, step INTEGER, error TEXT)",
 )
+NAMES = tuple(statement.split()[2] for statement in TABLES)
 FAULTS = (sqlite3.OperationalError, sqlite3.InternalError)  # of the file or the disk; the others are mistakes in a call
 BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
 

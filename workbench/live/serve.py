@@ -3,10 +3,12 @@
 `workbench view` serves the same pages of runs that are kept, and trains nothing.
 
 - The server runs in this process and only reads the runs, so it cannot hold up the trainings.
-- It answers on 127.0.0.1 alone, and only pages of its own address may open a connection to it.
+- It answers on 127.0.0.1 alone unless told otherwise, only by its own names, and commands only with the token in the
+  address that it says (`guard`).
 - The trainings end with this process, however that ends: they stop when their standard input closes.
 """
 
+import atexit
 import logging
 import os
 import re
@@ -14,11 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -26,6 +30,7 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 from workbench.errors import InputError
+from workbench.live import guard
 from workbench.live.arm import Arm
 from workbench.live.recipe import Recipe
 from workbench.live.records import LOSS
@@ -53,6 +58,7 @@ def live(
     port: int | None = None,
     open_browser: bool | None = None,
     console: Callable[[str], None] = _say,
+    address: str = HOST,
 ) -> None:
     """Train one recipe, or two side by side, and serve the live pages until Ctrl-C (or SIGTERM, or SIGHUP).
 
@@ -61,12 +67,13 @@ def live(
         port: of the server; the first free one from 5006 if left out.
         open_browser: whether to open the page in a browser; if left out, where there is a screen.
         console: takes the lines that are said.
+        address: where the server listens; whoever reaches it may read the runs.
 
     Raises:
-        InputError: the port cannot be used, or a trainer refuses to start.
+        InputError: the address, the port or the folder of runs cannot be used, or a trainer refuses to start.
     """
     pages = app_files()
-    port = free_port(port)
+    port = free_port(port, address)
     folders = [new_folder(_kind(recipe)) for recipe in recipes]
     handlers = _interrupt_on(signal.SIGTERM, signal.SIGHUP)
     trainers: list[subprocess.Popen] = []
@@ -75,11 +82,11 @@ def live(
         for folder, recipe in zip(folders, recipes, strict=True):
             console(f"starting run {folder.name}")
             trainers.append(start_trainer(folder, recipe))
-        server = start_server(pages, port)
+        server = start_server(pages, port, address)
         running = list(zip(trainers, folders, strict=True))
         for trainer, folder in running:
             _wait_for_first_step(trainer, folder, console)
-        _show(port, [folder.name for folder in folders], open_browser, console)
+        _show(address, port, [folder.name for folder in folders], open_browser, console)
         _follow(running, console)
         console("the pages stay until Ctrl-C")
         threading.Event().wait()
@@ -108,27 +115,29 @@ def view(
     port: int | None = None,
     open_browser: bool | None = None,
     console: Callable[[str], None] = _say,
+    address: str = HOST,
 ) -> None:
     """Serve the live pages, opened on a run that is kept, until Ctrl-C (or SIGTERM, or SIGHUP).
 
     Args:
         run: its name, a prefix that only it has, its folder, or "latest".
-        port, open_browser, console: as of `live`.
+        port, open_browser, console, address: as of `live`.
 
     Raises:
-        InputError: there is no such run, it cannot be read, or the port cannot be used.
+        InputError: there is no such run, it cannot be read, or the address or the port cannot be used.
     """
     with find(run) as found:
         name = run_name(found.folder)
+        guard.shown[name] = found.folder
         state, steps = found.status.state, found.last_step + 1
     pages = app_files()
-    port = free_port(port)
+    port = free_port(port, address)
     handlers = _interrupt_on(signal.SIGTERM, signal.SIGHUP)
     server = None
     try:
-        server = start_server(pages, port)
+        server = start_server(pages, port, address)
         console(f"run {found.name} {state} after {steps} steps, kept at {found.folder}")
-        _show(port, [name], open_browser, console)
+        _show(address, port, [name], open_browser, console)
         threading.Event().wait()
     except KeyboardInterrupt:
         console("ending")
@@ -147,16 +156,22 @@ def app_files() -> dict[str, Path]:
     return found
 
 
-def free_port(port: int | None) -> int:
-    """`port` if it is free, or the first free one; InputError where there is none."""
+def free_port(port: int | None, address: str = HOST) -> int:
+    """`port` if it is free at `address`, or the first free one; InputError where there is none."""
+    try:
+        number = socket.getaddrinfo(address, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        with socket.socket() as probe:
+            probe.bind((number, 0))
+    except (OSError, ValueError):
+        raise InputError(f"address is {address!r} but must be a name or an IPv4 address of this machine") from None
     wanted = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]
-    for number in wanted:
-        if not 1 <= number <= 65535:
-            raise InputError(f"port is {number} but must be between 1 and 65535")
+    for candidate in wanted:
+        if not 1 <= candidate <= 65535:
+            raise InputError(f"port is {candidate} but must be between 1 and 65535")
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
-            probe.bind((HOST, number))
-            return number
+            probe.bind((number, candidate))
+            return candidate
     taken = (
         f"port is {port}" if port is not None else f"every port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is taken"
     )
@@ -165,10 +180,14 @@ def free_port(port: int | None) -> int:
 
 def start_trainer(folder: Path, recipe: Recipe | Arm) -> subprocess.Popen:
     """The training in a process that Ctrl-C in this terminal does not reach; what it says goes to its log."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        log = (folder / LOG).open("wb")
+    except OSError as error:
+        raise InputError(f"run folder {folder} cannot be made: {error.strerror} (see $WORKBENCH_HOME)") from error
     command = [sys.executable, "-m", "workbench.live.trainer", str(folder), "--recipe", recipe.to_json(), "--attached"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with (folder / LOG).open("wb") as log:
+    with log:
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -197,23 +216,38 @@ def stop_trainers(trainers: Sequence[subprocess.Popen]) -> None:
         trainer.stdin.close()
 
 
-def start_server(pages: Mapping[str, Path], port: int) -> Any:
+def start_server(pages: Mapping[str, Path], port: int, address: str = HOST) -> Any:
     """The pages, served from a thread of this process, the page "live" at "/" as well; the server has `stop()`."""
     import panel as pn
     import torch
 
     torch.set_num_threads(1)  # the views compute little, and the training needs its cores
     logging.getLogger("asyncio").addFilter(_not_a_closed_page)
+    guard.guard_servers()
+    guard.new_token()
     files = {name: str(path) for name, path in pages.items()}
     return pn.serve(
         {"/": files["live"], **files},
         port=port,
-        address=HOST,
-        websocket_origin=[f"localhost:{port}", f"{HOST}:{port}"],
+        address=address,
+        websocket_origin=[f"{name}:{port}" for name in ("localhost", HOST, *_names(address))],
         show=False,
         threaded=True,
         verbose=False,
     )
+
+
+def _names(address: str) -> list[str]:
+    """What this machine may be called by who asks at an address, beside its names for itself."""
+    if address in ("localhost", HOST):
+        return []
+    if address != "0.0.0.0":
+        return [address]
+    host = socket.gethostname()
+    with suppress(OSError):
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None, socket.AF_INET)}
+        return list(dict.fromkeys((host, socket.getfqdn(), *sorted(found))))
+    return [host]
 
 
 def _not_a_closed_page(record: logging.LogRecord) -> bool:
@@ -240,13 +274,30 @@ def _wait_for_first_step(trainer: subprocess.Popen, folder: Path, console: Calla
         time.sleep(POLL_SECONDS)
 
 
-def _show(port: int, names: Sequence[str], open_browser: bool | None, console: Callable[[str], None]) -> None:
+def _show(
+    address: str, port: int, names: Sequence[str], open_browser: bool | None, console: Callable[[str], None]
+) -> None:
     """Wait until the page of one or two runs answers, say where it is, and open it where there is a screen."""
-    address = f"http://localhost:{port}/live?run={'&compare='.join(quote(name) for name in names)}"
-    _load(address.replace("localhost", HOST))
-    console(f"watch it at {address} (Ctrl-C ends it)")
+    others = _names(address)
+    query = f"live?run={'&compare='.join(quote(name) for name in names)}"
+    _load(f"http://{others[0] if others and address == others[0] else HOST}:{port}/{query}")
+    if others:
+        console(
+            f"warning: whoever reaches port {port} of {others[0]} can read the runs, and nothing is encrypted: "
+            "who sees the address below on its way can control them"
+        )
+    page = f"http://{others[0] if others else 'localhost'}:{port}/{query}&{guard.TOKEN}={guard.token()}"
+    console(f"watch it at {page} (Ctrl-C ends it)")
     if _has_screen() if open_browser is None else open_browser:
-        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        threading.Thread(target=webbrowser.open, args=(_leading_to(page),), daemon=True).start()
+
+
+def _leading_to(page: str) -> str:
+    """The address of a file that leads to a page: the command line of a browser is no secret, its token is one."""
+    with tempfile.NamedTemporaryFile("w", prefix="workbench-", suffix=".html", delete=False) as file:  # mode 0600
+        file.write(f'<meta http-equiv="refresh" content="0; url={escape(page)}">')
+    atexit.register(Path(file.name).unlink, missing_ok=True)
+    return Path(file.name).as_uri()
 
 
 def _load(address: str) -> None:

@@ -4,10 +4,12 @@ A run is a folder: ``run.sqlite`` (write-ahead log, crash-safe, many readers), `
 lives) and ``checkpoints/``. All processes that use a run must be on one machine; a network file system will not do.
 """
 
+import os
 import re
 import secrets
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,7 +33,9 @@ __all__ = [
     "RunWriter",
     "Status",
     "find",
+    "kept",
     "new_folder",
+    "newest",
     "run_name",
     "runs",
 ]
@@ -42,7 +46,7 @@ class DamagedRun(Run):
 
     def __init__(self, folder: Path, reason: str):
         self.folder, self.name, self.reason = folder, folder.name, reason
-        self._guard, self._db = threading.RLock(), None
+        self._guard, self._db, self._checked = threading.RLock(), None, {}
         self.created = datetime.fromtimestamp(folder.stat().st_mtime, UTC).isoformat(timespec="microseconds")
 
     @property
@@ -61,31 +65,48 @@ def runs(root: str | Path | None = None) -> list[Run]:
             with Run(database.parent) as run:  # closed: a long list holds no files open, and a use opens again
                 found.append(run)
         except InputError as error:
-            found.append(DamagedRun(database.parent, str(error)))
+            with suppress(OSError):  # it is gone
+                found.append(DamagedRun(database.parent, str(error)))
     return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
 
 
 def find(name_or_path: str | Path, root: str | Path | None = None) -> Run:
-    """A run by its name, by a prefix that only it has, by its path, or the newest as "latest"."""
-    text = str(name_or_path)
-    folder = Path(text).expanduser()
-    known = [] if folder.is_absolute() else [path.parent for path in sorted(_root(root).glob(f"*/{DATABASE}"))]
-    names = [path.name for path in known]
-    if text in names:
-        return Run(known[names.index(text)])
-    if text == "latest":
-        newest = next((run for run in runs(root) if run.status.state != "damaged"), None)
-        if newest is None:
-            raise InputError(f"there is no run in {_root(root)} yet; workbench live starts one")
-        return newest
-    starting = [path for path in known if text and path.name.startswith(text)]
-    if len(starting) == 1:
-        return Run(starting[0])
-    if len(starting) > 1:
-        raise InputError(f"run {text!r} could be any of {', '.join(path.name for path in starting)}")
-    if folder.is_dir() or len(folder.parts) > 1:
+    """A run as `kept` finds it, or by its path."""
+    try:
+        folder = Path(name_or_path).expanduser()
+    except RuntimeError:
+        raise InputError(f"run {str(name_or_path)!r} begins with a user that this machine does not know") from None
+    if folder.is_absolute():
         return Run(folder)
-    raise unknown("run", text, names)
+    try:
+        return kept(str(name_or_path), root)
+    except InputError:
+        if len(folder.parts) > 1 or os.path.isdir(folder):  # unlike Path's, never raises
+            return Run(folder)
+        raise
+
+
+def kept(name: str, root: str | Path | None = None) -> Run:
+    """A run in ``root`` by its name, by a prefix that only it has, or the newest as "latest"; by no path elsewhere."""
+    known = {path.parent.name: path.parent for path in sorted(_root(root).glob(f"*/{DATABASE}"))}
+    if name in known:
+        return Run(known[name])
+    if name == "latest":
+        found = newest(root)
+        if found is None:
+            raise InputError(f"there is no run in {_root(root)} yet; workbench live starts one")
+        return found
+    starting = [other for other in known if name and other.startswith(name)]
+    if len(starting) > 1:
+        raise InputError(f"run {name!r} could be any of {', '.join(starting)}")
+    if not starting:
+        raise unknown("run", name, known)
+    return Run(known[starting[0]])
+
+
+def newest(root: str | Path | None = None) -> Run | None:
+    """The newest run that can be read; None where there is none."""
+    return next((run for run in runs(root) if not isinstance(run, DamagedRun)), None)
 
 
 def run_name(folder: Path, root: str | Path | None = None) -> str:
@@ -95,8 +116,8 @@ def run_name(folder: Path, root: str | Path | None = None) -> str:
 
 def new_folder(kind: str, root: str | Path | None = None) -> Path:
     """A path for a new run, such as runs/2026-11-22-1405-lm-3f2a; it is not made yet."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", kind):
-        raise InputError(f"kind is {kind!r} but must be letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", kind):
+        raise InputError(f"kind is {kind!r} but must be at most 200 letters, digits, '.', '_' and '-'")
     while True:
         path = _root(root) / f"{time.strftime('%Y-%m-%d-%H%M')}-{kind}-{secrets.token_hex(2)}"
         if not path.exists():

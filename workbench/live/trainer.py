@@ -52,6 +52,8 @@ def resume(run: str | Path, progress: Progress | None = None) -> State:
         raise InputError(
             f"run {folder.name} is a watched model: its own program goes on with it, with watch(..., resume=True)"
         )
+    if missing := [key for key in ("recipe", "data", "total_steps") if meta.get(key) is None]:
+        raise InputError(f"run {folder.name} cannot be resumed: it does not say its {missing[0]}")
     if state == "finished":
         raise InputError(f"run {folder.name} has finished its {meta['total_steps']} steps: nothing is left to resume")
     return _train(read_recipe(meta["recipe"]), folder, progress, Past(meta, answers))

@@ -147,7 +147,7 @@ def _folder(run: str | Path | None) -> Path:
 
 def _writer(folder: Path, entries: dict[str, Any], more: dict[str, Any], resume: bool, overwrite: bool) -> RunWriter:
     """Of a new run, of one that goes on, or of one in place of another."""
-    if not (folder / DATABASE).exists():
+    if not os.path.exists(folder / DATABASE):  # unlike Path's, never raises
         return RunWriter.create(folder, entries | more)
     try:
         with Run(folder) as past:

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from workbench.errors import InputError, unknown
-from workbench.live import blobs, schema
-from workbench.live.control import Command
+from workbench.live import blobs, checks, schema
+from workbench.live.control import Command, validate
 from workbench.live.lock import NAME, Lock
 from workbench.live.reader import Run
 from workbench.sealed import sealed_file, sealed_folder
 
-STATES = ("running", "paused", "finished", "stopped", "failed")
 CHECKPOINTS = "checkpoints"
 TIMEOUT = 30.0  # seconds; a command being sent holds the file for less than a millisecond
 CHECKPOINT_PAGES = 4000  # of 4 KiB: the log goes into the main file, with its disk flush, every 16 MiB
@@ -49,6 +48,7 @@ class RunWriter:
         self._guard = threading.RLock()  # a notebook may train in one thread and add events from another
         self._closed, self._pid = False, os.getpid()
         self._last_command, self._data_version = 0, None
+        self._inode = os.stat(folder / schema.DATABASE).st_ino
         self._load()
 
     @classmethod
@@ -57,9 +57,10 @@ class RunWriter:
         folder = Path(folder).expanduser().absolute()
         rows = [(key, _json(key, value)) for key, value in _complete(meta).items()]
         try:
-            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"run folder {folder} cannot be made: {error.strerror}") from error
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # who may write here may command the trainer
+            (folder / CHECKPOINTS).mkdir(0o700, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"run folder {folder} cannot be made: {_why(error)}") from error
         lock = Lock(folder)
         try:
             if (folder / schema.DATABASE).exists():
@@ -84,6 +85,7 @@ class RunWriter:
         lock = Lock(folder)
         try:
             with sealed_folder(folder) as new:
+                new.chmod(folder.stat().st_mode & 0o777)
                 cls.create(new, meta).close()
         except OSError as error:
             raise InputError(f"run folder {folder} cannot be replaced: {error.strerror}") from error
@@ -151,13 +153,14 @@ class RunWriter:
 
     def set_meta(self, key: str, value: Any) -> None:
         """Add or replace one entry of the run's meta."""
+        text = _json(key, value)
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, _json(key, value)))
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, text))
 
     def status(self, state: str, message: str = "") -> None:
         """Say how the run stands: running, paused, finished, stopped or failed. Heard even where the disk is full."""
-        if state not in STATES:
-            raise unknown("state", state, STATES)
+        if state not in checks.STATES:
+            raise unknown("state", state, checks.STATES)
         try:
             with self._transaction() as db:
                 db.execute("UPDATE state SET state = ?, message = ?", (state, message))
@@ -192,7 +195,17 @@ class RunWriter:
             self._data_version = version
             if new:
                 self._last_command = new[-1].id
-            return new
+            return [command for command in new if self._is_allowed(command)]
+
+    def _is_allowed(self, command: Command) -> bool:
+        """Whether it is one that a reader would send; any other is refused here, before it reaches a trainer."""
+        try:
+            rows = self._db.execute("SELECT key, value FROM meta").fetchall()
+            validate(command.name, command.value, checks.read_meta(rows))
+        except ValueError as error:
+            self.answer(command, self.last_step, error=str(error))
+            return False
+        return True
 
     def answer(self, command: Command, step: int, error: str | None = None) -> None:
         """Say that ``command`` was carried out at ``step``, or why not."""
@@ -232,16 +245,22 @@ class RunWriter:
     def _load(self) -> None:
         """Set what is kept in memory to what is in the file."""
         rows = self._db.execute("SELECT id, name, dtype, shape FROM names").fetchall()
-        self._names = {
-            name: _Series(id_, dtype, None if shape is None else tuple(json.loads(shape)))
-            for id_, name, dtype, shape in rows
-        }
+        self._names = {name: _Series(id_, *checks.read_series(name, *kind)) for id_, name, *kind in rows}
         self._next_id = max((series.id for series in self._names.values()), default=0) + 1
         self.last_step = self._db.execute("SELECT last_step FROM state").fetchone()[0]
         self._newest = self.last_step  # the newest step recorded, committed or not
         self._new_names: list[tuple] = []
         self._scalars: dict[tuple[int, int], float] = {}
         self._tensors: dict[tuple[int, int], bytes] = {}
+
+    def _check_place(self) -> None:
+        """SQLite goes on writing a file that was deleted, and says nothing: all of it is gone when it closes."""
+        try:
+            there = os.stat(self.folder / schema.DATABASE).st_ino == self._inode
+        except OSError:
+            there = False
+        if not there:
+            raise schema.RunStopped(f"run {self.name} stopped: its folder {self.folder} was moved, replaced or deleted")
 
     def _step(self, step: int) -> int:
         step = index(step)
@@ -252,7 +271,10 @@ class RunWriter:
     def _series(self, name: str, dtype: str | None, shape: tuple[int, ...] | None) -> _Series:
         series = self._names.get(name)
         if series is None:
-            _check_name(name)
+            try:
+                checks.check_name(name)
+            except ValueError as error:
+                raise InputError(str(error)) from None
             series = self._names[name] = _Series(self._next_id, dtype, shape)
             self._next_id += 1
             self._new_names.append((series.id, name, dtype, None if shape is None else json.dumps(shape)))
@@ -277,6 +299,7 @@ class RunWriter:
             raise RuntimeError(f"run {self.name} is written by the process that opened it, not by a forked one")
         with self._guard:
             try:
+                self._check_place()
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
@@ -306,7 +329,13 @@ def _connect(folder: Path, meta: list[tuple[str, str]] | None = None) -> sqlite3
 
 def _make(path: Path, meta: list[tuple[str, str]]) -> None:
     """Make the file under another name first: at ``path`` a reader finds a whole run or none."""
-    with sealed_file(path) as part, closing(schema.connect(part, "rwc", TIMEOUT)) as db:
+    with sealed_file(path) as part:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o600))  # SQLite gives its log the same mode
+        _fill(part, meta)
+
+
+def _fill(path: Path, meta: list[tuple[str, str]]) -> None:
+    with closing(schema.connect(path, "rw", TIMEOUT)) as db:
         db.execute("PRAGMA journal_mode = WAL").fetchall()  # kept in the file
         db.execute("BEGIN IMMEDIATE")
         for statement in schema.TABLES:
@@ -323,16 +352,18 @@ def _complete(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _json(key: str, value: Any) -> str:
     try:
-        return json.dumps(value)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"meta {key!r} cannot be kept as JSON: {error}") from error
+    try:
+        checks.check_meta({key: json.loads(text)})
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return text
 
 
-def _check_name(name: str) -> None:
-    """Names are paths of the record and become paths of an export."""
-    parts = name.split("/")
-    if not name.isprintable() or any(part.strip() in ("", ".", "..") for part in parts):
-        raise InputError(f"name {name!r} cannot be used: it must be words joined by '/', such as 'load/blocks.0.ffn'")
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _words(dtype: str | None, shape: tuple[int, ...] | None) -> str:

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 from workbench.studies.rows import Rows
@@ -109,8 +110,8 @@ class StudyResult:
     def _repr_markdown_(self) -> str:
         lines = self.table()
         head = "| " + " | ".join(lines[0]) + " |\n|" + " --- |" * len(lines[0])
-        body = "\n".join("| " + " | ".join(line.values()) + " |" for line in lines)
-        because = self._verdict_line().split(": ", 1)[1]
+        body = "\n".join("| " + " | ".join(map(_as_text, line.values())) + " |" for line in lines)
+        because = _as_text(self._verdict_line().split(": ", 1)[1])
         tested = f"*Tested here:* {self.study.tested}\n\n" if self.study.tested else ""
         rule = f"*Rule:* {self.study.rule}\n\n{' '.join(self._notes())}"
         return f"{tested}{head}\n{body}\n\n**{self.verdict}**: {because}\n\n{rule}"
@@ -143,3 +144,8 @@ def _plain(value):
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return value
+
+
+def _as_text(value: str) -> str:
+    """What a cell of a table in Markdown shows as it is."""
+    return escape(value, quote=False).replace("|", r"\|")

@@ -193,6 +193,22 @@ def test_a_refusal_by_the_trainer_is_shown(growing):
     assert "not now &lt;b&gt;" in controls.answer.object and "bad" in controls.answer.object
 
 
+def test_without_leave_nothing_is_sent_whatever_is_clicked(growing):
+    growing.grow(3)
+    selection = Selection()
+    selection.choose(growing.run)
+    controls = TrainerControls(selection, allowed=False)
+    assert all(part.disabled for part in (*controls.buttons.values(), *controls.settings.values()))
+    assert "read-only" in controls.answer.object
+    for button in controls.buttons.values():
+        button.clicks += 1
+    enter(controls, "learning_rate", "5e-4")
+    controls.send("stop")
+    growing.grow(1)
+    selection.poll()
+    assert growing.run.answers() == [] and "read-only" in controls.answer.object
+
+
 def test_controls_of_a_run_that_nobody_trains_are_off(run):
     controls = controls_of(run)
     assert all(part.disabled for part in (*controls.buttons.values(), *controls.settings.values()))

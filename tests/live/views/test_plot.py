@@ -107,5 +107,5 @@ def test_contents_are_built_only_for_a_new_key():
 
 def test_tokens_are_readable():
     labels = [token_label(token, "bytes") for token in (0x41, 0x20, 0x0A, 0x09, 0xC3, 0x3C, 0x00)]
-    assert labels == ["A", "space", "\\n newline", "\\t tab", "0xC3", "&lt;", "NUL"]
+    assert labels == ["A", "space", "\\n newline", "\\t tab", "0xC3", "<", "NUL"]
     assert token_label(1234, None) == "#1234"

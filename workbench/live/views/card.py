@@ -1,12 +1,12 @@
 """A card: one plot of a view, for one run or for two side by side, with a text on how to read it."""
 
 from collections.abc import Callable, Sequence
-from html import escape
 
 import panel as pn
 import plotly.graph_objects as go
 
 from workbench.live.views import style
+from workbench.live.views.markup import as_html, html
 from workbench.live.views.plot import Plot
 from workbench.live.views.readings import Nothing
 
@@ -84,8 +84,8 @@ class Card(pn.viewable.Viewer):
 
     def _html(self, content: str | Nothing) -> str:
         if isinstance(content, Nothing):
-            return f'<div class="empty"><b>{escape(self.title)}</b><span>{escape(str(content))}</span></div>'
-        return content
+            return html('<div class="empty"><b>{title}</b><span>{why}</span></div>', title=self.title, why=content)
+        return as_html(content)
 
     def __panel__(self):
         return self._column

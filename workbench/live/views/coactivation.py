@@ -1,6 +1,5 @@
 """Expert co-activation: which experts work together, in one layer and from one layer to the next."""
 
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from workbench.lib.measures.transition import transition_lift
 from workbench.live.records import COACTIVATION, TRANSITION
 from workbench.live.views.bar import layer_select, widget
 from workbench.live.views.card import Card
+from workbench.live.views.markup import Markup, table
 from workbench.live.views.readings import Nothing, Readings, present, stamped
 from workbench.live.views.view import View
 
@@ -107,18 +107,15 @@ class CoactivationView(View):
 
         return self.each(found, build)
 
-    def _pairs(self, run: Readings, data: Together) -> str:
+    def _pairs(self, run: Readings, data: Together) -> Markup:
         look = figures.KINDS[self.kind.value]
-        rows = "".join(
-            f"<tr><td>{pair.first} – {pair.second}</td><td>{pair.value:.3f}</td>"
-            f"<td>{int(data.counts[pair.first, pair.second]):,}</td></tr>"
+        rows = (
+            (f"{pair.first} – {pair.second}", f"{pair.value:.3f}", f"{int(data.counts[pair.first, pair.second]):,}")
             for pair in top_pairs(data.matrix.values, TOP_PAIRS)
         )
         title = f"Top pairs, {self.layer_label(run)}{self.suffix(run)}"
-        return (
-            f"<table><caption>{escape(title)}<small>{escape(look.title.lower())}, null {data.matrix.null:.3g}</small>"
-            f"</caption><tr><th>experts</th><th>{escape(look.unit)}</th><th>tokens</th></tr>{rows}</table>"
-        )
+        small = f"{look.title.lower()}, null {data.matrix.null:.3g}"
+        return table(title, small, ("experts", look.unit, "tokens"), rows)
 
 
 def together(

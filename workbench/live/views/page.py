@@ -1,20 +1,20 @@
 """The page: runs to choose, how they stand, controls of the trainer, and the views one tab each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from html import escape
 from pathlib import Path
 
 import panel as pn
 
 from workbench.errors import InputError
-from workbench.live.store import DATABASE, Run, find, runs
+from workbench.live.store import DATABASE, DamagedRun, Run, find, newest, run_name, runs
 from workbench.live.views import style
 from workbench.live.views.bar import SelectionBar, served, text, widget
 from workbench.live.views.coactivation import CoactivationView
 from workbench.live.views.conflict import ConflictView
 from workbench.live.views.imbalance import ImbalanceView
 from workbench.live.views.loss import LossView
+from workbench.live.views.markup import html, joined
 from workbench.live.views.overview import Overview
 from workbench.live.views.plot import Pulse
 from workbench.live.views.readings import Readings
@@ -50,6 +50,8 @@ class Workbench(pn.viewable.Viewer):
         theme: "light" or "dark".
         views: the view classes, a tab each; all of them if left out.
         root: folder of the runs to choose from; the user's own if left out.
+        control: whether commands may be sent to the trainer; if left out, in a notebook alone.
+        lookup: finds a run by its name or path and the root.
     """
 
     def __init__(
@@ -60,9 +62,12 @@ class Workbench(pn.viewable.Viewer):
         theme: str = "light",
         views: Sequence[type[View]] | None = None,
         root: Path | str | None = None,
+        control: bool | None = None,
+        lookup: Callable[[Path | str, Path], Run] = find,
     ):
         super().__init__()
-        self.root, self.selection = Path(root or home() / "runs").expanduser(), Selection(theme=theme)
+        self.root, self.selection = Path(root or home() / "runs").expanduser().absolute(), Selection(theme=theme)
+        self._lookup = lookup
         self._error = ""
         self._listed: tuple = ()  # the runs there and those on show, when the lists were last filled
         kinds = list(views or VIEWS)
@@ -74,7 +79,7 @@ class Workbench(pn.viewable.Viewer):
         self.compare = widget(pn.widgets.Select, 240, label="Compare", options={NONE: ""})
         self.dark = widget(pn.widgets.Toggle, 70, label="◐ Dark", value=theme == "dark")
         self.status = text(min_width=400)
-        self.trainer = TrainerControls(self.selection)
+        self.trainer = TrainerControls(self.selection, not served() if control is None else control)
         self._stage = pn.Column(sizing_mode="stretch_width", margin=0)
         self._open(run, compare)
         self._listen()
@@ -141,23 +146,20 @@ class Workbench(pn.viewable.Viewer):
         """Show the runs asked for; where one cannot be shown, say so and do without it, or show the newest."""
         for first, second in ((run, compare), (run, None), (None, None)):
             try:
-                self.selection.choose(self._found(first) or self._newest(), self._found(second))
+                self.selection.choose(self._found(first) or newest(self.root), self._found(second))
                 break
             except InputError as error:
                 self._error = self._error or str(error)
         self.list_runs()
 
     def _found(self, run: Run | Path | str | None) -> Run | None:
-        return find(run, self.root) if isinstance(run, Path | str) else run
-
-    def _newest(self) -> Run | None:
-        return next((run for run in runs(self.root) if run.status.state != "damaged"), None)
+        return self._lookup(run, self.root) if isinstance(run, Path | str) else run
 
     def list_runs(self) -> None:
         """Read the list of runs anew, if there are others than before; the newest is shown if none is yet."""
         there = sorted(_files(self.root))
-        if self.selection.run is None and there and (newest := self._newest()):
-            self.selection.choose(newest)
+        if self.selection.run is None and there and (first := newest(self.root)):
+            self.selection.choose(first)
         shown = [str(run.run.folder) if run else "" for run in (self.selection.run, self.selection.compare)]
         if (there, shown) == self._listed:
             return
@@ -166,13 +168,13 @@ class Workbench(pn.viewable.Viewer):
         self._reopen(found)
         known = {run.name: str(run.folder) for run in found}
         for readings in self.selection.shown:
-            known.setdefault(readings.name, str(readings.run.folder))
+            known.setdefault(run_name(readings.run.folder, self.root), str(readings.run.folder))
         for select, options, value in ((self.run, known, shown[0]), (self.compare, {NONE: ""} | known, shown[1])):
             select.param.update(options=options, value=value)
 
     def _reopen(self, found: Sequence[Run]) -> None:
         """Show a run that was written anew under its name in place of the one that it replaced."""
-        there = {run.folder: run for run in found if run.status.state != "damaged"}
+        there = {run.folder: run for run in found if not isinstance(run, DamagedRun)}
 
         def now(readings: Readings | None) -> Readings | Run | None:
             run = readings and there.get(readings.run.folder)
@@ -193,6 +195,11 @@ class Workbench(pn.viewable.Viewer):
             self._error = str(error)
             self._follow()
 
+    def tell(self, error: str) -> None:
+        """Say on the page what is wrong with what was asked for."""
+        self._error = error
+        self._follow()
+
     # -- following
 
     def _settled(self) -> bool:
@@ -208,8 +215,9 @@ class Workbench(pn.viewable.Viewer):
     def _follow(self) -> None:
         shown = self.selection.shown
         lines = [status_line(readings, named=len(shown) > 1) for readings in shown]
-        error = f'<div class="status"><span class="bad">{escape(self._error)}</span></div>' if self._error else ""
-        self.status.object = error + "".join(lines)
+        if self._error:
+            lines.insert(0, html('<div class="status"><span class="bad">{error}</span></div>', error=self._error))
+        self.status.object = joined(lines)
         if self._root.css_classes != self._classes():
             self._root.css_classes = self._classes()
 

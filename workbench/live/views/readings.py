@@ -164,6 +164,7 @@ class Readings:
         steps, values = self._follow(name, self.run.tensors, POINTS)
         if not len(steps):
             raise self._not_yet(name)
+        self._check_kind(name, values[0])
         return steps, values
 
     def newest(self, name: str) -> int:
@@ -177,6 +178,7 @@ class Readings:
             if self.has(name):
                 raise Nothing("nothing was recorded up to this step: scrub forward")
             raise self._not_yet(name)
+        self._check_kind(name, found[1])
         return found
 
     def window(self, name: str, step: int | None, records: int) -> tuple[int, np.ndarray]:
@@ -188,6 +190,24 @@ class Readings:
         start = max(0, last - (records - 1) * every)
         _, counts = self._ask(lambda: self.run.tensors(name, start=start, stop=last))
         return last, counts.sum(axis=0, dtype=np.int64)
+
+    def _check_kind(self, name: str, array: np.ndarray) -> None:
+        """``Nothing`` where an array is not of the kind that its name stands for."""
+        record = find(name)
+        if record is None or record.dtype is None:
+            return
+        sizes: dict[str, int] = {"D": len(self.domains)}
+        places = {layer.name: place for place, layer in enumerate(self.layers)}
+        if (place := places.get(record.of(name)[0])) is not None:
+            sizes |= zip(("E", "E'"), [layer.n_experts for layer in self.layers[place:]], strict=False)
+        wanted = [sizes.get(side, side) for side in record.shape]
+        fits = array.ndim == len(wanted) and all(
+            side == size or isinstance(side, str) for side, size in zip(wanted, array.shape, strict=True)
+        )
+        if array.dtype != record.dtype or not fits or 0 in array.shape:
+            shape = ", ".join(map(str, wanted))
+            kind = f"{array.dtype} {list(array.shape)} but must be {record.dtype} [{shape}]"
+            raise Nothing(f"{name} is recorded as {kind}")
 
     def _every(self, name: str) -> int | None:
         """Steps between two records of a series, 0 for none; None where the run does not say."""

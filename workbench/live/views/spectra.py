@@ -1,7 +1,6 @@
 """Singular spectra of weights, updates and gradients, with effective and stable rank over time."""
 
 from functools import lru_cache
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from workbench.lib.measures.spectra import SpectrumResult, measures
 from workbench.live.records import SPECTRUM
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
+from workbench.live.views.markup import Markup, html, table
 from workbench.live.views.readings import Nothing, Readings, counterpart, present, stamped
 from workbench.live.views.view import View
 
@@ -166,7 +166,7 @@ class SpectraView(View):
 
         return self.each(lines, build)
 
-    def _numbers(self, run: Readings, data: History) -> str:
+    def _numbers(self, run: Readings, data: History) -> Markup:
         spectra = data.at(self.selection.step)
         values = {kind: measures(data.result(sigma), data.shape) for kind, sigma in spectra.items()}
         null = null_measures(data.shape)
@@ -179,23 +179,19 @@ class SpectraView(View):
         spikes = [_number(float(outliers(torch.as_tensor(full[k]), data.shape))) if k in full else "–" for k in spectra]
         rows.append(("spikes beyond the edge", *spikes, "0"))
         rows.append(("heavy-tail exponent α", *(self._alpha(sigma, kind) for kind, sigma in spectra.items()), "–"))
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-        heads = "".join(f"<th>{kind}</th>" for kind in spectra)
         title = f"Measures at this step{self.suffix(run)}"
-        return (
-            f"<table><caption>{escape(title)}<small>{escape(data.name)}, n = {data.n}</small></caption>"
-            f"<tr><th></th>{heads}<th>random</th></tr>{body}</table>"
-        )
+        return table(title, f"{data.name}, n = {data.n}", ("", *spectra, "random"), rows)
 
-    def _alpha(self, sigma: np.ndarray, kind: str) -> str:
+    def _alpha(self, sigma: np.ndarray, kind: str) -> Markup:
         """The exponent with its error, D and m, where it may be read: not for small matrices, nor for one update."""
         if kind == "update" or len(sigma) < RELIABLE_FROM:
             reason = "not meant for a single update" if kind == "update" else f"not reliable below n = {RELIABLE_FROM}"
-            return f'<span class="muted" title="{reason}">–</span>'
+            return html('<span class="muted" title="{why}">–</span>', why=reason)
         fit = fit_power_law(torch.as_tensor(sigma).double().square())
         if fit.undefined_reason:
-            return f'<span class="muted" title="{escape(fit.undefined_reason)}">–</span>'
-        return f'<span title="D = {fit.distance:.3f}, m = {fit.m}">{fit.alpha:.2f} ± {fit.stderr:.2f}</span>'
+            return html('<span class="muted" title="{why}">–</span>', why=fit.undefined_reason)
+        quality, found = f"D = {fit.distance:.3f}, m = {fit.m}", f"{fit.alpha:.2f} ± {fit.stderr:.2f}"
+        return html('<span title="{quality}">{found}</span>', quality=quality, found=found)
 
 
 def history(run: Readings, matrix: str | None) -> History:

@@ -9,6 +9,4 @@ def token_label(token: int, vocabulary: str | None) -> str:
         return f"#{token}"
     if token in NAMED:
         return NAMED[token]
-    # plotly reads labels as HTML
-    plain = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(chr(token), chr(token))
-    return plain if 0x20 < token < 0x7F else f"0x{token:02X}"
+    return chr(token) if 0x20 < token < 0x7F else f"0x{token:02X}"

@@ -1,32 +1,31 @@
 """Controls that reach the running trainer, and its answers."""
 
-from html import escape
-
 import panel as pn
 
 from workbench.errors import InputError
 from workbench.live.views import style
 from workbench.live.views.bar import text, widget
+from workbench.live.views.markup import Markup, html, joined
 from workbench.live.views.readings import Nothing, Readings
 from workbench.live.views.selection import Selection
 
 BUTTONS = {"pause": "❚❚ Pause", "continue": "▶ Continue", "step": "❚▶ Step", "stop": "■ Stop"}
 SETTINGS = {"learning_rate": "Learning rate", "balance": "Balance coefficient", "top_k": "Top-k"}
 SHOWN = {"failed": "has failed", "died": "died", "finished": "has finished", "stopped": "was stopped"}
-
-
 BOTH = "both runs"
+READ_ONLY = "read-only: the address with the server's token controls the run"
 
 
 class TrainerControls(pn.viewable.Viewer):
     """Sends commands to the trainer of the selected run, or of both on show, and shows what became of the last one.
 
-    Disabled for a run that nobody trains. A value is sent with Enter.
+    Disabled for a run that nobody trains. A value is sent with Enter. Where ``allowed`` is False nothing is sent,
+    whatever a browser says was clicked.
     """
 
-    def __init__(self, selection: Selection):
+    def __init__(self, selection: Selection, allowed: bool = True):
         super().__init__()
-        self.selection = selection
+        self.selection, self.allowed = selection, allowed
         self.buttons = {name: widget(pn.widgets.Button, 88, label=label) for name, label in BUTTONS.items()}
         self.settings = {
             name: widget(pn.widgets.TextInput, width, label=label)
@@ -64,20 +63,25 @@ class TrainerControls(pn.viewable.Viewer):
         runs, run = self.controlled, self.selection.run
         states = {run.status.state for run in runs}
         for part in (*self.buttons.values(), *self.settings.values()):
-            part.disabled = not runs
-        self.buttons["pause"].disabled = not states - {"paused"}
-        self.buttons["continue"].disabled = not states - {"running"}
-        if self._sent and set(self._sent) <= set(self.selection.shown):
+            part.disabled = not runs or not self.allowed
+        self.buttons["pause"].disabled = not states - {"paused"} or not self.allowed
+        self.buttons["continue"].disabled = not states - {"running"} or not self.allowed
+        if not self.allowed:
+            self._say(READ_ONLY)
+        elif self._sent and set(self._sent) <= set(self.selection.shown):
             self._show_answers()
         elif runs:
-            self.answer.object = '<span class="muted">type a value and press Enter</span>'
+            self._say("type a value and press Enter")
         elif run is None:
-            self.answer.object = '<span class="muted">no run to control</span>'
+            self._say("no run to control")
         elif run.status.live:
-            self.answer.object = '<span class="muted">a watched model: its own program is in control</span>'
+            self._say("a watched model: its own program is in control")
         else:
             state = run.status.state
-            self.answer.object = f'<span class="muted">run {SHOWN.get(state, state)}: nothing to control</span>'
+            self._say(f"run {SHOWN.get(state, state)}: nothing to control")
+
+    def _say(self, what: str) -> None:
+        self.answer.object = html('<span class="muted">{what}</span>', what=what)
 
     def _offer_targets(self) -> None:
         names = [self.selection.short_name(run) for run in self.selection.shown]
@@ -88,6 +92,8 @@ class TrainerControls(pn.viewable.Viewer):
     def send(self, name: str, value: float | str | None = None) -> None:
         """Send a command; an error is shown in red, never raised."""
         self._sent = {}
+        if not self.allowed:
+            return
         for run in self.controlled or [self.selection.run]:
             try:
                 self._sent[run] = run.run.send(name, value)
@@ -113,25 +119,26 @@ class TrainerControls(pn.viewable.Viewer):
         if len(set(found.values())) == 1:  # one run, or both alike
             lines = [next(iter(found.values()))]
         else:
-            lines = [line and f"<b>{escape(self.selection.short_name(run))}</b> {line}" for run, line in found.items()]
+            names = {run: self.selection.short_name(run) for run in found}
+            lines = [line and html("<b>{name}</b> {line}", name=names[run], line=line) for run, line in found.items()]
         if any(lines):
-            self.answer.object = "<br>".join(filter(None, lines))
+            self.answer.object = joined(filter(None, lines), "<br>")
 
-    def _answer(self, run: Readings, sent: int | str) -> str:
+    def _answer(self, run: Readings, sent: int | str) -> Markup:
         """What became of a command, "" where that cannot be read."""
         if isinstance(sent, str):
-            return f'<span class="bad">{escape(sent)}</span>'
+            return html('<span class="bad">{why}</span>', why=sent)
         try:
             answer = next(answer for answer in reversed(run.run.answers()) if answer.id == sent)
         except (InputError, Nothing, StopIteration):
-            return ""
+            return Markup()
         value = "" if answer.value is None else f" = {answer.value:g}"
-        what = escape(answer.name.replace("_", " ") + value)
+        what = answer.name.replace("_", " ") + value
         if answer.error:
-            return f'<span class="bad">{what}: {escape(answer.error)}</span>'
+            return html('<span class="bad">{what}: {why}</span>', what=what, why=answer.error)
         if answer.step is None:
-            return f'<span class="muted">{what}: sent, waiting for the trainer …</span>'
-        return f'<span class="good">✓ {what} applied at step {answer.step:,}</span>'
+            return html('<span class="muted">{what}: sent, waiting for the trainer …</span>', what=what)
+        return html('<span class="good">✓ {what} applied at step {step}</span>', what=what, step=f"{answer.step:,}")
 
     def __panel__(self):
         return self._row
