@@ -154,6 +154,14 @@ def test_a_decision_that_was_guessed_wrong_is_not_recorded_and_one_that_is_told_
     assert probe.take(structure=False)[1]["load/moe"].tolist() == expected.tolist()
 
 
+def test_a_reader_has_to_give_the_routing_of_these_experts():
+    block = OldBlock()
+    (found,) = find.blocks(block, {"gate": (E, lambda module, inputs, output: output)})
+    found.observe(lambda *seen: None, lambda block: True)
+    with pytest.raises(InputError, match="what reads gate gave a Tensor but must give a Routing of 4 experts"):
+        block(torch.randn(3, D))
+
+
 @pytest.mark.parametrize(
     ("routers", "message"),
     [

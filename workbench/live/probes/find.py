@@ -93,7 +93,7 @@ class Block:
             if module is not parts[0] or not wanted(self):
                 return
             if self.reader is not None:
-                observer(self, self.reader(module, inputs, output), Context())
+                observer(self, self._told(self.reader(module, inputs, output)), Context())
                 return
             returned = list(decisions.tensors(output))
             if self.experts is None:
@@ -124,6 +124,13 @@ class Block:
             return [self.module]
         router = [self.module.get_submodule(self.router)] if self.router else []
         return router + ([] if self.experts is None else [self.experts])
+
+    def _told(self, found: Any) -> Routing:
+        if not isinstance(found, Routing) or found.n_experts != self.n_experts:
+            what = f"a Routing of {found.n_experts}" if isinstance(found, Routing) else f"a {type(found).__name__}"
+            where = _name(self.name, self.router)
+            raise InputError(f"what reads {where} gave {what} but must give a Routing of {self.n_experts} experts")
+        return found
 
     def _read(self, parts: list[Tensor], n_tokens: int, scores: list[Tensor] = ()) -> Routing | str:
         found = decisions.read(parts, n_tokens, self.n_experts, self.top_k, scores)

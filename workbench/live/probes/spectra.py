@@ -1,5 +1,6 @@
 """Singular values of sampled matrices: of the weights, of one step's change to them, and of their gradients."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,7 +30,8 @@ class SpectrumProbe:
         self._before: dict[str, tuple[Tensor, ...]] = {}
         self._gradients: dict[str, Tensor] = {}
         self._armed = False
-        self.close = register_optimizer_step_pre_hook(self._stepping).remove
+        probe = weakref.ref(self)  # optimizers outlive a probe that nobody closes
+        self.close = register_optimizer_step_pre_hook(lambda *call: (seen := probe()) and seen._stepping(*call)).remove
 
     def gone(self, model: nn.Module) -> list[str]:
         """Names of the matrices whose parameters are not in the model any more; they are measured no more."""
@@ -43,7 +45,7 @@ class SpectrumProbe:
     @torch.no_grad()
     def _stepping(self, optimizer: torch.optim.Optimizer, inputs: tuple, keywords: dict) -> None:
         """Before any optimizer of torch steps, and before anything sets gradients to zero after that."""
-        if not self._armed:
+        if not self._armed or torch.compiler.is_compiling():
             return
         used = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for matrix in self.dense:
