@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import Adapter, RoutedLinear
+from workbench.lib.core.adapt import Adapter, RoutedLinear, adapt
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.models import DecoderLM
@@ -173,6 +173,11 @@ def test_a_reader_has_to_give_the_routing_of_these_experts():
 def test_wrong_readers_are_refused(routers: dict, message: str):
     with pytest.raises(InputError, match=message):
         find.blocks(nn.ModuleDict({"moe": OldBlock()}), routers)
+
+
+def test_a_layer_with_lora_is_no_mixture_and_does_not_look_like_one():
+    model = adapt(nn.Sequential(nn.Linear(D, D), nn.ReLU()), "lora", "*", rank=2).model
+    assert find.blocks(model) == [] and find.unread(model, []) == []
 
 
 def test_an_adapted_model_shows_its_mixtures_their_groups_and_every_expert():

@@ -189,7 +189,8 @@ def unread(model: nn.Module, found: list[Block]) -> list[str]:
     names: list[str] = []
     for name, module in modules(model).items():
         mixed = re.search(r"(MoE|Moe)(Block|Layer)?$|SparseMLP$", type(module).__name__)
-        if not mixed and not any(_is_bank(child) for child, _ in module.named_children()):
+        banks = [child for each, child in module.named_children() if _is_bank(each)]
+        if not mixed and not any((_integer(COUNTS, bank) or _length(bank)) != 1 for bank in banks):
             continue
         ours = any(_within(name, block.name) or _within(block.name, name) for block in found)
         if not ours and not isinstance(module, Announcing) and not any(_within(name, outer) for outer in names):
@@ -240,7 +241,7 @@ def _of_experts(name: str, module: nn.Module) -> Block | None:
     n_experts = gate.out_features if plain_gate else told or _length(experts)
     top_k = next((k for part in near if (k := _integer(CHOICES, part, configured=True))), None)
     takes = _takes_decision(experts)
-    if not n_experts or not (takes or (gate is not None and not (plain_gate and top_k is None))):
+    if n_experts < 2 or not (takes or (gate is not None and not (plain_gate and top_k is None))):
         return None
     listed = list(experts.children()) if isinstance(experts, nn.ModuleList | nn.ModuleDict) else []
     alike = tuple(child for child in listed if type(child) is type(listed[0]))  # dropout may stand beside them
@@ -257,10 +258,11 @@ def _takes_decision(experts: nn.Module) -> bool:
     if isinstance(experts, Announcing | nn.ModuleList | nn.Sequential):
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, p in inspect.signature(experts.forward).parameters.items() if p.kind in kinds]
-    return len(names) >= 3 and any(
-        re.search(r"ind(ex|ices)|expert|mask|rout|top_?k|assign", name) for name in names[1:]
-    )
+    takes = {name: p for name, p in inspect.signature(experts.forward).parameters.items() if p.kind in kinds}
+    if any(p.annotation in (Routing, "Routing") for p in takes.values()):  # ours: the layer around it announces
+        return False
+    said = any(re.search(r"ind(ex|ices)|expert|mask|rout|top_?k|assign", name) for name in list(takes)[1:])
+    return said and len(takes) >= 3
 
 
 def _length(experts: nn.Module) -> int:
