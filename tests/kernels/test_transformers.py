@@ -1,5 +1,7 @@
 """The operator inside transformers' own models: random small ones, outputs and gradients against their 'eager'."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -45,7 +47,9 @@ def run(model: torch.nn.Module, implementation: str) -> tuple[torch.Tensor, dict
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-6), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-6), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)]
+)
 def test_outputs_and_gradients_equal_eager(name, dtype, tolerance):
     """transformers' routers compute in float32 whatever the type of the model, so float64 is no nearer than that."""
     register_transformers()
@@ -82,6 +86,42 @@ def test_experts_that_compute_something_else_are_refused():
     model.config._experts_implementation = "workbench"
     with pytest.raises(InputError, match="GptOssExperts"):
         model(torch.zeros(1, 3, dtype=torch.long))
+
+
+def asked_in_the_configuration(config, model_class):
+    config._experts_implementation = "workbench"
+
+
+def asked_of_the_class(config, model_class):
+    model_class._from_config(config, experts_implementation="workbench")
+
+
+def asked_of_the_model(config, model_class):
+    model_class(config).set_experts_implementation("workbench")
+
+
+@pytest.mark.parametrize("asked", [asked_in_the_configuration, asked_of_the_class, asked_of_the_model])
+@pytest.mark.parametrize("name", ["Llama4Text", "JetMoe"])
+def test_an_architecture_that_would_stay_on_its_own_code_is_refused(name, asked):
+    register_transformers()
+    sizes = {**SMALL, "num_local_experts": 2, "intermediate_size": 12, "intermediate_size_mlp": 12, "kv_channels": 8}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model_class = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
+    with pytest.raises(InputError, match=f"{name}Config: the experts of this architecture have code of their own"):
+        asked(config, model_class)
+    dense = transformers.LlamaConfig(**SMALL, intermediate_size=12)
+    asked(dense, transformers.LlamaForCausalLM)  # has no experts that could stay anywhere
+
+
+def test_experts_with_another_gate_are_refused():
+    register_transformers()
+    if not hasattr(transformers, "HYV4Config"):
+        pytest.skip("this transformers has no HYV4")
+    config = transformers.HYV4Config(num_local_experts=2, hidden_size=16, moe_intermediate_size=12)
+    experts = import_module("transformers.models.hy_v4.modeling_hy_v4").HYV4Experts(config)
+    config._experts_implementation = "workbench"
+    with pytest.raises(InputError, match="HYV4Experts has a gate of its own"):
+        experts(torch.randn(3, 16), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1))
 
 
 def test_without_transformers_it_says_what_is_missing(monkeypatch):

@@ -87,7 +87,7 @@ def test_a_description_goes_through_json_and_says_what_it_means():
         "cadence": "step",
         "dtype": None,
         "shape": None,
-        "meaning": "task loss of the training batch, nats",
+        "meaning": "task loss of the training batch, in the unit that meta names, nats in a run of ours",
     }
     assert LOAD.as_dict()["shape"] == ["E"] and np.dtype(LOAD.dtype) == np.uint32
     assert all(record.meaning for record in RECORDS)

@@ -1,8 +1,11 @@
 """`watch` in a training script of one's own: what is recorded, when, and that it can be taken off again."""
 
+import copy
 import os
+import re
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from workbench.lib.core.task import LanguageModelling
 from workbench.lib.data.types import TextDomains
 from workbench.live.store import Run, RunStopped, RunWriter
 from workbench.live.views.load import balance
+from workbench.live.views.loss import losses, named
 from workbench.live.views.readings import Readings
 from workbench.live.watch import Cadence, watch
 
@@ -115,14 +119,18 @@ def test_watching_changes_nothing_and_leaves_nothing(task, tmp_path: Path):
         watching.step(loss=1.0)
 
 
-def test_gradients_that_are_gone_are_not_recorded(task, tmp_path: Path):
-    model = language_model()
-    with watch(model, tmp_path / "run") as watching:
-        script(model, task, 1, watching, zero_first=True)
-    with Run(tmp_path / "run") as run:
-        assert {name.split("/")[1] for name in run.names("spectrum/")} == {"weight", "update"}
-        assert run.names("conflict/") == []  # without a task there are no domains to compare
-        assert run.meta["model"]["domains"] == [] and "load_by_domain/blocks.0.ffn" not in run.names()
+def test_gradients_are_those_the_optimizer_used_whatever_comes_before_the_record(task, tmp_path: Path):
+    for zero_first in (False, True):
+        model = language_model()
+        with watch(model, tmp_path / str(zero_first), cadence={"structure": 2}) as watching:
+            script(model, task, 5, watching, zero_first=zero_first)
+    with Run(tmp_path / "False") as late, Run(tmp_path / "True") as early:
+        names = late.names("spectrum/gradient/")
+        assert names and early.names("spectrum/") == late.names("spectrum/")
+        for name in names:
+            np.testing.assert_array_equal(early.tensors(name)[1], late.tensors(name)[1])
+        assert early.names("conflict/") == []  # without a task there are no domains to compare
+        assert early.meta["model"]["domains"] == [] and "load_by_domain/blocks.0.ffn" not in early.names()
 
 
 def test_a_plain_network_is_watched_too(tmp_path: Path):
@@ -204,8 +212,9 @@ def test_a_script_that_is_run_twice_is_told_what_it_can_say(home: Path, tmp_path
     folder = home / "runs" / "my-run"
     where = f"run my-run, kept at {folder}; look with: workbench view my-run"
     first = again()
-    assert first.returncode == 0 and first.stderr == f"workbench: watching {where}\n"
-    assert first.stdout == f"<Watch, open after 4 steps: routing of 0 layers, spectra of 2 matrices; {where}>\n"
+    found = "no mixture of experts, 2 matrices"
+    assert first.returncode == 0 and first.stderr == f"workbench: watching {where}\nworkbench: found {found}\n"
+    assert first.stdout == f"<Watch, open after 4 steps: {found}; {where}>\n"
     second = again()
     said = "run 'my-run' is there already (finished after 4 steps): pass resume=True to go on with it, "
     assert second.returncode == 1 and said + "overwrite=True to replace it" in second.stderr
@@ -413,6 +422,113 @@ def test_an_adapter_of_peft_is_watched(tmp_path: Path):
         step, values = run.tensor(f"spectrum/weight/{name}")
         assert step == 1
         np.testing.assert_allclose(values, torch.linalg.svdvals(product)[:2], rtol=1e-4, atol=1e-6)
+
+
+# -- what is not seen is said
+
+
+class Router(nn.Module):
+    """The shape of a router in transformers 5, or what it should not be."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.num_experts, self.top_k, self.kind = 4, 2, kind
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        logits = x @ self.weight.T
+        weights, indices = logits.softmax(-1).topk(2, -1)
+        return (logits.sum(1),) if self.kind == "unreadable" else (logits, weights, indices)
+
+
+class Mixture(nn.Module):
+    def __init__(self, kind: str = ""):
+        super().__init__()
+        self.gate, self.out = Router(kind), nn.Linear(8, 8)
+
+    def forward(self, x):
+        first = self.gate(x)[0]
+        return self.out(x) * first.sum()
+
+
+def steps(watching, call: nn.Module, model: nn.Module, n: int = 1, step: bool = True) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(n):
+        call(torch.ones(6, 8)).sum().backward()
+        if step:
+            optimizer.step()
+        optimizer.zero_grad()
+        watching.step(loss=1.0)
+
+
+UNSEEN = {
+    "a decision of another shape": r"moe: its decision cannot be read from float32 \(6,\); .*routers=",
+    "evaluation mode": "no decision of moe was seen: it is in evaluation mode.*model.train",
+    "a copy is trained": "no decision of moe was seen: its router was not called.*torch.compiler.reset",
+    "no optimizer of torch": "no gradient was seen: call step after an optimizer",
+    "a replaced block": "moe, moe.gate, moe.out: replaced in the model.*resume=True",
+}
+
+
+@pytest.mark.parametrize("how", UNSEEN)
+def test_what_an_armed_probe_does_not_see_is_said_once_with_the_remedy(how: str, tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(moe=Mixture("unreadable" if "shape" in how else "")))
+    with watch(model, tmp_path / "run", cadence={"structure": 1}) as watching:
+        trained = copy.deepcopy(model) if "copy" in how else model.train("evaluation" not in how)
+        if "replaced" in how:
+            steps(watching, trained, model)
+            model.moe = Mixture()
+        with pytest.warns(UserWarning, match=UNSEEN[how]) as caught:
+            steps(watching, trained, trained, 2, step="optimizer" not in how)
+        assert caught[0].filename == __file__
+    with Run(tmp_path / "run") as run:
+        said = [event.text for event in run.events() if event.kind == "note"]
+        assert any(re.search(UNSEEN[how], text) for text in said) and len(said) == len(set(said))
+        if "replaced" in how:
+            recorded = [run.steps(name).tolist() for name in (*run.names("load/"), *run.names("spectrum/weight/"))]
+            assert recorded and set(map(tuple, recorded)) == {(0,)}
+
+
+@pytest.mark.parametrize("how", ["the model", "in place", "a layer"])
+def test_a_model_that_was_compiled_and_called_before_is_watched(how: str, tmp_path: Path):
+    torch.manual_seed(0)
+    model = call = nn.Sequential(OrderedDict(moe=Mixture(), head=nn.Linear(8, 8)))
+    if how == "the model":
+        call = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.moe = torch.compile(model.moe, backend="eager")
+    call(torch.ones(6, 8)).sum().backward()
+    with watch(call, tmp_path / "run", cadence={"routing": 2}) as watching:
+        steps(watching, call, model, 3)
+    call(torch.ones(6, 8))
+    with Run(tmp_path / "run") as run:
+        assert run.steps("load/moe").tolist() == [0, 2] and run.tensor("load/moe")[1].sum() == 12
+        assert list(run.meta["model"]["matrices"]) == ["moe.gate", "moe.out", "head"]
+
+
+def test_what_is_found_is_said_at_the_start(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.delenv("WORKBENCH_QUIET", raising=False)
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([Mixture(), Mixture()]), "moe": nn.ModuleDict({"experts": nn.Linear(2, 2)})}
+    )
+    watch(model, tmp_path / "run").close()
+    found = "2 mixtures of experts (layers.0 to layers.1; 4 experts, top 2), 5 matrices; not read: moe, say how with "
+    assert f"workbench: found {found}watch(..., routers={{...}})\n" in capsys.readouterr().err
+
+
+def test_units_of_losses_are_those_that_are_named(tmp_path: Path):
+    for units in ({}, {"loss": "mm", "aux": "mm²"}):
+        with watch(nn.Linear(2, 2), tmp_path / str(len(units)), units=units, cadence={"structure": 0}) as watching:
+            watching.step(loss=1.0, aux=0.5)
+        with Run(tmp_path / str(len(units))) as run:
+            readings = Readings(run)
+            assert losses(readings).unit == units.get("loss", "loss")
+            assert named(readings, "aux") == units.get("aux", "loss")
+    with pytest.raises(InputError, match=r"units\['loss'\] is 3 but must be a unit in words"):
+        watch(nn.Linear(2, 2), tmp_path / "wrong", units={"loss": 3})
 
 
 def test_a_layer_that_is_the_whole_model_is_watched_and_shown(tmp_path: Path):

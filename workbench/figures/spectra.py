@@ -98,6 +98,7 @@ def rank_lines(
     *,
     measure: str = "effective_rank",
     null: float | None = None,
+    of: str = "n",
     band: tuple[float, float] | None = None,
     theme: str = "light",
     title: str | None = None,
@@ -107,10 +108,12 @@ def rank_lines(
     """One measure of `MEASURES` over time, a line for each of weight, update and gradient.
 
     ``series`` maps the object to (steps (S,), values (S,)). ``null`` is the value of a random matrix of the same
-    shape, ``band`` an interval to stay in, ``limits`` the y axis (in the measure's own unit, also on a log axis).
+    shape, ``of`` what ranks are shares of, "n" or "r", ``band`` an interval to stay in, ``limits`` the y axis (in the
+    measure's own unit, also on a log axis).
     """
     look = MEASURES[measure]
-    figure = blank(theme, title or look.title, look.subtitle, x="step", y=look.unit)
+    subtitle, unit = look.subtitle.replace("÷ n", f"÷ {of}"), look.unit.replace("of n", f"of {of}")
+    figure = blank(theme, title or look.title, subtitle, x="step", y=unit)
     for name, (steps, values) in series.items():
         steps, values = np.asarray(steps), np.asarray(values, dtype=np.float64)
         figure.add_trace(

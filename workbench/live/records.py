@@ -54,11 +54,11 @@ class Record:
 
 _BRACES = r"\{\w+\}"
 
-LOSS = Record("train/loss", STEP, "task loss of the training batch, nats")
+LOSS = Record("train/loss", STEP, "task loss of the training batch, in the unit that meta names, nats in a run of ours")
 STEP_SECONDS = Record("train/step_seconds", STEP, "duration of the step without what the probes took, seconds")
 LEARNING_RATE = Record("train/lr", STEP, "learning rate the step was made with")
 GRAD_NORM = Record("train/grad_norm", STEP, "length of the gradient over all trained parameters, before clipping")
-AUX = Record("train/aux", STEP, "weighted sum of the auxiliary losses of all layers, nats")
+AUX = Record("train/aux", STEP, "weighted sum of the auxiliary losses of all layers, in the unit of the loss")
 TRAIN = Record("train/{value}", STEP, "a number that the training loop handed over with its step")
 PROBE_SECONDS = Record("cost/probe_seconds", STEP, "time the probes took in and after the step, seconds")
 STORE_SECONDS = Record("cost/store_seconds", STEP, "time the writing of the step before took, seconds")
@@ -72,7 +72,9 @@ PROBABILITY_SUPPORT = Record(
 CONFIDENCE = Record("router/{layer}/confidence", "routing", "mean of the largest probability")
 ENTROPY = Record("router/{layer}/entropy", "routing", "mean entropy of a token's probabilities, as a share of ln E")
 
-LOAD = Record("load/{layer}", "routing", "assignments by expert, before capacity", "uint32", ("E",))
+LOAD = Record(
+    "load/{layer}", "routing", "assignments by expert, before capacity where the router tells", "uint32", ("E",)
+)
 IMPORTANCE = Record("importance/{layer}", "routing", "mean probability of each expert", "float32", ("E",))
 LOAD_BY_DOMAIN = Record("load_by_domain/{layer}", "routing", "assignments by domain and expert", "uint32", ("D", "E"))
 DROPPED = Record(

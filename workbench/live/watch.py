@@ -18,12 +18,14 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from workbench.errors import InputError, unknown
@@ -31,10 +33,11 @@ from workbench.lib.core.budget import count_params
 from workbench.lib.core.task import Task
 from workbench.live.probes import find
 from workbench.live.probes.conflict import ConflictProbe, undisturbed
+from workbench.live.probes.find import Reader
 from workbench.live.probes.routing import RoutingProbe
 from workbench.live.probes.spectra import SpectrumProbe
 from workbench.live.provenance import revision, versions
-from workbench.live.records import PROBE_SECONDS, STORE_SECONDS, TOKENS, TRAIN, VALIDATION
+from workbench.live.records import PROBE_SECONDS, SPECTRUM, STORE_SECONDS, TOKENS, TRAIN, VALIDATION
 from workbench.live.store import DATABASE, Run, RunWriter, new_folder, run_name
 from workbench.paths import home
 
@@ -76,6 +79,8 @@ def watch(
     seed: int = 0,
     meta: Mapping[str, Any] | None = None,
     conflict_rows: int = CONFLICT_ROWS,
+    routers: Mapping[str, tuple[int, Reader]] | None = None,
+    units: Mapping[str, str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> "Watch":
@@ -91,11 +96,20 @@ def watch(
         seed: of the batches and starts that probes draw.
         meta: further entries of the run's meta.
         conflict_rows: rows of the half batches of the conflict probe.
+        routers: what reads a decision that is not found, or not rightly: for the name of a module or a pattern of names
+            the number of experts, and a function of what a forward hook gets that returns the `Routing`, by indices and
+            weights (N, K) or by a map and weights (N, E):
+
+            {"layers.*.gate": (8, lambda module, inputs, output: Routing.fixed(output[1], output[0], 8))}
+            {"layers.*.gate": (8, lambda module, inputs, output: Routing.ragged(output > 0, output))}
+        units: of the values handed to `step` and `evaluation`, for the views: {"loss": "nats/token", "aux": "nats"}.
         resume: go on after the last step of the run of this name or folder, if there is one; `next_step` says where.
             Its model must have the same layers, matrices, parameters and domains.
         overwrite: replace the run of this name or folder, if there is one. It goes when the new one is there.
 
-    Where to look is said on stderr, unless ``$WORKBENCH_QUIET`` is set.
+    Where to look and what was found is said on stderr, unless ``$WORKBENCH_QUIET`` is set. Where a probe has seen
+    nothing at the first step it was to record, a warning says so, and what helps. A compiled model is compiled anew,
+    its routers are read between graphs: it cannot be one whole graph (``fullgraph=True``).
 
     Raises:
         InputError: the run is there already and neither `resume` nor `overwrite` says what to do; it is being written
@@ -110,7 +124,8 @@ def watch(
             if name not in {item.name for item in fields(Cadence)}:
                 raise unknown("cadence", name, [item.name for item in fields(Cadence)])
         cadence = Cadence(**(cadence or {}))
-    probes = Watch(model, task, cadence, seed, conflict_rows)
+    _check_units(units or {})
+    probes = Watch(model, task, cadence, seed, conflict_rows, routers)
     try:
         if isinstance(run, RunWriter):
             probes.attach(run, own=False, next_step=run.last_step + 1)
@@ -123,16 +138,23 @@ def watch(
                 "data": task.manifest if task else {},
                 "total_steps": total_steps,
                 "cadence": asdict(cadence),
-                "model": describe(model, task),
+                "units": dict(units or {}),
+                "model": describe(model, task, routers),
             }
             writer = _writer(_folder(run), entries, dict(meta or {}), resume, overwrite)
             probes.attach(writer, own=True, next_step=writer.last_step + 1)
             if not os.environ.get("WORKBENCH_QUIET"):
-                print(f"workbench: watching {probes.where}", file=sys.stderr)
+                print(f"workbench: watching {probes.where}\nworkbench: found {probes.found}", file=sys.stderr)
     except BaseException:
         probes.close()
         raise
     return probes
+
+
+def _check_units(units: Mapping[str, str]) -> None:
+    for name, unit in units.items():
+        if not isinstance(unit, str) or not unit.strip():
+            raise InputError(f"units[{name!r}] is {unit!r} but must be a unit in words, such as 'nats/token'")
 
 
 def _folder(run: str | Path | None) -> Path:
@@ -173,6 +195,7 @@ def _writer(folder: Path, entries: dict[str, Any], more: dict[str, Any], resume:
     writer = RunWriter.open(folder)
     try:
         said = {key: entries[key] for key in ("seed", "cadence", "total_steps") if entries[key] is not None}
+        said |= {"units": entries["units"]} if entries["units"] else {}
         for key, value in (said | more).items():
             writer.set_meta(key, value)
         writer.event(writer.last_step, "resume", "by its own program")
@@ -199,9 +222,11 @@ def _by_name(part: dict[str, Any] | list[Any]) -> dict[str, Any]:
     return {item["name"]: item for item in part if isinstance(item, dict)} or {name: "there" for name in part}
 
 
-def describe(model: nn.Module, task: Task | None = None) -> dict[str, Any]:
+def describe(
+    model: nn.Module, task: Task | None = None, routers: Mapping[str, tuple[int, Reader]] | None = None
+) -> dict[str, Any]:
     """The entry "model" of a run's meta; active parameters and operations are for the caller to add."""
-    found = find.blocks(model)
+    found = find.blocks(model, routers)
     matrices = find.matrices(model, found)
     return {
         "layers": [{"name": block.name, "n_experts": block.n_experts, "top_k": block.top_k} for block in found],
@@ -216,10 +241,27 @@ def describe(model: nn.Module, task: Task | None = None) -> dict[str, Any]:
     }
 
 
+def _names(found: list[find.Block]) -> str:
+    names = [block.name or "the model" for block in found]
+    return ", ".join(names if len(names) < 4 else (*names[:2], "...", names[-1]))
+
+
+def _remedy(unseen: list[find.Block]) -> str:
+    if not any(block.module.training for block in unseen):
+        return (
+            "it is in evaluation mode, and a step of training is recorded from forwards in training mode: model.train()"
+        )
+    return (
+        "its router was not called. Watch the very model that is trained, no copy of it, and before a function that "
+        "calls it is compiled, or call torch.compiler.reset() after watch"
+    )
+
+
 class Watch:
     """Probes on a model and the run they write; made by `watch`. Best used in `with`, which says how the run ended.
 
-    A step is recorded by `step` after the optimizer has used the gradients and before they are set to zero or None.
+    A step is recorded by `step` after the optimizer has used the gradients. Where that is no optimizer of torch,
+    gradients are seen only if they are not yet set to zero or None.
 
     Attributes:
         writer: of the run.
@@ -227,10 +269,16 @@ class Watch:
     """
 
     def __init__(
-        self, model: nn.Module, task: Task | None, cadence: Cadence, seed: int, conflict_rows: int = CONFLICT_ROWS
+        self,
+        model: nn.Module,
+        task: Task | None,
+        cadence: Cadence,
+        seed: int,
+        conflict_rows: int = CONFLICT_ROWS,
+        routers: Mapping[str, tuple[int, Reader]] | None = None,
     ):
         self.model, self.task, self.cadence, self.seed = model, task, cadence, seed
-        self.blocks = find.blocks(model)
+        self.blocks = find.blocks(model, routers)
         self.groups = find.groups(model, self.blocks)
         self.domains = task.domains if task else ()
         self.routing = RoutingProbe(model, self.blocks, len(self.domains), getattr(task, "vocab", None))
@@ -242,6 +290,9 @@ class Watch:
         self.next_step = 0
         self._own = False
         self._store_seconds = 0.0
+        self._unreviewed = {"routing", "gradient"}
+        self._missing: set[str] = set()
+        self._compile_anew()
 
     def attach(self, writer: RunWriter, own: bool, next_step: int) -> None:
         """Write to `writer` from `next_step` on; `own` to close it in the end."""
@@ -254,7 +305,7 @@ class Watch:
         """Record one step of training.
 
         Args:
-            loss: task loss of the step, in nats.
+            loss: task loss of the step; nats, unless `units` says otherwise.
             seconds: duration of the step; left out, the time since the last call. What probes spent is taken off.
             values: further numbers, recorded as `records.TRAIN`: lr, grad_norm, aux or anything else.
         """
@@ -264,10 +315,12 @@ class Watch:
         seconds = began - self._began if seconds is None else seconds
         in_forward, in_evaluation = self.routing.seconds, self.routing.evaluation_seconds
         scalars, tensors = {}, {}
+        self._look_for_replaced(step)
         if cadence.due("routing", step) or cadence.due("structure", step):
             scalars, tensors = self.routing.take(structure=cadence.due("structure", step))
         if cadence.due("structure", step):
             tensors |= self.spectra.take(self._seed(step, 2))
+        self._review(step, tensors)
         if cadence.due("conflict", step):
             tensors |= self.routing.take_tokens()
             if self.conflict:
@@ -318,9 +371,27 @@ class Watch:
     def close(self, error: BaseException | None = None) -> None:
         """Take all probes off the model, and end the run if it was made here."""
         self.routing.close()
+        self.spectra.close()
+        self._compile_anew()
         writer, self.writer = self.writer, None
         if writer is not None and self._own:
             writer.__exit__(type(error) if error else None, error, None)
+
+    @property
+    def found(self) -> str:
+        """What is looked at in the model, and what looks like a mixture and is not; in one line."""
+        sizes = [
+            f"{block.n_experts} experts" + (f", top {block.top_k}" if block.top_k else "") for block in self.blocks
+        ]
+        ends = dict.fromkeys((self.blocks[0].name, self.blocks[-1].name)) if self.blocks else ()
+        layers = f"{len(sizes)} mixtures of experts ({' to '.join(ends)}; {'; '.join(dict.fromkeys(sizes))})"
+        matrices = len(self.spectra.dense) + len(self.spectra.low_rank)
+        text = f"{layers if sizes else 'no mixture of experts'}, {matrices} matrices"
+        if self.conflict:
+            text += f", {len(self.domains)} domains"
+        if unread := find.unread(self.model, self.blocks):
+            text += f"; not read: {', '.join(unread)}, say how with watch(..., routers={{...}})"
+        return text
 
     @property
     def where(self) -> str:
@@ -330,12 +401,8 @@ class Watch:
 
     def __repr__(self) -> str:
         state = "closed" if self.writer is None else "open"
-        matrices = len(self.spectra.dense) + len(self.spectra.low_rank)
-        probes = f"routing of {len(self.blocks)} layers, spectra of {matrices} matrices"
-        if self.conflict:
-            probes += f", conflict of {len(self.domains)} domains"
         where = "no run yet" if self._folder is None else self.where
-        return f"<Watch, {state} after {self.next_step} steps: {probes}; {where}>"
+        return f"<Watch, {state} after {self.next_step} steps: {self.found}; {where}>"
 
     def __enter__(self) -> "Watch":
         return self
@@ -350,6 +417,54 @@ class Watch:
         self.routing.seconds = self.routing.evaluation_seconds = 0.0
         if cadence.due("structure", step):
             self.spectra.remember()
+
+    def _look_for_replaced(self, step: int) -> None:
+        """Say what has left the model; it is not measured any more."""
+        routing = self.cadence.due("routing", step) or self.cadence.due("structure", step)
+        gone = [block.name for block in self.routing.gone(self.model)] if routing else []
+        gone += self.spectra.gone(self.model) if self.cadence.due("structure", step) else []
+        if fresh := [name for name in gone if name not in self._missing]:
+            self._missing.update(fresh)
+            self._warn(
+                step,
+                f"{', '.join(fresh)}: replaced in the model since it is watched, and recorded no more; close this "
+                "watch and call watch(..., resume=True), which goes on where names and shapes are the same",
+            )
+
+    def _review(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """Say what was not seen where it was first due."""
+        routing = self.cadence.due("routing", step) or self.cadence.due("structure", step)
+        if routing and "routing" in self._unreviewed:
+            self._unreviewed.remove("routing")
+            for block in self.blocks:
+                if doubt := self.routing.doubts.get(block.name):
+                    self._warn(
+                        step,
+                        f"{block.name or 'the model'}: {doubt}; say how it is read with watch(..., routers={{...}})",
+                    )
+            unseen = [block for block in self.routing.unseen() if block.name not in self.routing.doubts]
+            if unseen := [block for block in unseen if block.name not in self._missing]:
+                self._warn(step, f"no decision of {_names(unseen)} was seen: {_remedy(unseen)}")
+        if self.cadence.due("structure", step) and "gradient" in self._unreviewed:
+            self._unreviewed.remove("gradient")
+            kinds = {of[0] for of in map(SPECTRUM.of, tensors) if of is not None}
+            if self.spectra.dense and "gradient" not in kinds:
+                self._warn(
+                    step,
+                    "no gradient was seen: call step after an optimizer of torch has stepped, or before gradients are "
+                    "set to zero or None",
+                )
+
+    def _warn(self, step: int, text: str) -> None:
+        """As a warning where `step` is called, and as a note in the run."""
+        warnings.warn(f"workbench.watch: {text}", stacklevel=4)
+        self.writer.event(step, "note", text)
+
+    def _compile_anew(self) -> None:
+        """What was compiled before hooks came or went knows nothing of them."""
+        compiled = ("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in self.model.modules())
+        if self.blocks and any(compiled):
+            torch.compiler.reset()
 
     def _measure_conflict(self, step: int) -> dict[str, np.ndarray]:
         self.routing.mute(True)

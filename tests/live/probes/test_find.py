@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from workbench.lib.core.adapt import Adapter, RoutedLinear
+from workbench.errors import InputError
+from workbench.lib.core.adapt import Adapter, RoutedLinear, adapt
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.models import DecoderLM
@@ -13,6 +14,7 @@ from workbench.lib.core.observe import Announcing
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Routing
 from workbench.live.probes import find
+from workbench.live.probes.routing import RoutingProbe
 
 E, K, D = 4, 2, 16
 
@@ -112,6 +114,70 @@ def test_routers_of_other_libraries_are_recognised_by_their_shape(foreign, kind:
     assert torch.equal(routing.indices, expected.indices) and routing.n_tokens == 10
     assert torch.allclose(routing.probs, logits.softmax(-1), atol=1e-6)
     assert torch.allclose(routing.weights, expected.values, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["top_k", "k", "topk", "num_experts_per_tok"])
+def test_a_block_may_call_its_k_as_it_likes(name: str):
+    block = OldBlock()
+    del block.top_k
+    assert find.blocks(block) == [] and find.unread(block, []) == [""]
+    setattr(block, name, K)
+    assert [(b.router, b.n_experts, b.top_k) for b in find.blocks(block)] == [("gate", E, K)]
+
+
+class OwnWay(OldBlock):
+    """A gate whose choice is its block's own affair, on every second expert."""
+
+    def forward(self, x):
+        chosen = self.gate(x)[:, ::2].argmax(1) * 2
+        return sum(self.experts[e](x[chosen == e]).sum() for e in chosen.unique().tolist())
+
+
+def test_a_decision_that_was_guessed_wrong_is_not_recorded_and_one_that_is_told_is():
+    torch.manual_seed(0)
+    module, x = nn.ModuleDict({"moe": OwnWay()}), torch.randn(20, D)
+    module["moe"].top_k = 1
+    expected = torch.bincount(module["moe"].gate(x)[:, ::2].argmax(1) * 2, minlength=E)
+    probe = RoutingProbe(module, find.blocks(module), 0, None)
+    probe.arm(True)
+    module["moe"](x)
+    assert probe.take(structure=False) == ({}, {})
+    assert "its experts were called with" in probe.doubts["moe"]
+
+    def chosen(gate: nn.Module, inputs: tuple, output: torch.Tensor) -> Routing:
+        best = output[:, ::2].max(1, keepdim=True)
+        return Routing.fixed(best.indices * 2, best.values, E)
+
+    probe = RoutingProbe(module, find.blocks(module, {"*.gate": (E, chosen)}), 0, None)
+    probe.arm(True)
+    module["moe"](x)
+    assert probe.take(structure=False)[1]["load/moe"].tolist() == expected.tolist()
+
+
+def test_a_reader_has_to_give_the_routing_of_these_experts():
+    block = OldBlock()
+    (found,) = find.blocks(block, {"gate": (E, lambda module, inputs, output: output)})
+    found.observe(lambda *seen: None, lambda block: True)
+    with pytest.raises(InputError, match="what reads gate gave a Tensor but must give a Routing of 4 experts"):
+        block(torch.randn(3, D))
+
+
+@pytest.mark.parametrize(
+    ("routers", "message"),
+    [
+        ({"*.gat": (E, print)}, r"module in routers '\*.gat' is unknown"),
+        ({"moe.gate": print}, "must be a pair: the number of experts, and a function"),
+        ({"moe.gate": (0, print)}, "must be a pair"),
+    ],
+)
+def test_wrong_readers_are_refused(routers: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        find.blocks(nn.ModuleDict({"moe": OldBlock()}), routers)
+
+
+def test_a_layer_with_lora_is_no_mixture_and_does_not_look_like_one():
+    model = adapt(nn.Sequential(nn.Linear(D, D), nn.ReLU()), "lora", "*", rank=2).model
+    assert find.blocks(model) == [] and find.unread(model, []) == []
 
 
 def test_an_adapted_model_shows_its_mixtures_their_groups_and_every_expert():

@@ -1,5 +1,7 @@
 """Routing decisions are counted exactly, once, and only where they should be."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -134,11 +136,36 @@ def test_variable_numbers_of_experts_and_routers_without_probabilities():
     assert scalars == {"router/model/support": K} and sorted(tensors) == ["coactivation/model", "load/model"]
 
 
-def test_padding_is_not_counted(foreign):
+class Mapped(nn.Module):
+    """A block whose router returns a boolean map of the experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = MapRouter(), nn.Linear(D, D)
+
+    def forward(self, x):
+        self.router(x)
+        return x
+
+
+class MapRouter(nn.Module):
+    num_experts, top_k = E, K
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, D))
+
+    def forward(self, x):
+        logits = x.reshape(-1, D) @ self.weight.T
+        return torch.zeros_like(logits).bool().scatter(1, logits.topk(K, -1).indices, True), logits
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_padding_is_not_counted(foreign, mapped: bool):
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.block = nn.Embedding(9, D), foreign()
+            self.embed, self.block = nn.Embedding(9, D), Mapped() if mapped else foreign()
 
         def forward(self, input_ids, attention_mask=None):
             return self.block(self.embed(input_ids))
@@ -151,3 +178,24 @@ def test_padding_is_not_counted(foreign):
     module(input_ids=torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]]), attention_mask=mask)
     assert counts.take(structure=False)[1]["load/block"].sum() == 5 * K
     assert counts.take_tokens()["tokens/block"].sum(0).tolist() == [0, K, K, K, K, K, 0, 0, 0]
+
+
+def test_each_side_of_an_encoder_decoder_model_has_its_own_padding(foreign):
+    class TwoSided(nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=True)
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.encoder, self.decoder = nn.Embedding(9, D), foreign(), foreign()
+
+        def forward(self, input_ids, decoder_input_ids, attention_mask=None, decoder_attention_mask=None):
+            return self.encoder(self.embed(input_ids)), self.decoder(self.embed(decoder_input_ids))
+
+    torch.manual_seed(0)
+    module, ids, real = TwoSided(), torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    counts = probe(module)
+    for decoder_mask, rest in ((None, 6), (1 - real, 2)):
+        counts.arm(True)
+        module(ids, decoder_input_ids=ids, attention_mask=real, decoder_attention_mask=decoder_mask)
+        found = counts.take(structure=False)[1]
+        assert (found["load/encoder"].sum(), found["load/decoder"].sum()) == (4 * K, rest * K)

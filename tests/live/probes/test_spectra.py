@@ -1,6 +1,7 @@
 """Spectra of weights, updates and gradients against numpy, and of adapters without forming their product."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -75,6 +76,37 @@ def test_the_product_of_an_adapter_is_watched_as_one_matrix():
         np.testing.assert_allclose(values, torch.linalg.svdvals(dense)[: len(values)], rtol=1e-4, atol=1e-4)
         assert len(values) == rank
     assert set(found) == {"spectrum/weight/proj.lora", "spectrum/update/proj.lora"}
+
+
+@pytest.mark.parametrize("experts", [4, 20])
+def test_lora_on_packed_experts_is_that_of_each_expert(experts: int):
+    """`get_delta_weight` of peft 0.21.2 is the oracle: A lies in blocks, B interleaved."""
+    peft = pytest.importorskip("peft")
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts = experts
+            self.gate_up_proj = nn.Parameter(torch.randn(experts, 8, 6))
+            self.down_proj = nn.Parameter(torch.randn(experts, 6, 4))
+
+        def forward(self, x):
+            return x
+
+    torch.manual_seed(0)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=names, init_lora_weights=False)
+    model = peft.get_peft_model(nn.ModuleDict({"experts": Experts()}), config)
+    matrices = find.matrices(model, [])
+    shown = range(experts) if experts <= find.MOST_EXPERTS else (0, experts // 2, experts - 1)
+    found = SpectrumProbe(matrices).take(seed=0)
+    assert len(found) == 2 * len(shown)
+    for wrapper in (m for m in model.modules() if hasattr(m, "parameter_name")):
+        for expert in shown:
+            name = f"base_model.model.experts.{wrapper.parameter_name}.lora.{expert}"
+            delta = wrapper.get_delta_weight("default")[expert].detach()
+            assert tuple(delta.shape) == next(m.shape for m in matrices if m.name == name)
+            np.testing.assert_allclose(found[f"spectrum/weight/{name}"], torch.linalg.svdvals(delta)[:2], rtol=1e-4)
 
 
 def test_every_expert_of_a_low_rank_bank_has_the_spectrum_of_its_update():

@@ -1,6 +1,7 @@
 """What the routers of a model decide, counted over the training batch of one step and over an evaluation."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -38,12 +39,14 @@ class _Tally:
     def __init__(self, found: list[Block], n_domains: int):
         self.n_domains = n_domains
         self.meter = RoutingMeter([block.name for block in found], [block.n_experts for block in found], None)
+        self.load = {block.name: torch.zeros(block.n_experts, dtype=torch.int64) for block in found}
         self.by_domain = {block.name: torch.zeros(n_domains, block.n_experts, dtype=torch.int64) for block in found}
         self.support: dict[str, tuple[float, int]] = {}  # by series: sum over tokens and their number
         self.tokens = 0
 
     def add(self, block: Block, routing: Routing, domain: Tensor | None) -> None:
         self.tokens += routing.n_tokens
+        self.load[block.name] += routing.counts.cpu()
         if routing.top_k is not None:
             kept = None if routing.kept is None else routing.kept.view(routing.n_tokens, routing.top_k)
             self.meter.update(block.name, routing.indices, routing.probs, kept)
@@ -75,7 +78,7 @@ class _Tally:
     def loads(self, name: str) -> dict[Record, np.ndarray]:
         """The `records.LOADS` of one layer, as far as they were seen."""
         counts = self.meter.counts(name)
-        found = {LOAD: _uint32(counts.pairs.diagonal())}
+        found = {LOAD: _uint32(self.load[name])}
         if counts.probabilities:
             found[IMPORTANCE] = self.meter.importance(name).numpy().astype(np.float32)
         if self.by_domain[name].any():
@@ -97,13 +100,17 @@ class RoutingProbe:
 
     Attributes:
         seconds, evaluation_seconds: time spent inside training and evaluation forwards since last set to 0.
+        doubts: what is wrong with a layer, by its name; it is not recorded then, unless its experts are at fault.
     """
 
     def __init__(self, model: nn.Module, found: list[Block], n_domains: int, vocabulary: int | None):
         self.found, self.n_domains = found, n_domains
         self.armed = False
         self.seconds = self.evaluation_seconds = 0.0
-        self._muted = False
+        self._muted = self._closed = False
+        self.doubts: dict[str, str] = {}
+        self._parts = {block.name: block.parts for block in found}
+        self._checks = {block.name: _Check(block, self._wants) for block in found if block.members}
         self._train = self._valid = None
         tables = {block.name: (block.n_experts, vocabulary or 0) for block in found}
         self.tokens = {
@@ -114,6 +121,9 @@ class RoutingProbe:
 
     def close(self) -> None:
         """Take the observers off."""
+        self._closed = True  # what was compiled with them goes on calling them
+        for check in self._checks.values():
+            check.remove()
         for remove in (*self._remove, *([self._inputs.remove] if self._inputs else [])):
             remove()
 
@@ -129,9 +139,10 @@ class RoutingProbe:
         tally = self._train
         if tally is None:
             return scalars, tensors
+        self._check()
         for i, block in enumerate(self.found):
             name, counts = block.name, tally.meter.counts(block.name)
-            if not counts.tokens:
+            if not counts.tokens or self._refused(block):
                 continue
             tensors |= {record.name(name): value for record, value in tally.loads(name).items()}
             if counts.limited[0]:
@@ -149,7 +160,9 @@ class RoutingProbe:
 
     def take_tokens(self) -> dict[str, np.ndarray]:
         """The (E, V) counts by token id since the last call."""
-        counted = {TOKENS.name(name): _uint32(counts) for name, counts in self.tokens.items() if counts.any()}
+        refused = {block.name for block in self.found if self._refused(block)}
+        kept = {name: counts for name, counts in self.tokens.items() if name not in refused}
+        counted = {TOKENS.name(name): _uint32(counts) for name, counts in kept.items() if counts.any()}
         for counts in self.tokens.values():
             counts.zero_()
         return counted
@@ -159,7 +172,9 @@ class RoutingProbe:
         tally, self._valid = self._valid, None
         if tally is None:
             return {}
-        names = [block.name for block in self.found if tally.meter.counts(block.name).tokens]
+        self._check()
+        counted = [block for block in self.found if tally.meter.counts(block.name).tokens]
+        names = [block.name for block in counted if not self._refused(block)]
         loads = {name: tally.loads(name) for name in names}
         return {on_validation(record).name(name): value for name in names for record, value in loads[name].items()}
 
@@ -167,13 +182,41 @@ class RoutingProbe:
         """Look away, while another probe runs the model."""
         self._muted = muted
 
+    def unseen(self) -> list[Block]:
+        """The blocks of which no training forward was seen since `arm`."""
+        counts = None if self._train is None else self._train.meter.counts
+        return [block for block in self.found if counts is None or not counts(block.name).tokens]
+
+    def gone(self, model: nn.Module) -> list[Block]:
+        """The blocks that are looked at and are not in the model any more."""
+        there = set(model.modules())
+        return [block for block in self.found if not there.issuperset(self._parts[block.name])]
+
+    def _refused(self, block: Block) -> bool:
+        return block.name in self.doubts and block.experts is None
+
+    def _check(self) -> None:
+        """Compare the decisions with what the experts were called with, once."""
+        for name, check in list(self._checks.items()):
+            if check.chosen.any():
+                check.remove()
+                del self._checks[name]
+                if (wrong := check.wrong()) is not None:
+                    self.doubts[name] = wrong
+
     def _wants(self, block: Block) -> bool:
-        return not self._muted and (self.armed or not block.module.training) and not in_backward()
+        looking = not self._muted and not self._closed
+        return looking and (self.armed or not block.module.training) and not in_backward()
 
     @torch.no_grad()
-    def _see(self, block: Block, routing: Routing, context: Context) -> None:
+    def _see(self, block: Block, routing: Routing | str, context: Context) -> None:
         began = time.perf_counter()
-        routing, context = self._inputs.without_padding(routing, context)
+        if isinstance(routing, str):
+            self.doubts[block.name] = f"its decision cannot be read from {routing}"
+            return
+        if block.name in self._checks:
+            self._checks[block.name].chosen += routing.counts.cpu()
+        routing, context = self._inputs.without_padding(block, routing, context)
         if block.module.training:
             tally = self._train = self._train or _Tally(self.found, self.n_domains)
             table = self.tokens.get(block.name)
@@ -188,6 +231,42 @@ class RoutingProbe:
             self.seconds += spent
         else:
             self.evaluation_seconds += spent
+
+
+class _Check:
+    """What experts that are modules of their own are called with, beside what a decision says.
+
+    A decision that was put together from logits may be another than the block's own, and a block may give its experts
+    other tokens than its router chose.
+    """
+
+    def __init__(self, block: Block, wanted: Callable[[Block], bool]):
+        self.chosen = torch.zeros(block.n_experts, dtype=torch.int64)
+        self.given = torch.zeros(block.n_experts, dtype=torch.int64)
+
+        def count(expert: int) -> Callable[[nn.Module, tuple], None]:
+            def called(module: nn.Module, inputs: tuple) -> None:
+                if torch.compiler.is_compiling() or module is not block.members[expert] or not wanted(block):
+                    return
+                if inputs and isinstance(inputs[0], Tensor):
+                    self.given[expert] += inputs[0].shape[:-1].numel()
+
+            return called
+
+        self._remove = [m.register_forward_pre_hook(count(e)).remove for e, m in enumerate(block.members)]
+
+    def remove(self) -> None:
+        for remove in self._remove:
+            remove()
+
+    def wrong(self) -> str | None:
+        """What does not agree, in words. Experts that all see the same number of tokens may be called with all."""
+        same = bool((self.given == self.given[0]).all())
+        if same or not bool((self.given > self.chosen).any()):
+            return None
+        return (
+            f"its experts were called with {self.given.tolist()} tokens where its router chose {self.chosen.tolist()}"
+        )
 
 
 def _mask(routing: Routing, kept: Tensor) -> Tensor:

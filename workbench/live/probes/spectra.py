@@ -1,10 +1,12 @@
 """Singular values of sampled matrices: of the weights, of one step's change to them, and of their gradients."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from workbench.lib.measures.spectra import low_rank_singular_values, singular_values
 from workbench.live.probes.find import LowRank, Matrix
@@ -15,8 +17,8 @@ class SpectrumProbe:
     """Spectra of the sampled matrices.
 
     The change of a weight is what the optimizer step did to it, weight decay included: `remember` before that step
-    keeps a copy of the sampled matrices, `take` after it compares. A gradient is taken as it stands in `.grad`, that is
-    as the optimizer used it (clipped, where there is clipping).
+    keeps a copy of the sampled matrices, `take` after it compares. A gradient is taken as the optimizer used it
+    (clipped, where there is clipping): when an optimizer of torch steps, else as it stands in `.grad`.
 
     Args:
         matrices: see `find.matrices`.
@@ -26,11 +28,35 @@ class SpectrumProbe:
         self.dense = [matrix for matrix in matrices if isinstance(matrix, Matrix)]
         self.low_rank = [matrix for matrix in matrices if isinstance(matrix, LowRank)]
         self._before: dict[str, tuple[Tensor, ...]] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._armed = False
+        probe = weakref.ref(self)  # optimizers outlive a probe that nobody closes
+        self.close = register_optimizer_step_pre_hook(lambda *call: (seen := probe()) and seen._stepping(*call)).remove
+
+    def gone(self, model: nn.Module) -> list[str]:
+        """Names of the matrices whose parameters are not in the model any more; they are measured no more."""
+        there = {id(parameter) for parameter in model.parameters()}
+        left = {m.name for m in self.dense if id(m.parameter) not in there}
+        left |= {m.name for m in self.low_rank if not there.issuperset(map(id, m.parameters))}
+        self.dense = [matrix for matrix in self.dense if matrix.name not in left]
+        self.low_rank = [matrix for matrix in self.low_rank if matrix.name not in left]
+        return sorted(left)
+
+    @torch.no_grad()
+    def _stepping(self, optimizer: torch.optim.Optimizer, inputs: tuple, keywords: dict) -> None:
+        """Before any optimizer of torch steps, and before anything sets gradients to zero after that."""
+        if not self._armed or torch.compiler.is_compiling():
+            return
+        used = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for matrix in self.dense:
+            if id(matrix.parameter) in used and matrix.parameter.grad is not None:
+                self._gradients[matrix.name] = matrix.pick(matrix.parameter.grad).clone()
 
     def remember(self) -> None:
         """Keep the weights as they are now, until the next `take`."""
         self._before = {m.name: (m.pick(m.parameter.detach()).clone(),) for m in self.dense}
-        self._before |= {m.name: (m.a.detach().clone(), m.b.detach().clone()) for m in self.low_rank}
+        self._before |= {m.name: (m.a.clone(), m.b.clone()) for m in self.low_rank}
+        self._gradients, self._armed = {}, True
 
     @torch.no_grad()
     def take(self, seed: int) -> dict[str, np.ndarray]:
@@ -45,8 +71,11 @@ class SpectrumProbe:
             wanted[SPECTRUM.name("weight", matrix.name)] = weight
             if matrix.name in self._before:
                 wanted[SPECTRUM.name("update", matrix.name)] = weight - self._before[matrix.name][0]
-            if matrix.parameter.grad is not None:
-                wanted[SPECTRUM.name("gradient", matrix.name)] = matrix.pick(matrix.parameter.grad)
+            gradient = self._gradients.get(matrix.name)
+            if gradient is None and matrix.parameter.grad is not None:
+                gradient = matrix.pick(matrix.parameter.grad)
+            if gradient is not None:
+                wanted[SPECTRUM.name("gradient", matrix.name)] = gradient
         found = _spectra(wanted, torch.Generator().manual_seed(seed))
         for matrix in self.low_rank:
             a, b = matrix.a.flatten(1), matrix.b.flatten(1)
@@ -55,7 +84,7 @@ class SpectrumProbe:
                 old_a, old_b = (part.flatten(1) for part in self._before[matrix.name])
                 change = low_rank_singular_values(torch.cat([b, old_b], 1), torch.cat([a, -old_a]), matrix.scale)
                 found[SPECTRUM.name("update", matrix.name)] = _float32(change.values)
-        self._before = {}
+        self._before, self._gradients, self._armed = {}, {}, False
         return found
 
 

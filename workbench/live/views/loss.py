@@ -27,7 +27,7 @@ HOW = {
 SCALARS = {
     "lr": (LEARNING_RATE, "Learning rate", "step size of the optimiser", "learning rate"),
     "grad_norm": (GRAD_NORM, "Gradient norm", "all parameters, before clipping", "norm"),
-    "aux": (AUX, "Balance loss", "weighted sum over layers · 0 = none", "nats/token"),
+    "aux": (AUX, "Balance loss", "weighted sum over layers · 0 = none", None),
 }
 UNITS = {"bits_per_byte": "bits/byte", "accuracy": "share correct"}
 UNIFORM = {"bits/byte": 8.0}  # the loss of a uniform guess
@@ -116,7 +116,7 @@ class LossView(View):
                 *data,
                 title=f"{title}{self.suffix(run)}",
                 subtitle=subtitle,
-                unit=unit,
+                unit=unit or named(run, name),
                 limits=(0.0, 1.08 * float(top)),
                 **self.look,
             ),
@@ -177,6 +177,16 @@ def validation(run: Readings) -> Validation:
 
 def _unit(run: Readings) -> tuple[str, float]:
     """The unit a loss is shown in, and how many of it make a nat."""
-    if run.model.get("vocabulary") == "bytes":
+    if run.model.get("vocabulary") == "bytes" and "loss" not in (run.meta.get("units") or {}):
         return "bits/byte", 1 / log(2)
-    return "nats/token" if run.arm is None else "task loss", 1.0  # tasks of studies are of many kinds
+    return named(run, "loss"), 1.0
+
+
+def named(run: Readings, value: str) -> str:
+    """The unit of a loss as it is recorded: what the script named, and nothing where it named none."""
+    if (unit := (run.meta.get("units") or {}).get(value)) is not None:
+        return str(unit)
+    own = run.meta.get("kind") == "train"
+    return (
+        "nats/token" if own and run.arm is None else "task loss" if own else "loss"
+    )  # studies have tasks of many kinds

@@ -24,7 +24,8 @@ HOW = {
     "follows it has learned little, values above its bulk are learned directions. A gradient that falls fast moves the "
     "weights in few directions. The dotted line is the weight at its first record.",
     "effective_rank": "exp of the entropy of the singular values, as a share of all n: how many directions carry "
-    "weight, with the bulk counted in. Compare with the dashed line, a random matrix of the same shape, not with 1.",
+    "weight, with the bulk counted in. Compare with the dashed line, a random matrix of the same shape, not with 1. Of "
+    "a product of two factors (LoRA) it is a share of their rank r; one step's change of it has up to 2 r directions.",
     "stable_rank": "Energy divided by the energy of the strongest direction, as a share of n: it sees the top of the "
     "spectrum, and falls when one direction grows out. The dashed line is a random matrix of the same shape. The rank "
     "of a gradient is capped by the number of tokens in the batch.",
@@ -63,6 +64,11 @@ class History(NamedTuple):
         return min(self.shape)
 
     @property
+    def most(self) -> int:
+        """The largest rank there can be: n, or the rank r of two factors."""
+        return self.series["weight"][1].shape[-1] if self.low_rank and "weight" in self.series else self.n
+
+    @property
     def newest(self) -> int:
         """The last step any of them was recorded at."""
         return max(int(steps[-1]) for steps, _ in self.series.values())
@@ -79,8 +85,8 @@ class History(NamedTuple):
         return {kind: self.series[kind][1][row - 1] for kind, row in self.rows(step).items() if row}
 
     def measure(self, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """One measure over time of each object; ranks as shares of n."""
-        scale = 1 if name in ("rms_operator_norm", "spectral_norm") else self.n
+        """One measure over time of each object; ranks as shares of the largest there can be."""
+        scale = 1 if name in ("rms_operator_norm", "spectral_norm") else self.most
         return {
             kind: (steps, measures(self.result(values), self.shape)[name].numpy() / scale)
             for kind, (steps, values) in self.series.items()
@@ -169,18 +175,20 @@ class SpectraView(View):
     def _numbers(self, run: Readings, data: History) -> Markup:
         spectra = data.at(self.selection.step)
         values = {kind: measures(data.result(sigma), data.shape) for kind, sigma in spectra.items()}
-        null = null_measures(data.shape)
+        null = {} if data.low_rank else null_measures(data.shape)
+        letter = "r" if data.low_rank else "n"
         rows = []
         for name, (label, share) in ROWS.items():
-            scale = data.n if share else 1
+            label, scale = (label.replace("÷ n", f"÷ {letter}"), data.most) if share else (label, 1)
             cells = [_number(float(value[name]) / scale) for value in values.values()]
             rows.append((label, *cells, _number(null[name] / scale) if name in null else "–"))
-        full = {kind: sigma for kind, sigma in spectra.items() if len(sigma) == data.n}
-        spikes = [_number(float(outliers(torch.as_tensor(full[k]), data.shape))) if k in full else "–" for k in spectra]
-        rows.append(("spikes beyond the edge", *spikes, "0"))
-        rows.append(("heavy-tail exponent α", *(self._alpha(sigma, kind) for kind, sigma in spectra.items()), "–"))
+        if not data.low_rank:  # what follows is of spectra with a bulk
+            full = {kind: torch.as_tensor(sigma) for kind, sigma in spectra.items() if len(sigma) == data.n}
+            spikes = [_number(float(outliers(full[kind], data.shape))) if kind in full else "–" for kind in spectra]
+            rows.append(("spikes beyond the edge", *spikes, "0"))
+            rows.append(("heavy-tail exponent α", *(self._alpha(sigma, kind) for kind, sigma in spectra.items()), "–"))
         title = f"Measures at this step{self.suffix(run)}"
-        return table(title, f"{data.name}, n = {data.n}", ("", *spectra, "random"), rows)
+        return table(title, f"{data.name}, {letter} = {data.most}", ("", *spectra, "random"), rows)
 
     def _alpha(self, sigma: np.ndarray, kind: str) -> Markup:
         """The exponent with its error, D and m, where it may be read: not for small matrices, nor for one update."""
@@ -213,11 +221,11 @@ def rank_contents(view: View, found: list, measure: str) -> list:
     lines = [
         data
         if isinstance(data, Nothing)
-        else (data.measure(measure), null_measures(data.shape)[measure] / data.n, data.name)
+        else (data.measure(measure), None if data.low_rank else null_measures(data.shape)[measure] / data.n, data)
         for data in found
     ]
     tops = [
-        np.nanmax([null, *(np.nanmax(values, initial=0.0) for _, values in line.values())])
+        np.nanmax([null or 0.0, *(np.nanmax(values, initial=0.0) for _, values in line.values())])
         for line, null, _ in present(lines)
     ]
     top = 1.08 * float(max([0.05, *tops]))
@@ -227,7 +235,8 @@ def rank_contents(view: View, found: list, measure: str) -> list:
             data[0],
             measure=measure,
             null=data[1],
-            title=f"{figures.MEASURES[measure].title}, {data[2]}{view.suffix(run)}",
+            of="r" if data[2].low_rank else "n",
+            title=f"{figures.MEASURES[measure].title}, {data[2].name}{view.suffix(run)}",
             limits=(0.0, top),
             **view.look,
         ),
