@@ -189,13 +189,13 @@ class PoolLayer(RoutedLayer):
         call, tokens = self.begin(h), plain(h).reshape(len(h), -1, h.shape[-1])
         if not call.repeated:
             told = self._by_image(self.side.rows("language", h), len(h)) if language is None else language
-            call.own |= {"language": told, "decided": decided(self, len(h))}
+            call.own |= {"language": told, "decided": decided(self, len(h)) if h.ndim > 2 else None}
         if call.own["decided"] is None:
             routing = self.router(tokens.mean(1), Context(domain=call.own["language"]))
         else:
             indices, weights, probs, logits = call.own["decided"]
             routing = Routing.fixed(indices, weights, self.n_experts, probs=probs, logits=logits)
-        if not call.repeated:
+        if h.ndim > 2 and not call.repeated:  # rows alone are no sequences that could go on
             decide(self, routing.indices, routing.weights, routing.probs, routing.logits)
             self.selection = routing.indices.detach(), routing.weights.detach()
             if self.observed:

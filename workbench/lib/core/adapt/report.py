@@ -39,6 +39,7 @@ def _one(values: Iterable[Any]) -> Any:
     """The value that all have, or the different ones in order."""
     flat: list[Any] = []
     for value in values:
+        value = None if isinstance(value, Tensor) and value.is_meta else value  # which holds no numbers
         flat += value.tolist() if isinstance(value, Tensor) else value if isinstance(value, list | tuple) else [value]
     found = list(dict.fromkeys(flat))
     return found[0] if len(found) == 1 else found or None
