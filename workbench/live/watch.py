@@ -32,8 +32,8 @@ from workbench.errors import InputError, unknown
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.task import Task
 from workbench.live.probes import find
+from workbench.live.probes.blocks import Reader
 from workbench.live.probes.conflict import ConflictProbe, undisturbed
-from workbench.live.probes.find import Reader
 from workbench.live.probes.routing import RoutingProbe
 from workbench.live.probes.spectra import SpectrumProbe
 from workbench.live.provenance import revision, versions
