@@ -109,6 +109,7 @@ def put(arm: str, model: nn.Module) -> Adapted:
         adapted = Adapted(model, adapter, (bed.TARGETS,), {})
         for name, layer in match_targets(model, (bed.TARGETS,)).items():
             adapted.put(name, layer, adapter.linear(layer, name))
+        adapted.listen()
         return adapted
     if arm in LORAS:
         return adapt(model, "lora", bed.TARGETS, rank=LORAS[arm])
