@@ -150,7 +150,8 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def _told(call: Call) -> list[Any]:
     context = [getattr(call.context, f.name) for f in fields(Context) if f.name not in ("aux", "calls")]
-    return tree_leaves((context, call.own), is_leaf=lambda value: value is None)
+    own = {name: value for name, value in call.own.items() if name != "counted"}  # which follows from the input
+    return tree_leaves((context, own), is_leaf=lambda value: value is None)
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:

@@ -68,25 +68,24 @@ def two_passes(adapted: Adapted) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("slug", ADAPTERS)
-def test_checkpointed_gradients_are_those_without(slug, reentrant):
-    plain, kept = put(slug), put(slug)
-    kept.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    kept.model.enable_input_require_grads()
+def test_checkpointed_gradients_are_those_without(slug):
+    plain = put(slug)
     expected = gradients(plain, two_passes(plain))
-    seen: list[nn.Module] = []
-    for layer in kept.layers.values():
-        if isinstance(layer, RoutedLayer):
-            layer.observe(lambda layer, routing, context: seen.append(layer))
-    total = two_passes(kept)
-    calls = len(seen)
-    torch.testing.assert_close(gradients(kept, total), expected, atol=1e-9, rtol=1e-6)
     assert any(grad.any() for grad in expected.values())
-    assert len(seen) == calls == 4 * sum(isinstance(layer, RoutedLayer) for layer in kept.layers.values())
-    biases = [[m for m in one.model.modules() if isinstance(m, LossFreeBias)] for one in (plain, kept)]
-    for one, other in zip(*biases, strict=True):
-        assert torch.equal(one.load, other.load) and torch.equal(one.bias, other.bias) and one.load.sum() > 0
+    for reentrant in (False, True):
+        kept, seen = put(slug), []
+        kept.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        kept.model.enable_input_require_grads()
+        routed = [layer for layer in kept.layers.values() if isinstance(layer, RoutedLayer)]
+        for layer in routed:
+            layer.observe(lambda layer, routing, context, seen=seen: seen.append(layer))
+        total = two_passes(kept)
+        torch.testing.assert_close(gradients(kept, total), expected, atol=1e-9, rtol=1e-6)
+        assert len(seen) == 4 * len(routed)  # two forwards and one in between after each, and nobody heard a repeat
+        biases = [[m for m in one.model.modules() if isinstance(m, LossFreeBias)] for one in (plain, kept)]
+        for one, other in zip(*biases, strict=True):
+            assert torch.equal(one.load, other.load) and torch.equal(one.bias, other.bias) and one.load.sum() > 0
 
 
 @pytest.mark.parametrize("slug", BALANCED)
@@ -357,6 +356,26 @@ def test_facts_are_for_all_for_each_row_or_for_each_token_and_nothing_else(slug,
     for task in ([0, 2], torch.tensor([[0, 2]]).expand(9, 2)):
         with adapted.given(axis=1, task=task):
             torch.testing.assert_close(model(time_first).transpose(0, 1), rows)
+
+
+@pytest.mark.parametrize("slug", ["charluma", "mole-diffusion", "remix"])
+def test_who_decides_for_whole_sequences_wants_them_along_the_first_axis(slug):
+    adapted = put(slug, small())
+    with pytest.raises(InputError, match=f"axis is 1 but {slug} decides for whole sequences"), adapted.given(axis=1):
+        adapted.model(torch.randn(9, 2, 8, dtype=torch.float64))
+
+
+def test_a_checkpoint_that_cannot_know_which_of_two_forwards_it_repeats_says_so():
+    adapted = put("mhr", small())
+    x, total = torch.randn(3, 7, 8, dtype=torch.float64, requires_grad=True), 0.0
+    for tasks, message in (((1, 1, 1), None), ((1, 1, 1), None), ((0, 1, 2), "were told different things")):
+        with adapted.given(task=list(tasks)):
+            total = total + checkpoint(adapted.model, x, use_reentrant=False).sum()
+        if message is None:
+            total.backward(retain_graph=True)
+        else:
+            with pytest.raises(InputError, match=message):
+                total.backward()
 
 
 class Side(nn.Module):

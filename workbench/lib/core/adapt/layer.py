@@ -101,7 +101,7 @@ class Side:
         finally:
             self.chosen = None
 
-    def enter(self, module: nn.Module, context: Context | None = None, rows: frozenset[int] = frozenset()) -> None:
+    def enter(self, module: nn.Module) -> Forward:
         """A module is called that no other is around. With it begins a pass, unless the last one has still to see it.
 
         So what calls the parts of a model in turn makes one pass, and what calls a part again makes another.
@@ -109,7 +109,7 @@ class Side:
         inside = set(module.modules())
         if self.forward is None or any(call.layer in inside for call in self.forward.calls):
             self.forward = Forward()
-        self.forward.context, self.forward.rows = context or self.forward.context, rows or self.forward.rows
+        return self.forward
 
     @contextmanager
     def deciding(self) -> Iterator[None]:

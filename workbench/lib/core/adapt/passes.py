@@ -44,8 +44,9 @@ class Passes:
             frames.pop()
         if not frames:
             tensors = [t for t in (*inputs, *keywords.values()) if isinstance(t, Tensor) and t.ndim > 1]
-            rows = frozenset(t.shape[self.side.axis] for t in tensors)
-            self.side.enter(module, context_of(inputs, keywords), rows)
+            forward = self.side.enter(module)
+            forward.context = context_of(inputs, keywords) or Context()
+            forward.rows = frozenset(t.shape[self.side.axis] for t in tensors)
         named = dict(zip(_parameters(type(module)), inputs, strict=False)) | keywords
         frame = Frame(module, frames[-1].mask, frames[-1].cache) if frames else Frame(module)
         for name in MASKS:

@@ -73,7 +73,13 @@ def end_pass(forward: Forward, output: Any) -> None:
 
 
 def decided(layer: RoutedLayer, rows: int) -> tuple[Tensor, ...] | None:
-    """What the layer has decided for these sequences before, each (rows, ...); None if nothing."""
+    """What the layer has decided for these sequences before, each (rows, ...); None if nothing.
+
+    Raises:
+        InputError: other sequences go on than were begun, or those of the batch are not along the first axis.
+    """
+    if layer.side.axis:
+        raise InputError(f"axis is {layer.side.axis} but {layer.slug} decides for whole sequences, along axis 0")
     parts = next((kept[layer.place] for kept in _kept(layer) if layer.place in kept), None)
     if parts is None:
         return None
