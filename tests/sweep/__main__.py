@@ -4,6 +4,7 @@
     python -m tests.sweep adapters --only llama bert  # these, and their rows of the table
     python -m tests.sweep adapters --check            # compare with the table, and write nothing
     python -m tests.sweep adapters --jobs 2           # in two processes
+    python -m tests.sweep watch                       # every mixture of experts, watched; writes watch.tsv
 
 It ends with an error where an outcome is neither right nor a refusal, or, with --check, another than in the table.
 """
@@ -19,21 +20,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import torch
 
-from tests.sweep import adapters, table
+from tests.sweep import adapters, table, watching
 from tests.sweep.models import architectures
 
-SWEEPS: dict[str, Callable[[str], table.Row]] = {"adapters": adapters.row}
+SWEEPS: dict[str, tuple[Callable[[str], table.Row], Callable[[], list[str]]]] = {
+    "adapters": (adapters.row, architectures),
+    "watch": (watching.row, watching.mixtures),
+}
+"""By sweep the outcomes of an architecture, and the architectures."""
 
 
 def rows(sweep: str, names: list[str], jobs: int) -> Iterator[tuple[str, table.Row]]:
     """The outcomes of each architecture, as they come."""
     if jobs == 1:
         alone()
-        found: Iterable[table.Row] = map(SWEEPS[sweep], names)
+        found: Iterable[table.Row] = map(SWEEPS[sweep][0], names)
         yield from zip(names, found, strict=True)
         return
     with ProcessPoolExecutor(jobs, initializer=alone) as pool:
-        yield from zip(names, pool.map(SWEEPS[sweep], names), strict=True)
+        yield from zip(names, pool.map(SWEEPS[sweep][0], names), strict=True)
 
 
 def alone() -> None:
@@ -50,7 +55,7 @@ def main() -> int:
     unknown = set(options.only or ()) - set(architectures())
     if unknown:
         parser.error(f"no architecture is called {', '.join(sorted(unknown))}")
-    names = sorted(options.only or architectures())
+    names = sorted(options.only or SWEEPS[options.sweep][1]())
     file = Path(__file__).with_name(f"{options.sweep}.tsv")
     found: dict[str, table.Row] = {}
     for name, row in rows(options.sweep, names, options.jobs):

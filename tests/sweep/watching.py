@@ -4,19 +4,12 @@ What they were given is counted apart from `watch`: by the rows of the matrix pr
 The outcome is "right", a kind of what was said to the user where it is not recorded, or "wrong: " and how. The same for
 the experts implementation "workbench" of `workbench.kernels`: its outputs are those of "eager" in every precision, and
 every bank of experts was computed by it, or it was refused.
-
-    python -m tests.sweep.watching           every mixture; compared with the table, `watching.tsv`
-    python -m tests.sweep.watching NAME ...  these
-    python -m tests.sweep.watching --write   makes the table anew
-
-It ends with an error where an outcome is wrong, or another than in the table.
 """
 
 import re
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,14 +20,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.auto import configuration_auto
 
-from tests.sweep import models, sizes, table
+from tests.sweep import models, sizes
 from tests.sweep.models import NotBuilt, architectures, build
 from workbench.errors import InputError
 from workbench.kernels import dispatch, register_transformers
 from workbench.live.store import Run
 from workbench.live.watch import watch
 
-TABLE = Path(__file__).with_name("watching.tsv")
+TABLE = Path(__file__).with_name("watch.tsv")
 MIXED = re.compile(r"^class \w*(Expert|MoE|MoeBlock|NaiveMoe|SparseMLP)\w*\(nn\.", re.MULTILINE)
 MORE = {
     "dbrx": {
@@ -280,25 +273,3 @@ def kind_of(message: str) -> str:
     return next(
         (kind for words, kind in kinds.items() if words in message), re.sub(r"^\w+\.", "", message).split(";")[0]
     )
-
-
-def main(arguments: Sequence[str]) -> int:
-    torch.set_num_threads(1)
-    found: dict[str, table.Row] = {}
-    for name in [each for each in arguments if each != "--write"] or mixtures():
-        if len(outcomes := row(name)) > 1 or name in arguments:
-            found[name] = outcomes
-            print(name, *outcomes.values(), sep="\t", flush=True)
-    wrong = table.failures(found)
-    if "--write" in arguments:
-        table.write(TABLE, found)
-    elif (kept := table.read(TABLE))[0] == table.version():
-        wrong += table.differences(found, kept[1])
-    else:
-        print(f"the table is of {kept[0]} and this is {table.version()}: only failures are looked for")
-    print(*(wrong or [f"{len(found)} mixtures, none wrong"]), sep="\n")
-    return bool(wrong)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
