@@ -92,7 +92,7 @@ def specialization_balance_loss(
     """alpha sum_i p_i f_i + entropy_sign lambda mean H, and its two parts without their factors.
 
     Args:
-        prob: softmax of the router, in (0, 1), rows of sum 1.
+        prob: softmax of the router, in [0, 1], rows of sum 1.
         top_k: K, of the share f_i of the tokens' top K; f has sum 1 and no gradient.
         entropy_sign: +1 penalises entropy, as the paper describes; -1 rewards it, as the paper prints.
         mask: False for tokens that do not count, such as padding.
@@ -107,7 +107,8 @@ def specialization_balance_loss(
         raise InputError("mask leaves no token but must leave at least one")
     chosen = torch.bincount(prob.topk(top_k, dim=-1).indices.flatten(), minlength=prob.shape[1])
     balance = (prob.mean(0) * chosen / chosen.sum()).sum()
-    entropy = torch.special.entr(prob).sum(-1).mean()
+    # an expert whose probability is 0 in floating point adds nothing; its derivative would be infinite
+    entropy = torch.special.entr(prob.clamp(min=torch.finfo(prob.dtype).tiny)).sum(-1).mean()
     return alpha * balance + entropy_sign * lam * entropy, {"balance": balance, "entropy": entropy}
 
 
