@@ -226,7 +226,7 @@ def test_lora_mixer_printed_sign_goes_to_uniform_and_described_sign_to_one_hot(s
 
 
 def test_lora_mixer_a_probability_of_zero_adds_no_entropy_and_has_a_finite_gradient():
-    logits = torch.tensor([[0.0, 200.0, 0.0], [1.0, 0.0, -300.0]], requires_grad=True)
+    logits = torch.tensor([[0.0, 200.0, 0.0], [1.0, 0.0, -300.0]], dtype=torch.float32, requires_grad=True)
     loss, parts = specialization_balance_loss(logits.softmax(-1), 1, 0.01, 0.01)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.isfinite().all() and gradient.any()
