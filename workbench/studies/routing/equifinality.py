@@ -232,6 +232,7 @@ STUDY = Study(
     arms=itemgetter("arms"),
     run=run,
     judge=judge,
+    version=2,
     tested="Cosine-routed models with one to four hops are equivalent in perplexity at equal active parameters; hops "
     "are collinear, one scalar replaces them, and skipping them where they do little costs nothing.",
     main="H2",
