@@ -2,6 +2,7 @@
 
     python -m tests.sweep adapters                    # every architecture with every adapter; writes adapters.tsv
     python -m tests.sweep adapters --only llama bert  # these, and their rows of the table
+    python -m tests.sweep adapters --rest             # those that the table lacks: a run that was interrupted goes on
     python -m tests.sweep adapters --check            # compare with the table, and write nothing
     python -m tests.sweep adapters --jobs 2           # in two processes
     python -m tests.sweep watch                       # every mixture of experts, watched; writes watch.tsv
@@ -49,29 +50,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("sweep", choices=SWEEPS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="architectures; all of them without it")
+    parser.add_argument("--rest", action="store_true", help="architectures that the table lacks")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument("--check", action="store_true", help="compare with the table, and write nothing")
     options = parser.parse_args()
     unknown = set(options.only or ()) - set(architectures())
     if unknown:
         parser.error(f"no architecture is called {', '.join(sorted(unknown))}")
-    names = sorted(options.only or SWEEPS[options.sweep][1]())
     file = Path(__file__).with_name(f"{options.sweep}.tsv")
+    version, kept = table.read(file) if file.exists() else ("", {})
+    known = kept if version == table.version() else {}
+    names = [n for n in sorted(options.only or SWEEPS[options.sweep][1]()) if not (options.rest and n in known)]
     found: dict[str, table.Row] = {}
     for name, row in rows(options.sweep, names, options.jobs):
         found[name] = row
         said = ", ".join(f"{n} {outcome}" for outcome, n in table.counts([row]).items())
         print(f"{len(found)}/{len(names)} {name}: {said}", flush=True)
+        if not options.check:
+            table.write(file, known | found)
     print("all: " + ", ".join(f"{n} {outcome}" for outcome, n in table.counts(found.values()).items()))
     wrong = table.failures(found)
-    if options.check:
-        version, kept = table.read(file)
-        if version == table.version():
-            wrong += table.differences(found, kept)
-        else:
-            print(f"the table is of {version} and this is {table.version()}: only failures are looked for")
-    else:
-        table.write(file, (table.read(file)[1] if options.only and file.exists() else {}) | found)
+    if options.check and version == table.version():
+        wrong += table.differences(found, kept)
+    elif options.check:
+        print(f"the table is of {version} and this is {table.version()}: only failures are looked for")
     print("\n".join(wrong) or "nothing failed")
     return bool(wrong)
 

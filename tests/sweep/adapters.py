@@ -5,7 +5,7 @@ Right is all of this, for a model whose own behaviour allows the question:
 - the start is the model, within `CLOSE`, in evaluation and in training with its dropout;
 - trained parameters that are anything give finite gradients, and those of checkpointed layers, reentrant or not, are
   the same, the losses too;
-- the logits generated with a cache are those generated without one, greedily and with beams;
+- the logits generated with a cache, by two beams, are those generated without one;
 - what is saved, taken off and loaded is the same bit for bit, and so is what is left when it is taken off.
 """
 
@@ -39,6 +39,7 @@ SAME = 1e-5
 RIGHT = "right"
 REFUSALS = {
     r"must match linear layers": "no linear layer",
+    r"has no graph: the layer ran without gradients": "a layer that the model runs without gradients",
     r"the model computes with '\w+' of \S+ itself": "a weight that the model reads itself",
 }
 """The kinds of refusal, by what the message says. One that is not listed is a failure."""
@@ -60,7 +61,7 @@ class Case:
             twice, or none.
         learns: whether its own linear layers get gradients.
         checkpoints: the values of `use_reentrant` with which they get the same when layers are checkpointed.
-        beams: the numbers of beams with which it generates the same with a cache as without.
+        beams: the number, 2 or 1, with which it generates the same with a cache as without; 0 for none.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Case:
     trained: tuple[Tensor, Tensor] | None = None
     learns: bool = False
     checkpoints: tuple[bool, ...] = ()
-    beams: tuple[int, ...] = ()
+    beams: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def restore(self) -> None:
@@ -94,7 +95,7 @@ def case(name: str) -> Case:
         found.tensors = {key: tensor.clone() for key, tensor in model.state_dict(keep_vars=False).items()}
         found.tensors |= {key: tensor.clone() for key, tensor in model.named_buffers()}
         found.trained = training(found)
-        found.beams = tuple(n for n in (1, 2) if generates(found, n))
+        found.beams = next((n for n in (2, 1) if generates(found, n)), 0)
     with quiet():
         found.learns = learns(found)
         found.checkpoints = tuple(r for r in (False, True) if found.learns and checkpoints(found, r))
@@ -136,9 +137,9 @@ def check(found: Case, slug: str) -> None:
         if found.learns:
             same_gradients(found, adapted)
         with torch.no_grad():
-            for beams in found.beams:
-                gap = generated_gap(found, beams)
-                require(gap <= CLOSE, f"generated with a cache and without, {beams} beams, {gap:.0e} apart")
+            if found.beams:
+                gap = generated_gap(found, found.beams)
+                require(gap <= CLOSE, f"generated with a cache and without, {gap:.0e} apart")
             with tempfile.TemporaryDirectory() as folder:
                 adapted.save(f"{folder}/adapter")
                 adapted.remove()

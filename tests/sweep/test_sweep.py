@@ -13,11 +13,12 @@ WHOLE = ("llama", "mamba", "mixtral", "t5")
 ONE = (
     "bamba", "bert", "deepseek_v3", "eomt", "falcon", "glm4v_vision", "gpt2", "gte", "higgs_audio_v2", "mobilebert",
     "mpt", "nllb-moe", "opt", "poolformer", "seed_oss", "siglip_text_model", "swin", "switch_transformers", "vit",
-    "wavlm", "whisper",
+    "wavlm",
 )  # fmt: skip
 """Each with one of the adapters, in turn."""
 
 PART = dict.fromkeys(WHOLE, tuple(ADAPTERS)) | {n: (list(ADAPTERS)[i % len(ADAPTERS)],) for i, n in enumerate(ONE)}
+PART |= {"axk2": ("flexmore",)}
 
 
 @pytest.mark.parametrize("name", PART)
