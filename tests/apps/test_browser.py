@@ -200,8 +200,9 @@ def test_values_change_while_a_run_trains_and_commands_reach_it(visit, live, unt
     ]
 
     page.get_by_role("button", name="Dark").click()
-    until(lambda: "theme=dark" in page.url)
-    assert f"token={token}" in page.url  # to load the page again is to have its controls again
+    address = "location.href"
+    until(lambda: "theme=dark" in page.evaluate(address))
+    assert f"token={token}" in page.evaluate(address)  # to load the page again is to have its controls again
     page.get_by_role("button", name="Continue").click()
     page.locator(".chip.running").wait_for()
     page.get_by_role("button", name="Stop").click()
