@@ -125,11 +125,13 @@ def test_an_installed_wheel_shows_a_run(wheel: Path, home: Path):
     command = [sys.executable, "-m", "workbench", "view", "--no-browser"]
     environment = os.environ | {"PYTHONPATH": str(wheel)}
     with subprocess.Popen(command, cwd=wheel.parent, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        address = next((found[0] for line in process.stdout if (found := re.search(r"http://\S+", line))), None)
-        assert address and address.endswith("/live?run=mine")
-        with urlopen(address) as page:
-            assert page.status == 200
-        process.send_signal(signal.SIGINT)
+        try:
+            address = next((found[0] for line in process.stdout if (found := re.search(r"http://\S+", line))), "")
+            assert re.search(r"/live\?run=mine&token=[\w-]+$", address), address
+            with urlopen(address) as page:
+                assert page.status == 200
+        finally:
+            process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
 
 
