@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 from queue import Empty, Queue
@@ -152,7 +153,9 @@ def page_of(port: int, query: str) -> str:
         socket.close()
         return content
 
-    return unescape(asyncio.run(asyncio.wait_for(pull(), 300)))  # Panel escapes the HTML of a page once more
+    with ThreadPoolExecutor(1) as thread:  # a browser that another test drives has its event loop in this one
+        content = thread.submit(asyncio.run, asyncio.wait_for(pull(), 300)).result()
+    return unescape(content)  # Panel escapes the HTML of a page once more
 
 
 def test_the_pages_answer_and_load_nothing_from_elsewhere(program):

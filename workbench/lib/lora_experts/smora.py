@@ -237,8 +237,9 @@ class RankRoutedLoRA(RoutedLinear):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         call, tokens = self.begin(x), self.dropout(plain(x)).reshape(-1, x.shape[-1])
         routing = self.router(tokens, call.context)
-        if self.router.bias is not None and not call.repeated:
-            call.context.bias = self.router.bias.bias.clone()  # it may move before a checkpoint repeats this
+        bias = getattr(self.router, "bias", None)  # a router in its place need not have one
+        if bias is not None and not call.repeated:
+            call.context.bias = bias.bias.clone()  # it may move before a checkpoint repeats this
         self.tell(call, routing, self.router.coefficients)
         return call.carry(self.base(x) + self.experts(tokens, routing, "dense").view(*x.shape[:-1], -1))
 
