@@ -9,10 +9,10 @@ from tests.sweep import table
 from tests.sweep.adapters import ADAPTERS, FILE, REFUSALS, RIGHT, row
 from tests.sweep.models import NotBuilt, build
 
-WHOLE = ("llama", "mamba", "mixtral", "t5")
+WHOLE = ("llama", "mamba", "mixtral")
 ONE = (
     "bamba", "bert", "deepseek_v3", "eomt", "falcon", "glm4v_vision", "gpt2", "gte", "higgs_audio_v2", "mobilebert",
-    "mpt", "nllb-moe", "opt", "poolformer", "seed_oss", "siglip_text_model", "swin", "switch_transformers", "vit",
+    "mpt", "nllb-moe", "opt", "poolformer", "seed_oss", "siglip_text_model", "swin", "switch_transformers", "t5", "vit",
     "wavlm",
 )  # fmt: skip
 """Each with one of the adapters, in turn."""
