@@ -48,6 +48,7 @@ class Call:
         own: what else the layer must know again when the call is repeated, by name.
         graph: whether gradients were on.
         seeds: the gradients of parts without a graph, from when they are known until the call is repeated.
+        carried: the names of those that are on their way then, by the output.
     """
 
     layer: nn.Module
@@ -58,6 +59,7 @@ class Call:
     own: dict[str, Any] = field(default_factory=dict)
     graph: bool = field(default_factory=torch.is_grad_enabled)
     seeds: dict[str, Tensor] = field(default_factory=dict)
+    carried: set[str] = field(default_factory=set)
     repeated = False
 
     def part(self, name: str) -> Tensor:
@@ -79,6 +81,12 @@ class Call:
                 f"the loss ({names}) of a {type(self.layer).__name__} has no graph: the layer ran without gradients, "
                 "and no checkpoint ran it again in this backward pass. Differentiate the losses together with the "
                 "output of the forward they are of, which must not be under torch.no_grad()"
+            )
+        if self.carried:
+            names, self.carried = ", ".join(sorted(self.carried)), set()
+            raise InputError(
+                f"the loss ({names}) of a {type(self.layer).__name__} has no gradient: a reentrant checkpoint hands it "
+                "on by way of the layer's output, on which no other loss depends. Use use_reentrant=False"
             )
 
 
@@ -111,8 +119,9 @@ class Repeat:
         """The layer's output, by way of which the gradients of the parts come in."""
         if torch.is_grad_enabled():  # off where checkpoints are in each other
             seeds, self.first.seeds = self.first.seeds, {}
+            self.first.carried.update(seeds)
             for name, seed in seeds.items():
-                y = _Carried.apply(y, self.parts[name], seed)
+                y = _Carried.apply(y, self.parts[name], seed, self.first, name)
         return y
 
 
@@ -181,10 +190,11 @@ class _Carried(torch.autograd.Function):
     """y; whatever gradient y has, `part` has the gradient `seed`."""
 
     @staticmethod
-    def forward(ctx, y, part, seed):
-        ctx.seed = seed
+    def forward(ctx, y, part, seed, call, name):
+        ctx.seed, ctx.call, ctx.name = seed, call, name
         return y.clone()  # no view: the next module may work in place
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, ctx.seed, None
+        ctx.call.carried.discard(ctx.name)
+        return grad, ctx.seed, None, None, None

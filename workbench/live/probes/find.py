@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from workbench.lib.core.low_rank import LowRankExperts
@@ -16,7 +15,7 @@ from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.meters import Member
 from workbench.live.probes.blocks import Block, blocks, modules, plain, unread
 
-__all__ = ["Block", "Inputs", "LowRank", "Matrix", "blocks", "groups", "in_backward", "matrices", "size", "unread"]
+__all__ = ["Block", "Inputs", "LowRank", "Matrix", "blocks", "groups", "matrices", "size", "unread"]
 
 MOST_EXPERTS = 16
 """Experts of a bank of low-rank experts up to which each of them is a group of parameters of its own."""
@@ -249,8 +248,3 @@ def _tokens_of(routing: Routing, keep: Tensor) -> Routing:
         probs=None if probs is None else probs[keep],
         kept=None if kept is None else kept[pair],
     )
-
-
-def in_backward() -> bool:
-    """Whether autograd is running now: a forward then is the recomputation of a checkpointed one, seen before."""
-    return torch._C._current_graph_task_id() != -1

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from workbench.lib.core.recompute import recomputing
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.meters import RoutingMeter
 from workbench.lib.measures.routing import counts_by_class, effective_support_size
-from workbench.live.probes.find import Block, Inputs, in_backward
+from workbench.live.probes.find import Block, Inputs
 from workbench.live.records import (
     COACTIVATION,
     CONFIDENCE,
@@ -206,7 +207,7 @@ class RoutingProbe:
 
     def _wants(self, block: Block) -> bool:
         looking = not self._muted and not self._closed
-        return looking and (self.armed or not block.module.training) and not in_backward()
+        return looking and (self.armed or not block.module.training) and not recomputing()
 
     @torch.no_grad()
     def _see(self, block: Block, routing: Routing | str, context: Context) -> None:

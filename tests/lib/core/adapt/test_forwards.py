@@ -100,6 +100,32 @@ def test_a_reentrant_checkpoint_around_the_whole_model_keeps_the_gradient_of_the
     assert sum(kept.losses().values()) == losses
 
 
+class Unused(nn.Module):
+    """A layer whose output goes where no gradient comes from."""
+
+    def __init__(self):
+        super().__init__()
+        self.look, self.rest = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(x) * (self.look(x) > 0)
+
+
+@pytest.mark.parametrize("slug", ["flexmore", "lora-mixer"])
+def test_a_loss_that_a_reentrant_checkpoint_cannot_hand_on_is_an_error_in_words(slug):
+    x = torch.randn(3, 7, 8, dtype=torch.float64, requires_grad=True)
+    for reentrant in (False, True):
+        adapted = put(slug, Unused())
+        y = checkpoint(adapted.model, x, use_reentrant=reentrant)
+        total = y.sum() + sum(adapted.losses().values())
+        if not reentrant:
+            total.backward()
+            assert all(p.grad is not None for n, p in adapted.named_parameters().items() if "look.router" in n)
+            continue
+        with pytest.raises(InputError, match=r"has no gradient: .* on which no other loss depends"):
+            total.backward()
+
+
 @pytest.mark.parametrize("slug", BALANCED)
 def test_a_loss_without_a_graph_is_an_error_in_words(slug):
     adapted = put(slug, small())
@@ -356,6 +382,32 @@ def test_facts_are_for_all_for_each_row_or_for_each_token_and_nothing_else(slug,
     for task in ([0, 2], torch.tensor([[0, 2]]).expand(9, 2)):
         with adapted.given(axis=1, task=task):
             torch.testing.assert_close(model(time_first).transpose(0, 1), rows)
+
+
+@pytest.mark.parametrize("slug", ["charluma", "mole-diffusion", "remix"])
+def test_a_layer_that_runs_twice_in_a_forward_decides_twice_with_a_cache_as_without(slug):
+    """And in what a cache is not asked of: a training step with a checkpoint, which has none."""
+    from transformers import DynamicCache
+
+    adapted = put(slug, Twice())
+    x = torch.randn(3, 7, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        whole = adapted.model(x)
+        torch.manual_seed(0)
+        assert torch.equal(adapted.model(x, past_key_values=DynamicCache()), whole)
+        assert len(next(iter(adapted.layers.values())).side.forward.calls) == 2
+
+
+class Twice(nn.Module):
+    """Recurrent in depth, as some language models are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, past_key_values: object = None) -> Tensor:
+        return self.layer(self.layer(x).sin() * 3)
 
 
 @pytest.mark.parametrize("slug", ["charluma", "mole-diffusion", "remix"])

@@ -278,6 +278,39 @@ def test_what_is_written_peft_loads_to_the_same_function(tmp_path, build, ranks)
     assert (outputs[0] - outputs[2]).abs().max() > 1e-2
 
 
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=2))
+
+
+PACKED = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (mixtral, {"target_modules": ["q_proj"], "target_parameters": PACKED, "rank_pattern": {"down_proj": 2}}),
+        (mixtral, {"target_modules": [], "target_parameters": PACKED[1:], "use_rslora": True}),
+        (gpt2, {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
+    ],
+    ids=["packed, two ranks", "packed, rsLoRA", "Conv1D"],
+)
+def test_folders_of_layers_that_are_no_linear_go_both_ways(tmp_path, build, options):
+    torch.manual_seed(1)
+    model = peft.get_peft_model(build(), peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **options)).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    adapted = read_peft(ours := build().eval(), tmp_path / "theirs")
+    torch.testing.assert_close(ours(IDS).logits, model(IDS).logits, atol=1e-6, rtol=1e-6)
+    assert (build().eval()(IDS).logits - model(IDS).logits).abs().max() > 1e-2
+    packed = [name for name in adapted.targets if "experts" in name]
+    write_peft({name: layer.experts for name, layer in adapted.layers.items()}, tmp_path / "ours", packed=packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        again = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("keys", [("gate_up_proj", "down_proj"), ("down_proj",)])
 def test_loras_of_packed_experts_lie_as_peft_has_them(tmp_path, keys):
     """A in blocks for each expert, B interleaved; a wrapper for each parameter. Against peft's own update."""

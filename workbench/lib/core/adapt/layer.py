@@ -21,6 +21,9 @@ from workbench.lib.core.routing import Context, Routing
 FACTS = ("task", "language", "label", "modality")
 """What an adapted model can be told beside its input."""
 
+Turn = tuple[str, int]
+"""A call of a layer in a forward: the place of the layer, and which of its calls."""
+
 
 @dataclass(eq=False)
 class Forward:
@@ -30,13 +33,13 @@ class Forward:
         context: what the model is called with; an empty one where it is called without.
         rows: of the batch, along the axis it has in what the model is called with; empty where nobody knows.
         calls: of the routed layers, in their order.
-        decided: for whole sequences, by layers that know of no cache, by their place.
+        decided: for whole sequences, by layers that know of no cache, by their turn.
     """
 
     context: Context = field(default_factory=Context)
     rows: frozenset[int] = frozenset()
     calls: list[Call] = field(default_factory=list)
-    decided: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    decided: dict[Turn, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def losses(self) -> dict[tuple[Hashable, str], Tensor]:
         """The weighted auxiliary losses, by who reports one and its name."""
@@ -79,7 +82,7 @@ class Side:
         axis: the rows of the batch, in what layers are given.
         forward: the pass now running, or the last one; None before the first.
         frames: the modules that are running, outermost first.
-        decided: inside `Adapted.generating`, what layers have decided for the sequences, by their place.
+        decided: inside `Adapted.generating`, what layers have decided for the sequences, by their turn.
         alive: the calls of each layer that a checkpoint may repeat.
         chosen: which of the model's tokens a layer is given, and of how many, inside packed experts; else None.
     """
@@ -88,7 +91,7 @@ class Side:
     axis: int = 0
     forward: Forward | None = None
     frames: list[Frame] = field(default_factory=list)
-    decided: dict[str, tuple[Tensor, ...]] | None = None
+    decided: dict[Turn, tuple[Tensor, ...]] | None = None
     alive: dict[nn.Module, WeakSet[Call]] = field(default_factory=lambda: defaultdict(WeakSet))
     chosen: tuple[Tensor, int] | None = None
 

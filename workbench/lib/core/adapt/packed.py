@@ -109,7 +109,7 @@ def unpack(module: nn.Module) -> UnpackedExperts | None:
     """What can take the place of packed experts; None where they compute something that is not known."""
     packed = find_packed(module)
     up = next((key for key in UP if key in packed), None)
-    if up is None or set(packed) != {up, DOWN}:
+    if up is None or set(packed) != {up, DOWN} or len(getattr(module, up)) != len(getattr(module, DOWN)):
         return None
     acts = [act for act, needs in ACTS.items() if hasattr(module, needs)]
     for form in (Form(up, transposed, act) for transposed in (False, True) for act in acts):

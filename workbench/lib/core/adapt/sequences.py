@@ -3,7 +3,7 @@
 A model that generates is given the prompt first and then, with a cache, one token after the other. A layer that decides
 once for all tokens of a sequence decides on the prompt. What it decided is kept with the cache, in the rows the cache
 has: reordered with it, copied with it, forgotten when it is emptied. Without a cache `Adapted.generating` keeps it, and
-so does the model's own `generate`.
+so does the model's own `generate`. A layer that a model runs several times in a forward decides anew each time.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt.layer import AdaptedLayer, Forward, RoutedLayer
+from workbench.lib.core.adapt.layer import AdaptedLayer, Forward, RoutedLayer, Turn
 
 KEPT = "workbench_decided"
 ROWS = {
@@ -80,21 +80,30 @@ def decided(layer: RoutedLayer, rows: int) -> tuple[Tensor, ...] | None:
     """
     if layer.side.axis:
         raise InputError(f"axis is {layer.side.axis} but {layer.slug} decides for whole sequences, along axis 0")
-    parts = next((kept[layer.place] for kept in _kept(layer) if layer.place in kept), None)
+    now = _now(layer)
+    parts = next((kept[now] for kept in _kept(layer) if now in kept), None)
     if parts is None:
         return None
     if rows % len(parts[0]):
-        raise InputError(f"what goes on has {rows} sequences but {len(parts[0])} were begun")
+        raise InputError(
+            f"what goes on has {rows} sequences but {len(parts[0])} were begun: {layer.slug} decides for whole "
+            "sequences, along axis 0 of what its layers are given"
+        )
     return tuple(part.repeat_interleave(rows // len(parts[0]), 0) for part in parts)
 
 
 def decide(layer: RoutedLayer, *parts: Tensor) -> None:
     """Keep what the layer decides now for the sequences, each (rows, ...), where they may go on."""
     for kept in _kept(layer) or ([] if _of_tokens(layer) else [layer.side.forward.decided]):
-        kept[layer.place] = tuple(part.detach() for part in parts)
+        kept[_now(layer)] = tuple(part.detach() for part in parts)
 
 
-def _kept(layer: RoutedLayer) -> list[dict[str, tuple[Tensor, ...]]]:
+def _now(layer: RoutedLayer) -> Turn:
+    """The call of the layer that runs."""
+    return layer.place, sum(call.layer is layer for call in layer.side.forward.calls)
+
+
+def _kept(layer: RoutedLayer) -> list[dict[Turn, tuple[Tensor, ...]]]:
     """What is kept for the layer's sequences: with their cache, and by `Adapted.generating`."""
     side = layer.side
     if _of_tokens(layer):
@@ -103,7 +112,7 @@ def _kept(layer: RoutedLayer) -> list[dict[str, tuple[Tensor, ...]]]:
     return [*([] if holder is None else [_of(holder)]), *([] if side.decided is None else [side.decided])]
 
 
-def _of(holder: Any) -> dict[str, tuple[Tensor, ...]]:
+def _of(holder: Any) -> dict[Turn, tuple[Tensor, ...]]:
     """What is kept with a cache."""
     if KEPT not in vars(holder):
         setattr(holder, KEPT, {})
