@@ -37,11 +37,12 @@ def pcb_merge(
     """base + sum of scale_i s_i c_i / max(sum of s_i, 1e-12), of tau_i = experts_i - base, n models and P parameters.
 
     c_i is tau_i with its magnitude clipped to that of ranks `clip` in its row, and g_i = sign(tau_i) * (|c_i| - low) /
-    (high - low). The score of an entry is exp(n g_i^2) * sum over j of tanh(g_i g_j), its own row included, and s_i the
-    score's place between the one of rank `drop` in its row, which is 0 as all below it are, and the largest, which is 1.
+    (high - low). The score of an entry is exp(n g_i^2) * sum over j of tanh(g_i g_j), its own row included, and s_i is
+    where the score stands between that of rank `drop` in its row, 0 as all below it, and the largest, 1.
 
-    The path "native" agrees with the reference to 1e-5 of the largest difference but where a score is within 1e-5 of
-    the row's largest from the one of rank `drop`: rounding may put it on the other side.
+    The path "native" agrees with the reference to 1e-5 / d of the largest difference, d being the distance of the
+    nearest of a parameter's scores from that of rank `drop` in its row, in parts of the terms of the score's sum: where
+    d is next to nothing, rounding may keep what the other path drops.
 
     Args:
         experts: n tensors (P,) of all merged parameters, or (n, P).

@@ -3,10 +3,10 @@
 Paths of `trim_elect_merge`: "reference", "cpu" and "native" (float32; narrower types are widened a piece at a time),
 each a module with
 
-    trim_elect_merge(experts, base, weights, thresholds, elect, divide, scale) -> merged
+    trim_elect_merge(experts, base, weights, thresholds, elect, divide, scale, out)
 
 experts a list of n flat contiguous tensors of one type, base as one of them or None, weights and thresholds n numbers,
-merged flat in the type of the experts. Paths of `magnitude_threshold`: "reference" and "native".
+out as one of the experts, and perhaps one of them. Paths of `magnitude_threshold`: "reference" and "native".
 
 All paths do the same operations in the same order, in float32 or wider, so that they agree bit for bit.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from workbench.errors import InputError, unknown
 from workbench.kernels import dispatch
+from workbench.kernels.memory import fresh
 
 BACKENDS = ("reference", "cpu", "native")
 SELECTIONS = ("reference", "native")
@@ -39,6 +40,7 @@ def trim_elect_merge(
     elect: str | None = "values",
     divide: str | None = "count",
     scale: float = 1.0,
+    out: Float[Tensor, "..."] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "..."]:
     """base + scale * (sum of weight_i * tau_i) / divisor, tau_i = experts_i - base, over the entries that survive.
@@ -57,22 +59,29 @@ def trim_elect_merge(
         divide: by the number of entries that survive ("count"), by the sum of their weights ("weights"), or not (None).
             A divisor of 0 is 1.
         scale: of the merged difference.
+        out: to write the result to, contiguous and like an expert; it may be one of them, or base. The memory that a
+            large result is otherwise written to comes fresh from the system, which costs as much as half an average.
         backend: one of `BACKENDS`; None chooses by device.
 
     Returns:
-        Of the shape and type of an expert, computed in float32 or wider. NaN that is not in `base` or `experts` is not
-        made, and NaN that is there is passed on. Not differentiable.
+        `out`, or a tensor of the shape and type of an expert, computed in float32 or wider. NaN is passed on. Not
+        differentiable.
 
     Raises:
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
-    rows = check_rows(experts, base)
+    rows = check_rows(experts, base, out)
     weights = check_numbers("weights", weights, len(rows), 1.0)
     thresholds = check_numbers("thresholds", thresholds, len(rows), 0.0)
     _check(rows, weights, thresholds, elect, divide, scale)
     wide = torch.promote_types(rows[0].dtype, torch.float32)
     chosen = dispatch.choose("trim_elect_merge", backend, rows[0].device, BACKENDS, wide, NATIVE)
-    return _merge(rows, base, weights, thresholds, elect, divide, scale, chosen)
+    rows = [x.detach().contiguous() for x in rows]
+    base = None if base is None else base.detach().contiguous()
+    if out is None:
+        out = fresh(rows[0].shape, rows[0].dtype) if rows[0].device.type == "cpu" else torch.empty_like(rows[0])
+    _merge(rows, base, weights, thresholds, elect, divide, scale, out, chosen)
+    return out
 
 
 def magnitude_threshold(
@@ -139,7 +148,7 @@ class Pieces:
             raise InputError("experts and base differ in length but must have the same tensors") from error
 
 
-@torch.library.custom_op("workbench::trim_elect_merge", mutates_args=())
+@torch.library.custom_op("workbench::trim_elect_merge", mutates_args=("out",))
 def _merge(
     experts: Sequence[Tensor],
     base: Tensor | None,
@@ -148,39 +157,42 @@ def _merge(
     elect: str | None,
     divide: str | None,
     scale: float,
+    out: Tensor,
     backend: str,
-) -> Tensor:
-    rows = check_rows(experts, base)
+) -> None:
+    rows = check_rows(experts, base, out)
     _check(rows, weights, thresholds, elect, divide, scale)
     wide = torch.promote_types(rows[0].dtype, torch.float32)
     dispatch.admit("trim_elect_merge", backend, rows[0].device, BACKENDS, wide)
     backend = dispatch.begin("trim_elect_merge", backend, NATIVE)
+    flat = [x.reshape(-1) for x in rows]
+    base = None if base is None else base.reshape(-1)
     path = import_module(f"{__name__}.{backend}")
-    flat = [x.detach().reshape(-1) for x in rows]
-    base = None if base is None else base.detach().reshape(-1)
-    out = path.trim_elect_merge(flat, base, list(weights), list(thresholds), elect, divide, scale)
-    return out.view(rows[0].shape)
+    path.trim_elect_merge(flat, base, list(weights), list(thresholds), elect, divide, scale, out.view(-1))
 
 
 @_merge.register_fake
-def _(experts, base, weights, thresholds, elect, divide, scale, backend):
-    return torch.empty(experts[0].shape, dtype=experts[0].dtype, device=experts[0].device)
+def _(experts, base, weights, thresholds, elect, divide, scale, out, backend):
+    pass
 
 
-def check_rows(experts: Tensor | Sequence[Tensor], base: Tensor | None) -> list[Tensor]:
-    """The experts as a list of tensors of one shape, type and device, the base's."""
-    rows = list(experts)
+def check_rows(experts: Tensor | Sequence[Tensor], base: Tensor | None, out: Tensor | None = None) -> list[Tensor]:
+    """The experts as a list of tensors of one shape, type and device, those of `base` and `out` too."""
+    rows = [] if isinstance(experts, Tensor) and not experts.ndim else list(experts)
     if not rows or not all(isinstance(x, Tensor) for x in rows):
         raise InputError("experts must be one or more tensors, or a tensor (models, ...)")
     first = rows[0]
     if not first.is_floating_point():
         raise InputError(f"experts are {first.dtype} but must be floating point")
-    for name, x in (*((f"experts[{i}]", x) for i, x in enumerate(rows)), *([] if base is None else [("base", base)])):
-        if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
+    named = [(f"experts[{i}]", x) for i, x in enumerate(rows)] + [("base", base), ("out", out)]
+    for name, x in named:
+        if x is not None and (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
             raise InputError(
                 f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device} but must be as experts[0], {first.dtype} "
                 f"of shape {tuple(first.shape)} on {first.device}"
             )
+    if out is not None and (not out.is_contiguous() or out.requires_grad):
+        raise InputError(f"out has strides {out.stride()} but must be contiguous, and must not require a gradient")
     return rows
 
 

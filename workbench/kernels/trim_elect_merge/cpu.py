@@ -8,20 +8,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from workbench.kernels import threads
-from workbench.kernels.memory import fresh
 from workbench.kernels.trim_elect_merge import reference
 
 PIECE = 2**14  # entries
 
 
-def trim_elect_merge(experts: Sequence[Tensor], base: Tensor | None, *how) -> Tensor:
+def trim_elect_merge(experts: Sequence[Tensor], base: Tensor | None, *how) -> None:
     """As `reference.trim_elect_merge`."""
-    out = fresh(experts[0].shape, experts[0].dtype)
+    *how, out = how
 
     def work(_: int, first: int) -> None:
         part = slice(first, first + PIECE)
         origin = None if base is None else base[part]
-        out[part] = reference.trim_elect_merge([x[part] for x in experts], origin, *how)
+        reference.trim_elect_merge([x[part] for x in experts], origin, *how, out[part])
 
     threads.share(range(0, out.numel(), PIECE), work, threads.available())
-    return out

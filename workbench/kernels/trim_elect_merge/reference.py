@@ -16,8 +16,9 @@ def trim_elect_merge(
     elect: str | None,
     divide: str | None,
     scale: float,
-) -> Tensor:
-    """(P,) merged, from n experts and base (P,)."""
+    out: Tensor,
+) -> None:
+    """n experts, base and out (P,)."""
     wide = torch.promote_types(experts[0].dtype, torch.float32)
     origin = None if base is None else base.to(wide)
 
@@ -46,7 +47,7 @@ def trim_elect_merge(
         if divide is not None:
             divisor = divisor + torch.where(kept, number(1.0 if divide == "count" else weights[i]), 0)
     merged = number(scale) * (total / torch.where(divisor == 0, 1, divisor))
-    return (merged if origin is None else origin + merged).to(experts[0].dtype)
+    out.copy_(merged if origin is None else origin + merged)
 
 
 def magnitudes(pieces: Iterable[tuple[Tensor, Tensor | None]], ranks: Callable[[int], Sequence[int]]) -> list[float]:
