@@ -110,8 +110,8 @@ class Problem:
 
         return once
 
-    def pcb(self, backend: str | None = None):
-        return partial(pcb_merge, self.tau, **_ranks(self.size), backend=backend)
+    def pcb(self):
+        return partial(pcb_merge, self.tau, **_ranks(self.size))
 
     def average(self):
         return partial(trim_elect_merge, self.tau, elect=None, out=torch.zeros(self.size))
