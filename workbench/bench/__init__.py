@@ -8,6 +8,7 @@ BENCHES = {
     "moe": "workbench.bench.moe",
     "attention": "workbench.bench.attention",
     "lora": "workbench.bench.lora",
+    "merge": "workbench.bench.merge",
 }
 
 

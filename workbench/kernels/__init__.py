@@ -11,11 +11,13 @@ from workbench.kernels.block_sparse_attention import block_gate_topk, block_spar
 from workbench.kernels.gather_sum import gather_sum
 from workbench.kernels.low_rank import low_rank
 from workbench.kernels.moe_mlp import moe_mlp
+from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
 from workbench.kernels.route_metadata import route_metadata
 from workbench.kernels.span_attention import span_attention, span_decode
 from workbench.kernels.topk_softmax import topk_softmax
 from workbench.kernels.transformers import register_transformers
+from workbench.kernels.trim_elect_merge import magnitude_threshold, trim_elect_merge
 
 __all__ = [
     "RoutePlan",
@@ -23,10 +25,13 @@ __all__ = [
     "block_sparse_attention",
     "gather_sum",
     "low_rank",
+    "magnitude_threshold",
     "moe_mlp",
+    "pcb_merge",
     "register_transformers",
     "route_metadata",
     "span_attention",
     "span_decode",
     "topk_softmax",
+    "trim_elect_merge",
 ]

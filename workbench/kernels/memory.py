@@ -1,4 +1,4 @@
-"""Memory for the CPU paths: scratch buffers that are kept between calls, and large results on large pages. And a meter.
+"""Memory for the CPU paths: scratch buffers that are kept between calls, and large results on large pages. And meters.
 
 A fresh tensor of tens of megabytes costs more than writing it: the C library takes it from the system anew each time,
 and the system clears it page by page, 4 KiB at once. For results that must be fresh (gradients), Linux is asked for
@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -112,6 +113,27 @@ def saved_bytes(call: Callable[[], object], exclude: Iterable[Tensor] = ()) -> i
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
     return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Bytes of memory that this process needs during `call()` beyond what it has before; None where nobody says.
+
+    Linux keeps the most that was resident and lets a process start that anew. Memory of pieces below some megabytes,
+    which the C library keeps for the next one, may have been there before.
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")
+        before = _resident(status, "VmHWM")
+        call()
+        return _resident(status, "VmHWM") - before
+    except (OSError, StopIteration):
+        return None
+
+
+def _resident(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
 
 
 @functools.cache

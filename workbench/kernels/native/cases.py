@@ -19,12 +19,15 @@ from torch import Tensor
 from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
 from workbench.kernels.block_sparse_attention.index import BlockIndex
 from workbench.kernels.moe_mlp import ACTIVATIONS, moe_mlp
+from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
+from workbench.kernels.trim_elect_merge import DIVIDE, ELECT, magnitude_threshold, trim_elect_merge
 
 WIDTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 80, 129)  # about whole vectors, tiles and panels
 NUMBERS = (-(2**63), -(2**31), -1, 0, 1, 3, 1000, 2**16 + 1, 2**31 - 1, 2**31, 2**40, 2**63 - 1)
 PLAN = ("order", "inv", "tok", "offs", "tok_offs")
 INDEX = ("blocks", "rows", "col_offs", "pair", "starts", "lengths")
+FLOATS = ("b1", "b2", "weight", "base", "thresholds", "out")  # tensors, where they are given
 
 ops = torch.ops.workbench
 
@@ -53,7 +56,7 @@ class Call:
 
 def calls(seed: int, native: bool = False) -> Iterator[Call]:
     """Without end; `native` for those alone that a path in C takes."""
-    problems = (experts, bank, attention, gate) if native else (experts, bank, attention, gate, sums, spans, slots)
+    problems = IN_C if native else (*IN_C, sums, spans, slots)
     for number in itertools.count():
         draw = random.Random(f"{seed} {number}")
         torch.manual_seed(draw.randrange(2**31))
@@ -221,6 +224,57 @@ def slots(draw: random.Random, native: bool) -> list[Call]:
     return [Call("span_decode", ops.span_decode, arguments)]
 
 
+def models(draw: random.Random, native: bool) -> list[Call]:
+    n, size = draw.randrange(1, 6), draw.choice((2, 3, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1025))
+    dtype = draw.choice((torch.float32, torch.float32, torch.bfloat16))
+    experts, base = torch.randn(n, size).to(dtype), torch.randn(size).to(dtype)
+    elect, divide = draw.choice((None, *ELECT)), draw.choice((None, *DIVIDE))
+    backend = "native" if native else draw.choice(("native", "native", "reference"))
+    merge = {
+        "experts": experts,
+        "base": draw.choice((None, base)),
+        "weights": torch.rand(n).tolist(),
+        "thresholds": draw.choice((None, torch.rand(n))),
+        "scale": 0.7,
+        "out": draw.choice((None, base)),
+        "backend": backend,
+    }
+    select = {
+        "experts": experts,
+        "k": draw.randrange(size + 1),
+        "base": draw.choice((None, experts)),
+        "backend": backend,
+    }
+    low = draw.randrange(size // 2)
+    contest = {
+        "experts": torch.randn(n, size),  # without equal magnitudes
+        "base": draw.choice((None, torch.zeros(size))),
+        "clip": [low, size - 1 - draw.randrange(size - low - 1)],
+        "drop": draw.randrange(size),
+        "scale": torch.rand(n).tolist(),
+        "backend": backend,
+    }
+
+    def merged(experts, base, weights, thresholds, scale, out, backend):
+        how = {"weights": weights, "thresholds": thresholds, "scale": scale, "out": out, "backend": backend}
+        return trim_elect_merge(experts, base, elect=elect, divide=divide, **how)
+
+    return [
+        Call("trim_elect_merge", merged, merge),
+        Call("magnitude_threshold", lambda x, k, base, path: magnitude_threshold(x, k, base, backend=path), select),
+        Call(
+            "pcb_merge",
+            lambda x, base, clip, drop, scale, path: pcb_merge(
+                x, base, clip=clip, drop=drop, scale=scale, backend=path
+            ),
+            contest,
+        ),
+    ]
+
+
+IN_C = (experts, bank, attention, gate, models)
+
+
 def damaged(draw: random.Random, call: Call) -> Call:
     """The call with one argument that is another."""
     indices = [name for name in call.only if call.arguments[name] is not None]
@@ -240,9 +294,7 @@ def damaged(draw: random.Random, call: Call) -> Call:
         other = (
             torch.tensor([0, number]).clamp(-(2**31), 2**31 - 1).int() if name in ("tok_offs", "cu_seqlens") else number
         )
-        other, what = (
-            (torch.rand(3), "given") if name in ("b1", "b2", "weight") and value is None else (other, str(number))
-        )
+        other, what = (torch.rand(3), "given") if name in FLOATS and value is None else (other, str(number))
     changed = isinstance(value, Tensor) and not (value.shape == other.shape and bool((value == other).all()))
     return replace(
         call,

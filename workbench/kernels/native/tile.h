@@ -1,4 +1,4 @@
-/* What the native paths share: a product of a few rows with a wide matrix that is kept in registers, and 2^x.
+/* What the native paths share: a product of a few rows with a wide matrix that is kept in registers, 2^x, and counts.
  *
  * Written in the vector extensions of gcc and clang, which any processor runs; the sizes below are what fits the
  * registers of the instruction set it is compiled for. A tile is ROWS rows by VECS vectors of LANES numbers. With
@@ -178,4 +178,25 @@ INLINE float largest_lane(vec x)
     for (int i = 1; i < LANES; i++) found = found < x[i] ? x[i] : found;
     return found;
 #endif
+}
+
+enum { KEYS = 1024 }; /* at most, of a tally */
+
+/* Counts keys by their upper half; where digit is not -1, those whose upper half it is by the lower half. Two passes so
+ * find the key of any rank. n at most KEYS. */
+static __attribute__((unused)) void tally(long n, const uint32_t *key, long digit, int64_t *table)
+{
+    enum { STEP = 32 };
+    if (digit < 0) {
+        for (long i = 0; i < n; i++) table[key[i] >> 16]++;
+        return;
+    }
+    for (long i = 0; i < n; i += STEP) {
+        long end = i + STEP < n ? i + STEP : n;
+        int found = 0;
+        for (long j = i; j < end; j++) found |= key[j] >> 16 == (uint32_t)digit;
+        if (found)
+            for (long j = i; j < end; j++)
+                if (key[j] >> 16 == (uint32_t)digit) table[key[j] & 0xffff]++;
+    }
 }
