@@ -55,7 +55,7 @@ LEVEL = 1 - 0.05 / (len(VARIANTS) - 1)
 SMOKE_RATES = (1e-3, 1e-1)
 PRESETS = {
     "smoke": bed.SMOKE | {"steps": 10, "rates": SMOKE_RATES, "seeds": 2},
-    "small": bed.SMALL | {"rates": RATES, "seeds": 5},
+    "small": bed.SMALL | {"rates": RATES, "seeds": 12},
     "full": bed.FULL | {"rates": RATES, "seeds": 12},
 }
 
@@ -120,5 +120,5 @@ STUDY = Study(
     judge=judge,
     main="dora",
     trainings=lambda arm: len(RATES),
-    power=Power(("lora", "lora, alpha 2r"), effect=0.03),
+    power=Power(("lora", "lora, alpha 2r"), effect=0.03, deviation={"small": (0.02738, 12)}),
 )
