@@ -95,6 +95,19 @@ def test_a_variant_is_saved_and_goes_on_from_what_was_saved(variant, tmp_path):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("variant", OWN)
+def test_a_variant_computes_in_the_type_of_autocast_and_trains_in_float32_on_a_narrow_model(variant):
+    adapted = put(variant)
+    model, x = adapted.model.float(), X.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), model(x), atol=5e-2, rtol=5e-2)
+    adapted = adapt(small().bfloat16(), "lora-variants", variant=variant, rank=3)
+    assert adapted.model(X.bfloat16()).dtype == torch.bfloat16
+    assert {p.dtype for p in adapted.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("variant", STARTS)
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_a_start_has_its_rank_and_is_the_part_of_the_weight_that_it_says(variant, rank):

@@ -155,7 +155,7 @@ class DoRALinear(ProductLinear):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         y, bias = self.base(x), self.base.bias
-        plain = y if bias is None else y - bias
+        plain = y if bias is None else y - bias.to(y.dtype)
         return y + (self.ratio() - 1).to(y.dtype) * plain + self.ratio().to(y.dtype) * self.product(self.dropout(x))
 
     def fixed_update(self) -> Tensor:
