@@ -1,8 +1,8 @@
 """The notebooks as they are stored, and as nbval and papermill run them.
 
 nbval runs each once, at smoke, and compares the cells marked NBVAL_CHECK_OUTPUT with their stored outputs. These cells
-show what does not depend on the preset, so the stored outputs of the small preset are compared. papermill runs two of
-them with other parameters.
+show what does not depend on the preset, so the stored outputs of the small preset are compared. papermill runs some
+of them with other parameters.
 """
 
 import base64
@@ -20,9 +20,10 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = notebook.names()
 PLOTLY = "application/vnd.plotly.v1+json"
 MARK = "NBVAL_CHECK_OUTPUT"
-VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells depend on the most, and one family
+VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells depend on the most, and two families
     "00_tour": {"seed": 3, "n_experts": 5, "top_k": 1},
     "01_routing": {"seed": 7},
+    "05_adapters": {"seed": 7},
 }
 COUNT_FIGURES = f"""
 FIGURES = 0

@@ -37,6 +37,7 @@ FEW = {
     "flexmore": {"experts": 6, "rank": 2, "top_k": 2},
     "llava-mole": {"experts": 5, "rank": 2},
     "lora-mixer": {"experts": 5, "rank": 2, "top_k": 2},
+    "lora-variants": {"rank": 2},
     "mhr": {"experts": 5, "rank": 2, "heads": 2, "tasks": 3},
     "mixlora": {"experts": 5, "rank": 2, "top_k": 2},
     "mole-diffusion": {"experts": 5, "rank": 2},
@@ -366,6 +367,7 @@ COUNTS = {
     "flexmore": sum(5 * i * o for i, o in EACH) + 3 * 5 * (8 + 1),
     "llava-mole": sum(R * (i + o) for i, o in LONE) + sum(5 * R * (i + o) for i, o in BLOCK) + 5 * (8 + 1),
     "lora-mixer": sum(5 * R * (i + o) + 5 * i for i, o in EACH),
+    "lora-variants": sum(R * (i + o) + o for i, o in EACH),  # DoRA, its default
     "mhr": sum(5 * R * (i + o) + 3 * 2 * 5 for i, o in EACH),
     "mixlora": sum(R * (i + o) for i, o in LONE) + sum(5 * R * (i + o) for i, o in BLOCK) + 5 * 8,
     "mole-diffusion": sum(5 * R * (i + o) + 5 * (i + 1) + 5 * (o + 1) for i, o in EACH),

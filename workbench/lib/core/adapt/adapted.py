@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ class Adapter:
 
     def finish(self, adapted: "Adapted") -> None:
         """Called once all layers are in place, for systems that tie layers together."""
+
+    def rate(self, name: str) -> float:
+        """Learning rate of a trained parameter, by its name in the model, as a multiple of that of the optimizer."""
+        return self.router_lr if ".router." in name else 1.0
+
+    def before_step(self, adapted: "Adapted", optimizer: torch.optim.Optimizer) -> None:
+        """Called before each step of `Adapted.optimizer`: gradients are there and may be changed."""
+
+    def after_step(self, adapted: "Adapted", optimizer: torch.optim.Optimizer) -> None:
+        """Called after each step of `Adapted.optimizer`: parameters, its state and its groups may be changed."""
 
 
 class Adapted:
@@ -162,12 +173,19 @@ class Adapted:
         return list(self.named_parameters().values())
 
     def optimizer(self, lr: float = 3e-3, weight_decay: float = 0.0) -> torch.optim.AdamW:
-        """AdamW over the trained parameters; the routers have the system's own multiple of the learning rate."""
-        named, scale = self.named_parameters(), self.adapter.router_lr
-        routers = [p for name, p in named.items() if ".router." in name]
-        others = [p for name, p in named.items() if ".router." not in name]
-        groups = [{"params": others, "lr_scale": 1.0}, {"params": routers, "lr_scale": scale, "lr": lr * scale}]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay)
+        """AdamW over the trained parameters, each at the system's own multiple of the learning rate, `Adapter.rate`.
+
+        A system that has more to do in a step than AdamW does it in the steps of this optimizer, in whatever loop.
+        """
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, p in self.named_parameters().items():
+            groups.setdefault((".router." in name, self.adapter.rate(name)), []).append(p)
+        ordered = sorted(groups.items(), key=itemgetter(0))  # routers last
+        rows = [{"params": group, "lr_scale": rate, "lr": lr * rate} for (_, rate), group in ordered]
+        optimizer = torch.optim.AdamW(rows, lr=lr, weight_decay=weight_decay)
+        optimizer.register_step_pre_hook(lambda *_: self.adapter.before_step(self, optimizer))
+        optimizer.register_step_post_hook(lambda *_: self.adapter.after_step(self, optimizer))
+        return optimizer
 
     def report(self) -> dict[str, Any]:
         """Counts of parameters: base (of the model as it was), added, trained; and trained in percent of all.

@@ -28,7 +28,11 @@ LoRAs = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def write_peft(
-    banks: Mapping[str, LowRankExperts], folder: str | Path, expert: int = 0, packed: Sequence[str] = ()
+    banks: Mapping[str, LowRankExperts],
+    folder: str | Path,
+    expert: int = 0,
+    packed: Sequence[str] = (),
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write one expert of the banks, by the names of their layers, as a LoRA that peft loads.
 
@@ -38,10 +42,11 @@ def write_peft(
         expert: which one, 0..E-1.
         packed: names of packed parameters, such as "mlp.experts.gate_up_proj", whose banks are called by each of the
             model's experts, "mlp.experts.0.gate_up_proj" and so on; those of one module in the order it has them.
+        magnitudes: of a DoRA, (O,) for every bank by its name; `read_peft` does not read such a folder.
 
     Raises:
-        InputError: something else is at `folder`, there is no such expert, or no bank; or the banks of a packed
-            parameter have different ranks or scales.
+        InputError: something else is at `folder`, there is no such expert, or no bank; the banks of a packed
+            parameter have different ranks or scales; or magnitudes are of others than the banks.
         OSError: the disk is full or not writable; what was there still is.
     """
     for name, bank in banks.items():
@@ -49,6 +54,8 @@ def write_peft(
             raise InputError(f"expert is {expert} but {name} has {bank.n_experts} of them, numbered from 0")
     if not banks:
         raise InputError("banks is empty but must hold the LoRA of at least one layer")
+    if magnitudes is not None and (packed or magnitudes.keys() != banks.keys()):
+        raise InputError(f"magnitudes are of {', '.join(magnitudes)} but must be of all banks, none of them packed")
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"folder is {str(folder)!r} but must be new, empty, or hold a LoRA")
@@ -65,6 +72,8 @@ def write_peft(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = bank.a[expert].detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = bank.b[expert].detach().cpu().contiguous()
         ranks[name], alphas[name] = bank.rank, float(bank.scale[expert]) * bank.rank
+    for name, magnitude in (magnitudes or {}).items():
+        tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.detach().cpu().contiguous()
     first = next(iter(ranks))
     config = {
         "peft_type": "LORA",
@@ -78,7 +87,7 @@ def write_peft(
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": magnitudes is not None,
         "init_lora_weights": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
