@@ -1,4 +1,4 @@
-"""A long look at one server: a run that trains, three browsers that stay, and many sessions that come and go.
+"""A long look at one server: a run that trains, three pages that stay, and many sessions that come and go.
 
     python -m tests.live.soak --minutes 30 --sessions 100
 
@@ -9,13 +9,11 @@ first 30 sessions stays within 5 % of what it was then, and the number of open f
 import argparse
 import asyncio
 import os
-import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from tests.live.test_serve import ADDRESS, Program, get
+from tests.live.test_serve import ADDRESS, Program
 from workbench.doctor import find_browser
 
 VIEWERS = 3
@@ -24,39 +22,13 @@ GROWTH = 0.05
 FILES = 8  # that may be open at the moment of looking, and not at another
 
 
-async def session(port: int, query: str, seconds: float) -> int:
-    """A page, and what its websocket brings for some seconds: the number of messages."""
-    from tornado.httpclient import HTTPRequest
-    from tornado.websocket import websocket_connect
-
-    status, text = await asyncio.to_thread(get, port, f"/live?{query}")
-    assert status == 200, status
-    token = re.search(r'"token":"([^"]+)"', text)[1]
-    address = HTTPRequest(f"ws://localhost:{port}/live/ws", headers={"Origin": f"http://localhost:{port}"})
-    socket = await websocket_connect(address, subprotocols=["bokeh", token])
-    for _ in ("header", "metadata", "content"):  # it greets first
-        await socket.read_message()
-    for part in ('{"msgid": "1", "msgtype": "PULL-DOC-REQ"}', "{}", "{}"):
-        await socket.write_message(part)
-    heard, end = 0, time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        try:
-            if await asyncio.wait_for(socket.read_message(), left) is None:
-                raise AssertionError(f"the server closed the session: {socket.close_code} {socket.close_reason}")
-        except TimeoutError:
-            break
-        heard += 1
-    socket.close()
-    return heard
-
-
 def state(process: int) -> tuple[float, int]:
     """Memory in MiB and open files of a process."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{process}/fd"))
 
 
-async def soak(port: int, query: str, process: int, minutes: float, sessions: int) -> list[tuple[float, int]]:
+async def soak(address: str, process: int, minutes: float, sessions: int) -> list[tuple[float, int]]:
     from playwright.async_api import async_playwright
 
     seen = []
@@ -65,14 +37,17 @@ async def soak(port: int, query: str, process: int, minutes: float, sessions: in
             executable_path=find_browser(), args=["--no-sandbox", "--disable-dev-shm-usage"]
         )
         for _ in range(VIEWERS):
-            page = await browser.new_page()
-            await page.goto(f"http://localhost:{port}/live?{query}")
+            await (await browser.new_page()).goto(address)
         for done in range(sessions):
-            heard = await session(port, query, minutes * 60 / sessions)
+            page = await browser.new_page()
+            await page.goto(address)
+            await page.get_by_text("steps/s").wait_for()
+            await page.wait_for_timeout(minutes * 60_000 / sessions)
+            await page.close()
             seen.append(state(process))
             if not (done + 1) % 10:
                 mib, files = seen[-1]
-                print(f"{done + 1:4d} sessions: {mib:7.1f} MiB, {files} files, {heard} messages", flush=True)
+                print(f"{done + 1:4d} sessions: {mib:7.1f} MiB, {files} files", flush=True)
         await browser.close()
     return seen
 
@@ -87,8 +62,8 @@ def main() -> int:
         program = Program("-m", "workbench", "live", "--no-browser", "--steps", "10000000", "--threads", "1")
         try:
             found = program.wait_for(ADDRESS)
-            query = f"run={found[2]}"
-            seen = asyncio.run(soak(int(found[1]), query, program.process.pid, args.minutes, args.sessions))
+            address = f"http://localhost:{found[1]}/live?run={found[2]}"
+            seen = asyncio.run(soak(address, program.process.pid, args.minutes, args.sessions))
         finally:
             program.end()
     begun, end = seen[min(SETTLED, len(seen) - 1)], seen[-1]
