@@ -9,6 +9,7 @@
 
     adapted = workbench.adapt(model, "lora", rank=8)      # adapters on the linear layers of any model
     adapted.save("folder")                                # and later: workbench.load_adapter(model, "folder")
+    merged = workbench.merge(base, [a, b], "ties")        # one model of several that came from one base
     with workbench.watch(model, "my-run") as watched:     # in a training script of your own, for the live views
         ...
         watched.step(loss=loss.item())                    # after optimizer.step()
@@ -34,6 +35,7 @@ _LAZY = {
     "train": "workbench.lib.core.train:train",
     "adapt": "workbench.lib.core.adapt:adapt",
     "load_adapter": "workbench.lib.core.adapt:load_adapter",
+    "merge": "workbench.lib.core.merge:merge",
     "watch": "workbench.live.watch:watch",
     "WatchCallback": "workbench.live.trainer_callback:WatchCallback",
     "runs": "workbench.live.store:runs",

@@ -30,6 +30,7 @@ What makes a row whole (each line is held by a test):
   ``method(slug)`` prints its source as the way to build the system. A system of no kind below says ``example=None``.
 - A system that `workbench.adapt` puts on any model names its `Adapter` as ``ADAPTER``, and
   tests/lib/core/adapt/test_every_adapter.py runs it on many.
+- A system that `workbench.merge` takes names its `Merger` as ``MERGER``.
 - ``workbench/studies/<family>/<slug with _>.py`` defines ``STUDY``.
 - ``notebooks/NN_<family>.ipynb`` has a markdown heading with the slug in backticks: "## A memory over depth: `rmoe`".
 - Its row is gone from ``catalogue_planned.csv``, the plain table of the systems that do not stand yet.
@@ -142,6 +143,11 @@ class Method:
     def adapts(self) -> bool:
         """Whether `workbench.adapt` takes it: its file assigns ``ADAPTER``."""
         return self.ready and assigned(self.path, "ADAPTER") is not None
+
+    @property
+    def merges(self) -> bool:
+        """Whether `workbench.merge` takes it: its file assigns ``MERGER``."""
+        return self.ready and assigned(self.path, "MERGER") is not None
 
     def resolve(self) -> dict[str, Any]:
         """Import the system and return its public objects by name (empty while it is planned)."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -31,6 +31,8 @@ def _is_a(value: object, hint: Any) -> bool:
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(_is_a(value, one) for one in inside)
+    if kind is Literal:
+        return any(value == one and type(value) is type(one) for one in inside)
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
@@ -46,6 +48,8 @@ def _words(hint: Any) -> str:
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return " or ".join(map(_words, inside))
+    if kind is Literal:
+        return " or ".join(map(repr, inside))
     if kind is Sequence:
         return f"a list, each {_words(inside[0])}"
     if kind is dict:

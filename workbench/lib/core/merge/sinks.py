@@ -1,0 +1,60 @@
+"""A merged model written to a safetensors file as it is made, a piece at a time."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workbench.lib.core.merge.merger import Merger, merged_pieces
+from workbench.lib.core.merge.sources import DTYPES
+from workbench.lib.core.merge.vectors import PIECE, TaskVectors
+from workbench.sealed import sealed_file
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@torch.no_grad()
+def write_merged(
+    vectors: TaskVectors, merger: Merger, path: str | Path, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Merge into a safetensors file, which is at `path` whole or not at all.
+
+    In memory are a piece of every model, or what a rule on matrices or on whole vectors takes. Tied tensors are stored
+    once, as safetensors has them.
+
+    Raises:
+        InputError: as `merge`.
+        OSError: the disk is full or not writable; what was at `path` still is.
+    """
+    specs = {name: spec for name, spec in vectors.base.specs.items() if name not in vectors.base.ties}
+    header, end = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    for name, (shape, dtype) in specs.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    with sealed_file(path) as unfinished, unfinished.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for piece in _in_order(vectors, merger, specs):
+            file.write(piece.contiguous().view(torch.uint8).cpu().numpy().data)
+    return Path(path)
+
+
+def _in_order(vectors: TaskVectors, merger: Merger, specs: Mapping[str, tuple]) -> Iterator[Tensor]:
+    """All tensors of the merged model in flat pieces, in the order of `specs`."""
+    merged = merged_pieces(vectors, merger)
+    for name, (shape, _) in specs.items():
+        size = math.prod(shape)
+        if name not in vectors.shapes:
+            yield from (vectors.base.read(name, start, start + PIECE) for start in range(0, size, PIECE))
+            continue
+        done = 0
+        while done < size:
+            place, piece = next(merged)
+            assert (place.name, place.start) == (name, done), f"{type(merger).__name__} merges out of order"
+            done = place.stop
+            yield piece
+    assert next(merged, None) is None
