@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -31,12 +31,16 @@ def _is_a(value: object, hint: Any) -> bool:
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(_is_a(value, one) for one in inside)
+    if kind is Any:
+        return True
     if kind is Literal:
         return any(value == one and type(value) is type(one) for one in inside)
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is Callable:
+        return callable(value)
     if kind is Sequence:
         return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_a(v, inside[0]) for v in value)
     if kind is dict:
@@ -51,7 +55,7 @@ def _words(hint: Any) -> str:
     if kind is Literal:
         return " or ".join(map(repr, inside))
     if kind is Sequence:
-        return f"a list, each {_words(inside[0])}"
+        return "a list" if inside[0] in (Any, Callable) else f"a list, each {_words(inside[0])}"
     if kind is dict:
         return f"a dict, each value {_words(inside[1])}"
     return WORDS.get(kind, str(hint))

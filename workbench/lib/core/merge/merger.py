@@ -32,6 +32,14 @@ from workbench.lib.core.merge.vectors import Place, TaskVectors
 BUILT_IN = {
     "average": "workbench.lib.core.merge.linear:Average",
     "task-arithmetic": "workbench.lib.core.merge.linear:TaskArithmetic",
+    "ties": "workbench.lib.core.merge.trimmed:Ties",
+    "dare": "workbench.lib.core.merge.trimmed:Dare",
+    "dare-ties": "workbench.lib.core.merge.trimmed:DareTies",
+    "fisher": "workbench.lib.core.merge.fisher:Fisher",
+    "regmean": "workbench.lib.core.merge.regmean:RegMean",
+    "adamerging": "workbench.lib.core.merge.adamerging:AdaMerging",
+    "knots": "workbench.lib.core.merge.spectral:Knots",
+    "tsv-m": "workbench.lib.core.merge.spectral:TsvM",
 }
 
 Update = Iterator[tuple[Place, Tensor]]
@@ -73,14 +81,14 @@ class Matrices(Merger):
         """The update of what is in no matrix."""
         return tau.mean(0)
 
-    def merges(self, name: str, vectors: TaskVectors) -> bool:
+    def merges(self, name: str, vectors: TaskVectors, facts: Any) -> bool:
         """Whether `matrix` takes the tensor: any that has two dimensions and weights."""
         return len(vectors.shapes[name]) == 2 and vectors.sizes[name] > 0
 
     def update(self, vectors: TaskVectors) -> Update:
         facts = self.facts(vectors)
         for name in vectors.names:
-            if self.merges(name, vectors):
+            if self.merges(name, vectors, facts):
                 merged = self.matrix(vectors.deltas(name), name, facts)
                 yield Place(name, 0, vectors.sizes[name], vectors.offsets[name]), merged.reshape(-1)
             else:

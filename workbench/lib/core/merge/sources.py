@@ -54,7 +54,7 @@ class Source:
 class Held(Source):
     """A state dict, or what `state_dict()` of a module holds."""
 
-    def __init__(self, given: Mapping[str, Tensor] | nn.Module, label: str):
+    def __init__(self, given: Any, label: str):
         self.label = label
         if isinstance(given, nn.Module):
             self.model, given = given, given.state_dict()

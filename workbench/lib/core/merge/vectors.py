@@ -69,7 +69,7 @@ class TaskVectors:
     def __init__(
         self,
         base: Any,
-        experts: Sequence[Any],
+        experts: Any,
         include: str | Sequence[str] = "*",
         exclude: str | Sequence[str] = (),
     ):
@@ -154,10 +154,15 @@ class TaskVectors:
                 state[name] = self.base.whole(name).clone()
         return state
 
-    def _read(self, name: str, start: int, stop: int) -> Tensor:
+    def delta(self, expert: int, place: Place) -> Float[Tensor, " p"]:
+        """What one expert changed at a place."""
+        return self._read(place.name, place.start, place.stop, self.experts[expert : expert + 1])[0]
+
+    def _read(self, name: str, start: int, stop: int, experts: Sequence[Source] | None = None) -> Tensor:
+        experts = self.experts if experts is None else experts
         base = _wide(self.base.read(name, start, stop))
-        tau = base.new_empty(self.n, stop - start)
-        for row, expert in zip(tau, self.experts, strict=True):
+        tau = base.new_empty(len(experts), stop - start)
+        for row, expert in zip(tau, experts, strict=True):
             row.copy_(expert.read(self._name_in(expert, name), start, stop))
         tau -= base
         if not tau.isfinite().all():
@@ -177,9 +182,7 @@ class TaskVectors:
                     f"{name} of {source.label} has {int(bad.sum())} weights that are not finite, the first at {at} of "
                     f"the flattened tensor; a model must be finite to be merged"
                 )
-        raise InputError(
-            f"{name}: experts and base differ by more than {_wide(self.base.read(name, 0, 0)).dtype} holds"
-        )
+        raise InputError(f"{name} differs between experts and base by more than {self.dtype} can hold")
 
 
 def _wide(tensor: Tensor) -> Tensor:
