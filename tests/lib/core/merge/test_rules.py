@@ -2,6 +2,9 @@
 
 import copy
 import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from torch import Tensor, nn
 
 import workbench
 from tests import kinds
+from workbench import catalogue
 from workbench.errors import InputError
-from workbench.lib.core.merge import TaskVectors, make_merger, merger_class, mergers
+from workbench.lib.core.merge import Flat, TaskVectors, make_merger, merger, merger_class, mergers
 from workbench.lib.core.merge.adamerging import AdaMerging, entropy_loss, merged_params
 from workbench.lib.core.merge.calibration import fisher_diagonal, gram_matrices
 from workbench.lib.core.merge.merger import BUILT_IN
@@ -455,6 +459,35 @@ def test_what_needs_a_module_says_so():
         workbench.merge(base, states, "fisher", batches=batches())
     with pytest.raises(InputError, match="base is no module"):
         workbench.merge(base.state_dict(), states, "adamerging", batches=batches())
+
+
+def test_a_system_of_the_catalogue_is_found_by_its_slug_or_by_a_word_of_it(monkeypatch: pytest.MonkeyPatch):
+    class Doubled(Flat):
+        """Twice the sum."""
+
+        def vector(self, tau, facts):
+            return 2 * tau.sum(0)
+
+    rows = [SimpleNamespace(slug=slug, merges=True, module=f"made.{slug}") for slug in ("pcb-merging", "other-merging")]
+    made = SimpleNamespace(methods=lambda: rows, method=lambda slug: next(row for row in rows if row.slug == slug))
+    monkeypatch.setattr(merger, "catalogue", made)
+    monkeypatch.setitem(sys.modules, "made.pcb-merging", SimpleNamespace(MERGER=Doubled))
+    assert mergers() == [*BUILT_IN, "pcb-merging", "other-merging"]
+    base, experts = pair([1.0, 2.0], [3.0, -1.0])
+    for name in ("pcb", "pcb-merging"):
+        assert workbench.merge(base, experts, name)["w"].tolist() == [8, 2]
+    with pytest.raises(InputError, match=r"method 'merging' is unknown.*Allowed: .*pcb-merging"):
+        workbench.merge(base, experts, "merging")
+
+
+def test_a_file_that_assigns_a_merger_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(catalogue, "PACKAGE", tmp_path)
+    row = catalogue.Method("a-b", "t", "merging", 2024, "p", "c")
+    row.path.parent.mkdir(parents=True)
+    row.path.write_text("class Merge: ...\n")
+    assert not row.merges
+    row.path.write_text("class Merge: ...\n\nMERGER = Merge\n")
+    assert row.merges
 
 
 def test_every_method_is_found_by_its_name():

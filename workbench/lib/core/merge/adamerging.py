@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from workbench.errors import InputError
@@ -56,8 +56,10 @@ def entropy_loss(logits: Float[Tensor, "... C"]) -> Float[Tensor, ""]:
 class AdaMerging(Merger):
     """Learn one weight a task, or one a task and tensor, on inputs without labels (Yang et al. 2023, arXiv:2310.02575).
 
+    In memory are all task vectors, and with them the merged model and its gradient.
+
     Args:
-        batches: of each expert, a list of batches of inputs; each step takes the next of every task.
+        batches: of each expert, batches of inputs of its task, all held in memory; each step takes the next of each.
         heads: of each expert, what makes logits of the model's answer; None where it answers them.
         granularity: one weight a task, or one a task and tensor ("layer").
         init: every weight at first.
@@ -90,9 +92,9 @@ class AdaMerging(Merger):
         for name, given in (("batches", self.batches), ("heads", self.heads)):
             if given is not None and len(given) != vectors.n:
                 raise InputError(f"{name} has {len(given)} entries but must have one for each of {vectors.n} experts")
-        empty = [i for i, own in enumerate(self.batches) if not len(own)]
-        if empty:
-            raise InputError(f"batches[{empty[0]}] is empty but must hold at least one batch")
+        batches = [list(own) for own in self.batches]
+        if [] in batches:
+            raise InputError(f"batches[{batches.index([])}] is empty but must hold at least one batch")
         deltas = {name: vectors.deltas(name) for name in vectors.names}
         base = {name: vectors.base.whole(name) for name in vectors.names}
         shape = (vectors.n,) if self.granularity == "task" else (vectors.n, len(deltas))
@@ -102,13 +104,13 @@ class AdaMerging(Merger):
             for step in range(self.steps):
                 optimizer.zero_grad()
                 merged = merged_params(base, deltas, weights)
-                sum(self._entropy(model, merged, task, step) for task in range(vectors.n)).backward()
+                next_ones = [own[step % len(own)] for own in batches]
+                sum(self._entropy(model, merged, task, batch) for task, batch in enumerate(next_ones)).backward()
                 optimizer.step()
         weights = weights.detach()
         return weights if weights.ndim == 2 else weights[:, None].expand(-1, len(deltas))
 
-    def _entropy(self, model: torch.nn.Module, merged: dict[str, Tensor], task: int, step: int) -> Tensor:
-        batch = self.batches[task][step % len(self.batches[task])]
+    def _entropy(self, model: nn.Module, merged: dict[str, Tensor], task: int, batch: Any) -> Tensor:
         said = answer(lambda *a, **k: functional_call(model, merged, a, k), batch)
         return entropy_loss(logits_of(said if self.heads is None else self.heads[task](said)))
 

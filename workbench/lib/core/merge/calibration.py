@@ -50,15 +50,15 @@ def gram_matrices(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
     counts: dict[str, int] = {}
 
     def seen(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2).double()
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = (inputs[0] if inputs else named["input"]).detach().flatten(0, -2).double()
             sums[name] = sums.get(name, 0) + x.T @ x
             counts[name] = counts.get(name, 0) + len(x)
 
         return hook
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    handles = [layer.register_forward_pre_hook(seen(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(seen(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with evaluating(model):
             for batch in batches:

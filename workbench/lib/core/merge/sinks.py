@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.lib.core.merge.merger import Merger, merged_pieces
 from workbench.lib.core.merge.sources import DTYPES
 from workbench.lib.core.merge.vectors import PIECE, TaskVectors
@@ -26,10 +27,13 @@ def write_merged(
     once, as safetensors has them.
 
     Raises:
-        InputError: as `merge`.
+        InputError: as `merge`; or the base has a tensor of a type that the format has not.
         OSError: the disk is full or not writable; what was at `path` still is.
     """
     specs = {name: spec for name, spec in vectors.base.specs.items() if name not in vectors.base.ties}
+    unknown = [f"{name} as {dtype}" for name, (_, dtype) in specs.items() if dtype not in CODES]
+    if unknown:
+        raise InputError(f"{vectors.base.label} has {', '.join(unknown[:8])}, which a safetensors file cannot have")
     header, end = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name, (shape, dtype) in specs.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize

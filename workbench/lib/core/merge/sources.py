@@ -58,20 +58,17 @@ class Held(Source):
         self.label = label
         if isinstance(given, nn.Module):
             self.model, given = given, given.state_dict()
-        wrong = [
-            f"{name!r} is {type(value).__name__}" for name, value in given.items() if not isinstance(value, Tensor)
-        ]
+        wrong = [f"{name!r} is {problem}" for name, value in given.items() if (problem := _problem(value))]
         if wrong:
             raise InputError(f"{label} must hold tensors by name, but {', '.join(wrong[:8])}")
-        self.tensors = {name: value.detach() for name, value in given.items()}
-        self.specs = {name: (tuple(value.shape), value.dtype) for name, value in self.tensors.items()}
         first: dict[tuple, str] = {}
-        self.ties = {}
-        for name, value in self.tensors.items():
-            if value.numel() and value.device.type != "meta":
-                key = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
-                if (twin := first.setdefault(key, name)) != name:
-                    self.ties[name] = twin
+        self.tensors, self.ties = {}, {}
+        for name, value in given.items():
+            self.tensors[name] = value.detach().contiguous()  # a slice of what is not would be a copy of it all
+            key = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
+            if value.numel() and (twin := first.setdefault(key, name)) != name:
+                self.ties[name] = twin
+        self.specs = {name: (tuple(value.shape), value.dtype) for name, value in self.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self.tensors[name].reshape(-1)[start:stop]
@@ -121,6 +118,15 @@ def open_source(given: Any, label: str) -> Source:
     raise InputError(
         f"{label} is a {type(given).__name__} but must be a state dict, a module, or the path of safetensors files"
     )
+
+
+def _problem(value: object) -> str | None:
+    """Why it cannot be read as a tensor."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.device.type == "meta":
+        return "on the meta device, without values"
+    return None if value.layout == torch.strided else f"{value.layout}"
 
 
 def _entries(path: Path):
