@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -33,6 +34,7 @@ def write_peft(
     expert: int = 0,
     packed: Sequence[str] = (),
     magnitudes: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one expert of the banks, by the names of their layers, as a LoRA that peft loads.
 
@@ -43,6 +45,7 @@ def write_peft(
         packed: names of packed parameters, such as "mlp.experts.gate_up_proj", whose banks are called by each of the
             model's experts, "mlp.experts.0.gate_up_proj" and so on; those of one module in the order it has them.
         magnitudes: of a DoRA, (O,) for every bank by its name; `read_peft` does not read such a folder.
+        settings: of peft's, such as where the base is from, that say nothing of the update.
 
     Raises:
         InputError: something else is at `folder`, there is no such expert, or no bank; the banks of a packed
@@ -94,7 +97,7 @@ def write_peft(
         "inference_mode": True,
         "base_model_name_or_path": None,
         "task_type": None,
-    }
+    } | dict(settings or {})
     with sealed_folder(folder) as unfinished:
         if folder.exists():
             shutil.copytree(folder, unfinished, symlinks=True, dirs_exist_ok=True)
@@ -132,10 +135,10 @@ def read_loras(folder: str | Path, model: nn.Module | None = None) -> LoRAs:
         InputError: no such folder, damaged or half-written files, features beyond plain LoRA, all of them named; or a
             copy of a base weight that is not the model's, or with no model to compare it with.
     """
-    return _read(Path(folder), model)[0]
+    return read_folder(Path(folder), model)[0]
 
 
-def _read(folder: Path, model: nn.Module | None) -> tuple[LoRAs, Config, list[str]]:
+def read_folder(folder: Path, model: nn.Module | None) -> tuple[LoRAs, Config, list[str]]:
     """The LoRAs, the settings, and what to adapt for them: names of layers and of packed parameters."""
     there = whole(folder)
     if not (there / CONFIG).is_file() or not (there / TENSORS).is_file():
@@ -198,7 +201,7 @@ def read_peft(model: nn.Module, folder: str | Path) -> Adapted:
         InputError: as `read_loras`; or layers that the model lacks or that have other widths, all in one message. The
             model is as it was before.
     """
-    loras, config, names = _read(Path(folder), model)
+    loras, config, names = read_folder(Path(folder), model)
     here = match_targets(model, ("*",))
     if wrong := [f"the model has no linear layer {name!r}" for name in sorted(names) if name not in here]:
         raise InputError(f"{folder} does not fit this model: {'; '.join(wrong)}")

@@ -68,6 +68,8 @@ class Config:
     Attributes:
         dropout: of the updates' inputs.
         parameters: names of whole parameters that are adapted, such as those of packed experts.
+        transposed: whether it says that the base's weights lie as (I, O).
+        base_name: what it says of where the base is from.
     """
 
     def __init__(self, path: Path):
@@ -85,6 +87,7 @@ class Config:
         if other or "peft_type" not in found:
             raise InputError(f"{path.parent} is no plain LoRA: {', '.join(other) or 'peft_type is missing'}")
         self.rslora = bool(found.get("use_rslora"))
+        self.transposed, self.base_name = bool(found.get("fan_in_fan_out")), found.get("base_model_name_or_path")
         self.alpha = self._number("lora_alpha", found.get("lora_alpha"))
         self.dropout = self._number("lora_dropout", found.get("lora_dropout", 0.0))
         if not 0 <= self.dropout < 1:

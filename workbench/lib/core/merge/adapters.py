@@ -1,0 +1,326 @@
+"""Merging of LoRAs: low-rank updates of the same base, made into one adapter or added to the base's weights.
+
+    deltas = read_deltas(["a", "b"])                   # LoRA folders, of peft or of our own
+    merged = concatenate(deltas, [0.5, 0.5])           # exactly 0.5 a + 0.5 b; ranks add
+    merged = truncate(merged, 8)                       # the best of rank 8
+    merged.save("merged")                              # a folder that peft loads; deltas of packed experts as well
+    state = merged.added_to(model.state_dict())        # or full weights
+
+What a layer's update is, s B A, is settled when a folder is read, with rsLoRA's alpha / sqrt(r) and the patterns of
+ranks and alphas; a merge never sees r or alpha again. What is no such update is refused by name: DoRA, whose update
+depends on the base's norms, biases, layers trained whole, adapters that change the base first (PiSSA, OLoRA).
+
+Tensor letters: n adapters, r rank, I input width, O output width.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import InputError
+from workbench.lib.core.adapt.files import SIDECAR, read_adapter
+from workbench.lib.core.adapt.packed import find_packed
+from workbench.lib.core.adapt.peft import read_folder, write_peft
+from workbench.lib.core.low_rank import LowRankExperts
+
+Factors = tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankDeltas(Mapping[str, Factors]):
+    """The update of each adapted layer: name -> (A (r, I), B (O, r), scale), the update being scale B A.
+
+    Attributes:
+        layers: one of packed experts has an entry for each expert, "mlp.experts.0.gate_up_proj" and so on.
+        packed: names of the packed parameters, "mlp.experts.gate_up_proj", of a module in its own order.
+        base: what is known of the base: "sha256" of the adapted weights, or "name".
+        transposed: whether the adapter says that weights of the base lie as (I, O), as in GPT-2.
+    """
+
+    layers: dict[str, Factors]
+    packed: tuple[str, ...] = ()
+    base: tuple[tuple[str, str], ...] = ()
+    transposed: bool = False
+
+    def __getitem__(self, name: str) -> Factors:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (r, I) and B (O, r) with the scale in B, in float32 or better."""
+        a, b, scale = self.layers[name]
+        kind = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        return a.to(kind), b.to(kind) * scale
+
+    def dense(self, name: str) -> Tensor:
+        """The update (O, I)."""
+        a, b = self.factors(name)
+        return b @ a
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(O, I)."""
+        a, b, _ = self.layers[name]
+        return b.shape[0], a.shape[1]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a LoRA folder that peft loads and `read_deltas` reads to the same updates.
+
+        Raises:
+            InputError: something else is at `folder`; or packed experts of one parameter have unequal ranks.
+            OSError: the disk is full or not writable; what was there still is.
+        """
+        banks = {name: LowRankExperts.from_loras([(*_narrowed(*self.factors(name)), 1.0)]) for name in self}
+        said = {"fan_in_fan_out": self.transposed, "base_model_name_or_path": dict(self.base).get("name")}
+        return write_peft(banks, folder, packed=self.packed, settings=said)
+
+    def added_to(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights with the updates in them, each added in float32 or better and in the weight's own type again.
+
+        Args:
+            state: of the base, by the names of its parameters; not changed.
+
+        Raises:
+            InputError: weights that are missing or of other shapes, all of them named; or square weights of which
+                nothing says whether they lie as (O, I) or (I, O).
+        """
+        merged, by_weight = dict(state), self.by_weight()
+        wrong = [f"no weight {key!r}" for key in by_weight if key not in state]
+        fits = {key: _fits(state[key].shape, self, names) for key, names in by_weight.items() if key in state}
+        wrong += [
+            f"{key} has shape {tuple(state[key].shape)} but the update is {self.shape(by_weight[key][0])}"
+            for key, fit in fits.items()
+            if not fit
+        ]
+        if wrong:
+            raise InputError(f"the base does not fit the adapter: {'; '.join(wrong)}")
+        # one kind of layer is turned, or none: where a weight that is not square is, square ones of its kind may be
+        turned = self.transposed or any(fit == {True} for fit in fits.values())
+        if turned and any(fit == {False} for fit in fits.values()):
+            doubtful = [key for key, fit in fits.items() if len(fit) == 2]
+            if doubtful:
+                raise InputError(
+                    f"the base has weights as (O, I) and as (I, O), and {', '.join(doubtful)} may be either: adapt the "
+                    "model with the merged adapter and use its merge_back"
+                )
+        for key, fit in fits.items():
+            turn = turned if len(fit) == 2 else fit == {True}
+            delta = [self.dense(name).T if turn else self.dense(name) for name in by_weight[key]]
+            delta = torch.stack(delta) if state[key].ndim == 3 else delta[0]
+            merged[key] = (state[key].to(delta.dtype) + delta).to(state[key].dtype)
+        return merged
+
+    def by_weight(self) -> dict[str, list[str]]:
+        """The names of the updates of each weight of the base: one, or one for each packed expert."""
+        experts = {whole: [n for e in range(len(self)) if (n := _expert(whole, e)) in self] for whole in self.packed}
+        taken = {name for names in experts.values() for name in names}
+        return experts | {f"{name}.weight": [name] for name in self if name not in taken}
+
+
+def read_deltas(folders: Sequence[str | Path], model: nn.Module | None = None) -> list[LowRankDeltas]:
+    """The updates of LoRA folders, of peft or as `Adapted.save` writes them, which must be of one base.
+
+    Args:
+        model: the base; needed where packed experts are adapted, for what lies in their A and B.
+
+    Raises:
+        InputError: everything that is wrong with any of the folders, and every way in which they do not go together.
+    """
+    if isinstance(folders, str | Path) or not folders:
+        raise InputError(f"folders is {folders!r} but must be a list of at least one folder")
+    deltas, wrong = [], []
+    for folder in map(Path, folders):
+        try:
+            deltas.append(_read_own(folder, model) if (folder / SIDECAR).is_file() else _read_peft(folder, model))
+        except InputError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise InputError("; ".join(wrong))
+    _together(deltas, [str(folder) for folder in folders])
+    return deltas
+
+
+def _read_peft(folder: Path, model: nn.Module | None) -> LowRankDeltas:
+    loras, config, names = read_folder(folder, model)
+    # a packed parameter has no LoRA of its own name, only its experts have
+    base = (("name", config.base_name),) if isinstance(config.base_name, str) and config.base_name else ()
+    return LowRankDeltas(loras, tuple(name for name in names if name not in loras), base, config.transposed)
+
+
+def _read_own(folder: Path, model: nn.Module | None) -> LowRankDeltas:
+    said, tensors = read_adapter(folder)
+    if said["slug"] != "lora":
+        raise InputError(f"{folder} is a {said['slug']!r} but only plain LoRAs, 'lora', are merged: others are no sum")
+    layers: dict[str, Factors] = {}
+    for key in tensors:
+        name, _, half = key.rpartition(".experts.")
+        if not name or half not in ("a", "b", "scale") or tensors[key].shape[:1] != (1,):
+            raise InputError(f"{folder} holds {key!r} of shape {tuple(tensors[key].shape)}, which is no plain LoRA's")
+        halves = [tensors.get(f"{name}.experts.{h}") for h in ("a", "b", "scale")]
+        if any(half is None or not half.isfinite().all() for half in halves):
+            raise InputError(f"{folder} has no whole LoRA of {name} in finite numbers")
+        a, b, scale = halves
+        if (a.ndim, b.ndim, scale.ndim) != (3, 3, 1) or a.shape[1] != b.shape[2]:
+            raise InputError(f"{folder} has A {tuple(a.shape)} and B {tuple(b.shape)} of unequal ranks at {name}")
+        layers[name] = (a[0], b[0], float(scale[0]))
+    return LowRankDeltas(layers, _packed(folder, layers, model), (("sha256", said["base_sha256"]),))
+
+
+def _packed(folder: Path, layers: Mapping[str, Factors], model: nn.Module | None) -> tuple[str, ...]:
+    """The packed parameters that the layers are experts of, in the order in which their modules have them."""
+    if model is None:
+        if doubtful := [name for name in layers if re.search(r"\.\d+\.(gate_up|up|down)_proj$", name)]:
+            raise InputError(f"{folder} adapts experts, {doubtful[0]} ..: give the model, which says how they lie")
+        return ()
+    names = (f"{place}.{key}" for place, module in model.named_modules() for key in find_packed(module))
+    return tuple(name for name in names if _expert(name, 0) in layers)
+
+
+def _expert(whole: str, index: int) -> str:
+    """The name of one expert of a packed parameter."""
+    place, _, key = whole.rpartition(".")
+    return f"{place}.{index}.{key}"
+
+
+def _together(deltas: Sequence[LowRankDeltas], names: Sequence[str]) -> None:
+    """Raise an `InputError` of all ways in which the adapters are not of one base."""
+    wrong = []
+    for key in ("sha256", "name"):
+        # a digest is of the adapted weights, so it says something only between adapters of the same layers
+        known = {n: d for n, d in zip(names, deltas, strict=True) if key in dict(d.base)}
+        bases = {n: (dict(d.base)[key], frozenset(d) if key == "sha256" else None) for n, d in known.items()}
+        if len(set(bases.values())) > len({layers for _, layers in bases.values()}):
+            wrong.append("bases differ: " + ", ".join(f"{name} is of {base!r}" for name, (base, _) in bases.items()))
+    for layer in dict.fromkeys(layer for d in deltas for layer in d):
+        shapes = {name: d.shape(layer) for name, d in zip(names, deltas, strict=True) if layer in d}
+        if len(set(shapes.values())) > 1:
+            wrong.append(f"{layer} is " + ", ".join(f"{shape} in {name}" for name, shape in shapes.items()))
+    for layer in dict.fromkeys(whole for d in deltas for whole in d.packed):
+        # the experts of a parameter are known only from its own adapter; another's layer of that name is another layer
+        if lacking := [n for n, d in zip(names, deltas, strict=True) if layer not in d.packed]:
+            wrong.append(f"packed experts {layer} are not adapted by {', '.join(lacking)}")
+    if wrong:
+        raise InputError(f"the adapters do not go together: {'; '.join(wrong)}")
+
+
+def _weighed(deltas: Sequence[LowRankDeltas], weights: Sequence[float]) -> dict[str, list[tuple[LowRankDeltas, float]]]:
+    """Of each layer, the adapters that have it and their weights; after all checks."""
+    deltas = list(deltas)
+    if not deltas:
+        raise InputError("deltas is empty but must hold at least one adapter")
+    if len(weights) != len(deltas) or not all(abs(w) < float("inf") for w in weights):
+        raise InputError(f"weights is {list(weights)} but must be {len(deltas)} finite numbers, one for each adapter")
+    _together(deltas, [f"adapter {i}" for i in range(len(deltas))])
+    layers = dict.fromkeys(name for d in deltas for name in d)
+    return {name: [(d, w) for d, w in zip(deltas, weights, strict=True) if name in d] for name in layers}
+
+
+def _like(deltas: Sequence[LowRankDeltas], layers: dict[str, Factors]) -> LowRankDeltas:
+    base = dict(pair for d in deltas for pair in d.base)
+    if any(set(d) != set(layers) for d in deltas):
+        base.pop("sha256", None)
+    return LowRankDeltas(layers, deltas[0].packed, tuple(base.items()), any(d.transposed for d in deltas))
+
+
+def concatenate(deltas: Sequence[LowRankDeltas], weights: Sequence[float]) -> LowRankDeltas:
+    """Exactly sum_i w_i (s_i B_i A_i) for every layer: A and B side by side, so that ranks add (peft's `cat`).
+
+    A layer that an adapter has not is zero in it. Where the ranks add to more than a layer's smaller width, the sum is
+    held in that rank, which is enough for any matrix.
+    """
+    layers = {}
+    for name, found in _weighed(deltas, weights).items():
+        pairs = [(d.factors(name), w) for d, w in found]
+        a, b = torch.cat([a for (a, _), _ in pairs]), torch.cat([b * w for (_, b), w in pairs], dim=1)
+        layers[name] = (*_narrowed(a, b), 1.0)
+    return _like(deltas, layers)
+
+
+def linear(deltas: Sequence[LowRankDeltas], weights: Sequence[float]) -> LowRankDeltas:
+    """A and B summed each by itself, as in peft's `linear`: NOT the weighted sum of the updates.
+
+    A = sum_i sign(w_i) sqrt(|w_i| s_i) A_i, B likewise without signs, so that B A has all products B_i A_j as well: two
+    equal adapters at [0.5, 0.5] come out doubled. For comparison; `concatenate` and `truncate` are what a sum is.
+
+    Raises:
+        InputError: layers whose ranks differ, all named, for there is nothing to add.
+    """
+    found, layers = _weighed(deltas, weights), {}
+    ranks = {name: [len(d[name][0]) for d, _ in of] for name, of in found.items()}
+    if unequal := [f"{name}: {', '.join(map(str, r))}" for name, r in ranks.items() if len(set(r)) > 1]:
+        raise InputError(f"linear needs equal ranks but has {'; '.join(unequal)}; concatenate takes any")
+    for name, of in found.items():
+        a, b = 0, 0
+        for d, w in of:
+            one, other, scale = d[name]
+            root = abs(w * scale) ** 0.5
+            a, b = a + one.float() * (root if w * scale >= 0 else -root), b + other.float() * root
+        layers[name] = (a, b, 1.0)
+    return _like(deltas, layers)
+
+
+def truncate(deltas: LowRankDeltas, rank: int) -> LowRankDeltas:
+    """The best update of at most that rank for each layer (peft's `svd`), by an SVD of no more than r x r numbers.
+
+    Raises:
+        InputError: `rank` is no whole number of at least 1.
+    """
+    if type(rank) is not int or rank < 1:
+        raise InputError(f"rank is {rank!r} but must be a whole number of at least 1")
+    layers = {}
+    for name in deltas:
+        a, b = (half.double() for half in deltas.factors(name))
+        (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+        u, s, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+        root, kind = s[:rank].sqrt(), deltas.factors(name)[0].dtype
+        layers[name] = ((root[:, None] * (v[:rank] @ qa.T)).to(kind), (qb @ u[:, :rank] * root).to(kind), 1.0)
+    return LowRankDeltas(layers, deltas.packed, deltas.base, deltas.transposed)
+
+
+def merge_dense(
+    deltas: Sequence[LowRankDeltas], rule: Callable[[Tensor], Tensor], rank: int | None = None
+) -> LowRankDeltas:
+    """Any rule for task vectors on the updates themselves, layer by layer.
+
+    Args:
+        rule: the n updates (n, O, I) of a layer -> the merged one (O, I); one that an adapter has not is zero.
+        rank: what each result is truncated to; default none, its smaller width.
+    """
+    layers = {}
+    for name, found in _weighed(deltas, [1.0] * len(deltas)).items():
+        zero = torch.zeros_like(found[0][0].dense(name))
+        merged = rule(torch.stack([d.dense(name) if name in d else zero for d in deltas]))
+        if merged.shape != zero.shape or not merged.isfinite().all():
+            raise InputError(f"rule gave {tuple(merged.shape)} for {name} but must give finite {tuple(zero.shape)}")
+        layers[name] = (*_as_factors(merged), 1.0)
+    merged = _like(deltas, layers)
+    return merged if rank is None else truncate(merged, rank)
+
+
+def _narrowed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product in a rank of at most its smaller width."""
+    d_out, d_in = b.shape[0], a.shape[1]
+    if len(a) <= min(d_out, d_in):
+        return a, b
+    return _as_factors((b.double() @ a.double()).to(b.dtype))
+
+
+def _as_factors(full: Tensor) -> tuple[Tensor, Tensor]:
+    d_out, d_in = full.shape
+    return (torch.eye(d_in, dtype=full.dtype), full) if d_in <= d_out else (full, torch.eye(d_out, dtype=full.dtype))
+
+
+def _fits(shape: Sequence[int], deltas: LowRankDeltas, names: list[str]) -> set[bool]:
+    """In which ways a weight of that shape can take the updates: as (O, I), False, as (I, O), True."""
+    d_out, d_in = deltas.shape(names[0])
+    experts = (len(names),) if len(shape) == 3 else ()
+    sides = {False: (*experts, d_out, d_in), True: (*experts, d_in, d_out)}
+    return {turned for turned, side in sides.items() if tuple(shape) == side}
