@@ -10,11 +10,12 @@ from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt
 from workbench.lib.core.adapt.peft import read_peft, write_peft
 from workbench.lib.core.low_rank import LowRankExperts
+from workbench.lib.core.merge import Matrices, make_merger
 from workbench.lib.core.merge.adapters import (
     LowRankDeltas,
     concatenate,
     linear,
-    merge_dense,
+    merge_adapters,
     read_deltas,
     truncate,
 )
@@ -252,6 +253,16 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
             truncate(pair[0], rank)
 
 
+class Rule(Matrices):
+    """A rule for the updates (n, O, I) of one layer."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def matrix(self, tau, name, facts):
+        return self.rule(tau)
+
+
 def ties(density: float):
     """peft's convention: a share of each tensor, signs elected without the weights, divided by the count."""
 
@@ -290,10 +301,10 @@ SPACE = {
     "cat": lambda d: concatenate(d, WEIGHTS),
     "svd": lambda d: truncate(concatenate(d, WEIGHTS), 3),
     "linear": lambda d: linear(d, WEIGHTS),
-    "ties_svd": lambda d: merge_dense(d, ties(0.5), rank=3),
-    "magnitude_prune_svd": lambda d: merge_dense(d, pruned(0.5), rank=3),
-    "dare_linear_svd": lambda d: merge_dense(d, dropped, rank=3),
-    "dare_ties_svd": lambda d: merge_dense(d, dropped_ties, rank=3),
+    "ties_svd": lambda d: merge_adapters(d, Rule(ties(0.5)), rank=3),
+    "magnitude_prune_svd": lambda d: merge_adapters(d, Rule(pruned(0.5)), rank=3),
+    "dare_linear_svd": lambda d: merge_adapters(d, Rule(dropped), rank=3),
+    "dare_ties_svd": lambda d: merge_adapters(d, Rule(dropped_ties), rank=3),
 }
 
 
@@ -416,9 +427,12 @@ def test_a_result_does_not_depend_on_the_order_and_a_lone_adapter_is_itself(tmp_
     for name in one:
         torch.testing.assert_close(one.dense(name), other.dense(name), **CLOSE)
     check_sum(concatenate(deltas[:1], [1.0]), updates(model)[0] | {})
-    check_sum(merge_dense(deltas, lambda tau: (torch.tensor(WEIGHTS)[:, None, None] * tau).sum(0)), weighted_sum(model))
-    with pytest.raises(InputError, match="rule gave"):
-        merge_dense(deltas, lambda tau: tau)
+    for rank in (None, 6):
+        summed = merge_adapters(deltas, make_merger("task-arithmetic", {"weights": WEIGHTS}), rank)
+        check_sum(summed, weighted_sum(model))
+        assert len(summed["first"][0]) == 5  # 3 + 2
+    weigh = Rule(lambda tau: (torch.tensor(WEIGHTS)[:, None, None] * tau).sum(0))
+    check_sum(merge_adapters(deltas, weigh), weighted_sum(model))
 
 
 def test_half_precision_is_summed_in_float32():

@@ -14,7 +14,7 @@ Tensor letters: n adapters, r rank, I input width, O output width.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,9 @@ from workbench.lib.core.adapt.files import SIDECAR, read_adapter
 from workbench.lib.core.adapt.packed import find_packed
 from workbench.lib.core.adapt.peft import read_folder, write_peft
 from workbench.lib.core.low_rank import LowRankExperts
+from workbench.lib.core.merge.linear import TaskArithmetic
+from workbench.lib.core.merge.merger import Merger, merged_state
+from workbench.lib.core.merge.vectors import TaskVectors
 
 Factors = tuple[Tensor, Tensor, float]
 
@@ -92,11 +95,23 @@ class LowRankDeltas(Mapping[str, Factors]):
             InputError: weights that are missing or of other shapes, all of them named; or square weights of which
                 nothing says whether they lie as (O, I) or (I, O).
         """
-        merged, by_weight = dict(state), self.by_weight()
-        wrong = [f"no weight {key!r}" for key in by_weight if key not in state]
-        fits = {key: _fits(state[key].shape, self, names) for key, names in by_weight.items() if key in state}
+        merged = dict(state)
+        for key, placed in self.placed({key: value.shape for key, value in state.items()}).items():
+            delta = placed.rows().view(state[key].shape)
+            merged[key] = (state[key].to(delta.dtype) + delta).to(state[key].dtype)
+        return merged
+
+    def placed(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, "Placed"]:
+        """How the updates lie in the weights of a base, by the weights' names.
+
+        Raises:
+            InputError: as `added_to`.
+        """
+        by_weight = self.by_weight()
+        wrong = [f"no weight {key!r}" for key in by_weight if key not in shapes]
+        fits = {key: _fits(shapes[key], self, names) for key, names in by_weight.items() if key in shapes}
         wrong += [
-            f"{key} has shape {tuple(state[key].shape)} but the update is {self.shape(by_weight[key][0])}"
+            f"{key} has shape {tuple(shapes[key])} but the update is {self.shape(by_weight[key][0])}"
             for key, fit in fits.items()
             if not fit
         ]
@@ -104,25 +119,46 @@ class LowRankDeltas(Mapping[str, Factors]):
             raise InputError(f"the base does not fit the adapter: {'; '.join(wrong)}")
         # one kind of layer is turned, or none: where a weight that is not square is, square ones of its kind may be
         turned = self.transposed or any(fit == {True} for fit in fits.values())
-        if turned and any(fit == {False} for fit in fits.values()):
-            doubtful = [key for key, fit in fits.items() if len(fit) == 2]
-            if doubtful:
-                raise InputError(
-                    f"the base has weights as (O, I) and as (I, O), and {', '.join(doubtful)} may be either: adapt the "
-                    "model with the merged adapter and use its merge_back"
-                )
-        for key, fit in fits.items():
-            turn = turned if len(fit) == 2 else fit == {True}
-            delta = [self.dense(name).T if turn else self.dense(name) for name in by_weight[key]]
-            delta = torch.stack(delta) if state[key].ndim == 3 else delta[0]
-            merged[key] = (state[key].to(delta.dtype) + delta).to(state[key].dtype)
-        return merged
+        doubtful = [key for key, fit in fits.items() if len(fit) == 2]
+        if turned and doubtful and any(fit == {False} for fit in fits.values()):
+            raise InputError(
+                f"the base has weights as (O, I) and as (I, O), and {', '.join(doubtful)} may be either: adapt the "
+                "model with the merged adapter and use its merge_back"
+            )
+        return {
+            key: Placed([self.factors(name) for name in by_weight[key]], turned if len(fit) == 2 else fit == {True})
+            for key, fit in fits.items()
+        }
 
     def by_weight(self) -> dict[str, list[str]]:
         """The names of the updates of each weight of the base: one, or one for each packed expert."""
         experts = {whole: [n for e in range(len(self)) if (n := _expert(whole, e)) in self] for whole in self.packed}
         taken = {name for names in experts.values() for name in names}
         return experts | {f"{name}.weight": [name] for name in self if name not in taken}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The updates of one weight: as its rows lie, of which only some need be computed.
+
+    Attributes:
+        factors: A (r, I) and B (O, r), of each packed expert where it has several.
+        turned: whether the weight is (I, O).
+    """
+
+    factors: list[tuple[Tensor, Tensor]]
+    turned: bool
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The entries start to stop of the flattened update of the weight."""
+        sides = [(a.T, b.T) if self.turned else (b, a) for a, b in self.factors]
+        high, wide = len(sides[0][0]), sides[0][1].shape[1]
+        start, stop, _ = slice(start, stop).indices(len(sides) * high * wide)
+        first, last = start // wide, -(-stop // wide)  # rows of all experts, one below the other
+        found = [
+            left[max(first - e * high, 0) : max(last - e * high, 0)] @ right for e, (left, right) in enumerate(sides)
+        ]
+        return torch.cat(found).flatten()[start - first * wide : stop - first * wide]
 
 
 def read_deltas(folders: Sequence[str | Path], model: nn.Module | None = None) -> list[LowRankDeltas]:
@@ -285,23 +321,25 @@ def truncate(deltas: LowRankDeltas, rank: int) -> LowRankDeltas:
     return LowRankDeltas(layers, deltas.packed, deltas.base, deltas.transposed)
 
 
-def merge_dense(
-    deltas: Sequence[LowRankDeltas], rule: Callable[[Tensor], Tensor], rank: int | None = None
-) -> LowRankDeltas:
-    """Any rule for task vectors on the updates themselves, layer by layer.
+def merge_adapters(deltas: Sequence[LowRankDeltas], merger: Merger, rank: int | None = None) -> LowRankDeltas:
+    """Any way to merge on the updates themselves, which are the task vectors; a layer that one has not is zero in it.
 
     Args:
-        rule: the n updates (n, O, I) of a layer -> the merged one (O, I); one that an adapter has not is zero.
-        rank: what each result is truncated to; default none, its smaller width.
+        rank: what each result is truncated to; default none. Sums are exact then, and of the ranks together; of any
+            other method results have the rank that they have, up to a layer's smaller width.
+
+    Raises:
+        InputError: adapters that do not go together, or what the method says.
     """
-    layers = {}
-    for name, found in _weighed(deltas, [1.0] * len(deltas)).items():
-        zero = torch.zeros_like(found[0][0].dense(name))
-        merged = rule(torch.stack([d.dense(name) if name in d else zero for d in deltas]))
-        if merged.shape != zero.shape or not merged.isfinite().all():
-            raise InputError(f"rule gave {tuple(merged.shape)} for {name} but must give finite {tuple(zero.shape)}")
-        layers[name] = (*_as_factors(merged), 1.0)
-    merged = _like(deltas, layers)
+    shapes = {name: of[0][0].shape(name) for name, of in _weighed(deltas, [1.0] * len(deltas)).items()}
+    zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    dense = [{name: d.dense(name).float() if name in d else zeros[name].clone() for name in shapes} for d in deltas]
+    vectors = TaskVectors(zeros, dense)
+    if isinstance(merger, TaskArithmetic):
+        merged = concatenate(deltas, merger.facts(vectors))
+    else:
+        found = merged_state(vectors, merger)
+        merged = _like(deltas, {name: (*_as_factors(full), 1.0) for name, full in found.items()})
     return merged if rank is None else truncate(merged, rank)
 
 

@@ -89,6 +89,10 @@ class Stored(Source):
                 raise InputError(f"{path} has {name} twice, in {self._places[name][0].name} and {place[0].name}")
             self.specs[name], self._places[name] = spec, place
 
+    def file(self, name: str) -> Path:
+        """The file that the tensor is in."""
+        return self._places[name][0]
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         shape, dtype = self.specs[name]
         start, stop, _ = slice(start, stop).indices(math.prod(shape))
