@@ -24,6 +24,7 @@ COMMANDS = (
     "study",
     "verdicts",
     "bench",
+    "merge",
     "live",
     "view",
     "run",

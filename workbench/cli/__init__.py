@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
+from workbench.cli.merge import add_merge
 from workbench.errors import InputError, unknown
 
 PRESETS = ("smoke", "small", "full")
@@ -99,6 +100,9 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         "--repeats", type=whole(1), metavar="N", help="rounds of each measurement (default: the bench's own)"
     )
     sub.add_argument("--quick", action="store_true", help="small problems that take seconds, not to judge by")
+
+    sub = command("merge", "merge models or adapters of one base, from files to files")
+    add_merge(sub)
 
     def page(name: str, text: str) -> Parser:
         sub = command(name, text, json=False)

@@ -175,6 +175,12 @@ def _show_bench(result: dict) -> None:
     )
 
 
+def merge(args: argparse.Namespace) -> None:
+    from workbench.cli.merge import merge as merge_files
+
+    merge_files(args)
+
+
 def live(args: argparse.Namespace) -> None:
     from workbench.cli.live import recipes
     from workbench.live.serve import live as serve_live

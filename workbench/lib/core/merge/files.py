@@ -129,7 +129,7 @@ def write_model(
 
     Args:
         vectors: as `open_models` gives them for `base`.
-        progress: called with the weights that are written, all of them, and the tensor that is next.
+        progress: called with the weights that are merged, all of them, and what they are.
 
     Returns:
         The files that were written, tensors first.
@@ -176,6 +176,6 @@ def _not_copied(folder: str, names: list[str]) -> list[str]:
 def _told(pieces: Iterator[Tensor], total: int, progress: Report) -> Iterator[Tensor]:
     done = 0
     for piece in pieces:
-        yield piece
         done += piece.numel()
         progress(done, total, "weights")
+        yield piece
