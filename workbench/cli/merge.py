@@ -23,15 +23,21 @@ def add_merge(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--include", action="append", metavar="PATTERN", help=text)
     text = "leave these tensors as the base has them, such as '*classifier*'"
     sub.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=text)
+    text = "read all but where to write from a recipe of mergekit's, a YAML file"
+    sub.add_argument("--recipe", metavar="FILE", help=text)
     sub.add_argument("--adapter", action="store_true", help="write an adapter, of LoRA folders, instead of a model")
     sub.add_argument("--rank", type=int, metavar="N", help="with --adapter: the rank to cut the result to")
 
 
 def merge(args: argparse.Namespace) -> None:
     """What the command does, as `workbench.cli.commands` hands it on."""
-    if args.base is None or not args.experts:
-        raise InputError("merge needs a BASE and at least one EXPERT")
-    if args.method is None:
+    if args.recipe is not None:
+        given = (args.base, args.method, args.include, *args.p, *args.exclude, args.rank, args.adapter or None)
+        if any(word is not None for word in given):
+            raise InputError("--recipe goes with --out and --json alone: the recipe says all else")
+    elif args.base is None or not args.experts:
+        raise InputError("merge needs a BASE and at least one EXPERT, or a --recipe")
+    elif args.method is None:
         raise InputError("--method is missing")
     if args.adapter and (args.include or args.exclude):
         raise InputError("--adapter takes neither --include nor --exclude: a whole adapter is merged")
@@ -44,7 +50,13 @@ def merge(args: argparse.Namespace) -> None:
     from workbench.lib.core.merge.files import check_new
 
     check_new(args.out)
-    merger = make_merger(args.method, options)
+    if args.recipe is None:
+        merger = make_merger(args.method, options)
+    else:
+        from workbench.lib.core.merge.recipe import read_recipe
+
+        merger = read_recipe(args.recipe)
+        args.base, args.experts, args.method = str(merger.base), list(map(str, merger.experts)), merger.method
     files = _adapter(args, merger) if args.adapter else _model(args, merger)
     size = sum(file.stat().st_size for file in files)
     if args.json:

@@ -11,6 +11,7 @@ tensor with several names (tied weights) is merged once.
 Tensor letters: n experts, P merged weights, p weights of a piece.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,15 @@ class TaskVectors:
         for name in self.names:
             self.offsets[name] = self.size
             self.size += sizes[name]
+
+    def only(self, names: Sequence[str]) -> "TaskVectors":
+        """The same models, of whose merged tensors only these are merged."""
+        part = copy.copy(self)
+        part.names, part.offsets, part.size = list(names), {}, 0
+        for name in names:
+            part.offsets[name] = part.size
+            part.size += self.sizes[name]
+        return part
 
     @property
     def dtype(self) -> torch.dtype:
