@@ -1,7 +1,7 @@
-"""mergekit's recipes: by hand, beside mergekit itself where WORKBENCH_MERGEKIT names a Python that has it, and refused.
+"""mergekit's recipes: by hand, beside mergekit itself where WORKBENCH_PEERS names a Python that has it, and refused.
 
 python -m venv mk && mk/bin/pip install mergekit==0.1.5
-WORKBENCH_MERGEKIT=mk/bin/python pytest tests/lib/core/merge/test_recipe.py
+WORKBENCH_PEERS=mk/bin/python pytest tests/lib/core/merge/test_recipe.py
 """
 
 import os
@@ -203,9 +203,9 @@ for i in range(int(sys.argv[1])):
 
 def test_recipes_give_what_mergekit_gives(tmp_path, monkeypatch):
     """mergekit 0.1.5, float32, a Llama of three layers."""
-    python = os.environ.get("WORKBENCH_MERGEKIT")
+    python = os.environ.get("WORKBENCH_PEERS")
     if not python:
-        pytest.skip("WORKBENCH_MERGEKIT names no Python that has mergekit")
+        pytest.skip("WORKBENCH_PEERS names no Python that has mergekit")
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -15,6 +15,7 @@ from workbench.kernels.memory import peak_bytes
 from workbench.lib.core.merge import TaskVectors, make_merger, sources, vectors
 from workbench.lib.core.merge.compare import sign_conflict, task_cosines, total_cosine
 from workbench.lib.core.merge.sinks import write_merged
+from workbench.lib.core.merge.trimmed import threshold
 
 State = dict[str, Tensor]
 
@@ -58,7 +59,17 @@ def test_pieces_are_every_weight_once_whatever_their_size(monkeypatch: pytest.Mo
     assert torch.equal(torch.cat([piece for _, piece in found], 1), flat)
     assert max(piece.shape[1] for _, piece in found) == 7 and all(piece.shape[0] == 2 for _, piece in found)
     assert [place.whole.start for place, _ in found] == sorted(place.whole.start for place, _ in found)
-    assert torch.equal(tau.delta(1, found[2][0]), found[2][1][1])
+
+
+def test_a_threshold_is_of_all_tensors_whatever_their_types():
+    """Also where one of them is float64, or all are narrow, or one expert is elsewhere."""
+    for dtypes in (["float32", "float32"], ["bfloat16", "bfloat16"], ["float32", "float64"], ["bfloat16", "float32"]):
+        kinds = [getattr(torch, name) for name in dtypes]
+        generator = torch.Generator().manual_seed(0)
+        models = [{f"{i}": torch.randn(9, generator=generator).to(k) for i, k in enumerate(kinds)} for _ in range(3)]
+        tau = TaskVectors(models[0], models[1:])
+        expected = tau.flat().abs().sort(1, descending=True).values[:, 4].tolist()
+        assert [threshold(tau, i, tau.names, 5) for i in range(2)] == expected
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "dare", "dare-ties", "knots", "tsv-m"])

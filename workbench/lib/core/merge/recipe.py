@@ -23,11 +23,10 @@ import torch
 import yaml
 
 from workbench.errors import InputError, unknown
-from workbench.kernels.trim_elect_merge import magnitude_threshold
 from workbench.lib.core.adapt.files import read_bytes
 from workbench.lib.core.merge.linear import TaskArithmetic
 from workbench.lib.core.merge.merger import Merger, Update
-from workbench.lib.core.merge.trimmed import Dare, DareTies, OneOf, Ties, check_density, kept_count
+from workbench.lib.core.merge.trimmed import Dare, DareTies, Ties, check_density, kept_count, threshold
 from workbench.lib.core.merge.vectors import TaskVectors
 
 LONGEST = 2**18
@@ -52,7 +51,7 @@ class TiesOfEach(Ties):
     def _thresholds(self, vectors: TaskVectors) -> dict[str, list[float]]:
         def of(name: str, i: int) -> float:
             k = kept_count(self.densities[i], vectors.sizes[name], self.least)
-            return magnitude_threshold(OneOf(vectors, i, [name]), k) if self.densities[i] < 1 else 0.0
+            return threshold(vectors, i, [name], k) if self.densities[i] < 1 else 0.0
 
         return {name: [of(name, i) for i in range(vectors.n)] for name in vectors.names if vectors.sizes[name]}
 

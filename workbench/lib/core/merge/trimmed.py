@@ -4,7 +4,7 @@ Conventions differ between libraries, and each has a name here; `conventions` be
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,21 +27,24 @@ def check_density(density: float) -> None:
         raise InputError(f"density is {density} but must be above 0 and at most 1")
 
 
-class OneOf:
-    """The task vector of one expert, piece by piece, each time that it is gone through."""
-
-    def __init__(self, vectors: TaskVectors, expert: int, names: Sequence[str]):
-        self.vectors, self.expert, self.names = vectors, expert, names
-
-    def __iter__(self) -> Iterator[Float[Tensor, " p"]]:
-        for place in self.vectors.places(self.names):
-            piece = self.vectors.delta(self.expert, place)
-            yield piece.to(self.vectors.dtype)
-
-
 def kept_count(density: float, size: int, least: int) -> int:
     """How many of `size` weights a density keeps: rounded down, but `least` of them at the least."""
     return min(size, max(least, int(density * size)))
+
+
+def threshold(vectors: TaskVectors, expert: int, names: Sequence[str], k: int) -> float:
+    """The k-th largest magnitude of one task vector among all weights of these tensors, exactly.
+
+    Raises:
+        InputError: a weight is NaN.
+    """
+    own, base = vectors.operands(expert, names)
+    try:
+        return magnitude_threshold(own, k, base)
+    except InputError:
+        for _ in vectors.pieces(names):  # says which
+            pass
+        raise
 
 
 class Ties(Pieces):
@@ -108,7 +111,7 @@ class Ties(Pieces):
 
         def of(names: Sequence[str]) -> list[float]:
             k = kept_count(self.density, sum(vectors.sizes[name] for name in names), self.least)
-            return [magnitude_threshold(OneOf(vectors, i, names), k) for i in range(vectors.n)]
+            return [threshold(vectors, i, names, k) for i in range(vectors.n)]
 
         if self.scope == "global":
             return dict.fromkeys(vectors.names, of(vectors.names))

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InputError, unknown
-from workbench.lib.core.merge.sources import Source, open_source
+from workbench.lib.core.merge.sources import Held, Source, open_source
 
 PIECE = 2**18
 """The most weights of a piece: of each expert at once, a megabyte in float32."""
@@ -107,6 +107,16 @@ class TaskVectors:
         return part
 
     @property
+    def device(self) -> torch.device:
+        """Where it is computed: where the base's first merged tensor is."""
+        return self.base.read(self.names[0], 0, 0).device
+
+    @property
+    def held(self) -> bool:
+        """Whether all models are in memory."""
+        return all(isinstance(source, Held) for source in (self.base, *self.experts))
+
+    @property
     def dtype(self) -> torch.dtype:
         """What all of it together is computed in: float32, or float64 where a tensor of the base is."""
         return torch.float64 if torch.float64 in self.dtypes.values() else torch.float32
@@ -117,7 +127,7 @@ class TaskVectors:
 
     def flat(self) -> Float[Tensor, "n P"]:
         """All task vectors, tensor after tensor. As large as all experts together in float32."""
-        tau = torch.empty(self.n, self.size, dtype=self.dtype, device=self.base.read(self.names[0], 0, 0).device)
+        tau = torch.empty(self.n, self.size, dtype=self.dtype, device=self.device)
         for place, piece in self.pieces():
             tau[:, place.whole] = piece
         return tau
@@ -164,28 +174,30 @@ class TaskVectors:
                 state[name] = self.base.whole(name).clone()
         return state
 
-    def delta(self, expert: int, place: Place) -> Float[Tensor, " p"]:
-        """What one expert changed at a place."""
-        return self._read(place.name, place.start, place.stop, self.experts[expert : expert + 1])[0]
+    def operands(self, expert: int, names: Sequence[str]) -> "tuple[Operand, Operand | None]":
+        """One expert and the base as the operators of `kernels` take them; or its task vector and None.
 
-    def _read(self, name: str, start: int, stop: int, experts: Sequence[Source] | None = None) -> Tensor:
-        experts = self.experts if experts is None else experts
+        The latter where the tensors are of several types, of which an operator takes one.
+        """
+        mixed = len({self.dtypes[name] for name in names}) > 1
+        return Operand(self, self.experts[expert], names, mixed), None if mixed else Operand(self, self.base, names)
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
         base = _wide(self.base.read(name, start, stop))
-        tau = base.new_empty(len(experts), stop - start)
-        for row, expert in zip(tau, experts, strict=True):
-            row.copy_(expert.read(self._name_in(expert, name), start, stop))
-        tau -= base
-        if not tau.isfinite().all():
+        tau = base.new_empty(self.n, stop - start)
+        for row, expert in zip(tau, self.experts, strict=True):
+            torch.sub(expert.read(self.name_in(expert, name), start, stop).to(base), base, out=row)
+        if tau.numel() and not torch.stack(tau.aminmax()).isfinite().all():  # one pass, and NaN is the least and most
             self._refuse(name, start, stop)
         return tau
 
-    def _name_in(self, expert: Source, name: str) -> str:
+    def name_in(self, expert: Source, name: str) -> str:
         """What the expert calls it: a file has tied weights under one of their names."""
-        return next(other for other in self.base.alike(name) if other in expert.specs)
+        return name if name in expert.specs else next(x for x in self.base.alike(name) if x in expert.specs)
 
     def _refuse(self, name: str, start: int, stop: int) -> None:
         for source in (self.base, *self.experts):
-            bad = ~_wide(source.read(self._name_in(source, name), start, stop)).isfinite()
+            bad = ~_wide(source.read(self.name_in(source, name), start, stop)).isfinite()
             if bad.any():
                 at = start + int(bad.nonzero()[0])
                 raise InputError(
@@ -193,6 +205,30 @@ class TaskVectors:
                     f"the flattened tensor; a model must be finite to be merged"
                 )
         raise InputError(f"{name} differs between experts and base by more than {self.dtype} can hold")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Flat tensors of one model in their own types, each time that it is gone through; or what it changed of the base.
+
+    Models in memory come a tensor at a time, others a piece at a time.
+    """
+
+    vectors: TaskVectors
+    source: Source
+    names: Sequence[str]
+    changed: bool = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        vectors = self.vectors
+        for name in self.names:
+            size, own = vectors.sizes[name], vectors.name_in(self.source, name)
+            step = max(size, 1) if vectors.held else PIECE
+            for start in range(0, size, step):
+                piece = self.source.read(own, start, start + step).to(vectors.device)
+                if self.changed:
+                    piece = (_wide(piece) - _wide(vectors.base.read(name, start, start + step))).to(vectors.dtype)
+                yield piece
 
 
 def _wide(tensor: Tensor) -> Tensor:
