@@ -284,6 +284,17 @@ def test_experts_that_do_not_fit_are_refused_before_anything_is_written(folders,
     assert not (tmp_path / "out").exists()
 
 
+def test_integers_that_a_model_has_not_are_the_base_s(folders, tmp_path):
+    """Older files have buffers, such as numbers of positions, that newer ones leave out."""
+    state = read(folders[1])
+    without = {name: tensor for name, tensor in state.items() if name != "steps"}
+    save_file(without, folders[1] / "model.safetensors")
+    written(folders, tmp_path / "out")
+    assert read(tmp_path / "out")["steps"] == 7
+    written([folders[1], folders[0], folders[2]], tmp_path / "other")
+    assert "steps" not in read(tmp_path / "other")
+
+
 def test_transformers_loads_what_is_written(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

@@ -265,7 +265,8 @@ def _check_fit(base: Source, experts: Sequence[Source], kept: Sequence[str], wan
         for name in kept:
             wrong += _misfit(base, expert, name)
         for name in expert.specs:
-            if wanted(name) and not any(other in base.specs for other in expert.alike(name)):
+            floating = expert.specs[name][1].is_floating_point
+            if floating and wanted(name) and not any(other in base.specs for other in expert.alike(name)):
                 wrong.append(f"{expert.label} has {name}, which the base has not")
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
@@ -275,6 +276,8 @@ def _check_fit(base: Source, experts: Sequence[Source], kept: Sequence[str], wan
 def _misfit(base: Source, expert: Source, name: str) -> list[str]:
     """In what an expert's tensor differs from the base's."""
     if name not in expert.specs:
+        if not base.specs[name][1].is_floating_point:
+            return []  # it is the base's anyhow; older files have buffers of integers that newer ones leave out
         tied = any(other in expert.specs for other in base.alike(name))  # which a file has under one name
         return [] if tied else [f"{expert.label} has no {name}"]
     (shape, dtype), (here, kind), twin = base.specs[name], expert.specs[name], base.ties.get(name)
