@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # transformers 5.24.0: beams of RecurrentGemma go on from states that are not theirs.
 #
-# A beam search with a cache reorders the cache when beams change places. The
-# recurrent states and the convolution's last inputs of RecurrentGemma are attributes of its modules and in no cache, so
-# they stay where they were: a beam that has moved is continued with the state of another. With
-# `use_cache=False`, or with one beam, nothing of it happens. The gap of the logits says it; nothing is raised or warned.
+# A beam search with a cache reorders the cache when beams change places. The recurrent states and the convolution's last
+# inputs of RecurrentGemma are attributes of its modules and in no cache, so they stay where they were: a beam that has
+# moved is continued with the state of another. With `use_cache=False`, or with one beam, nothing of it happens. The gap of
+# the logits says it; nothing is raised or warned.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -119,6 +119,5 @@ STUDY = Study(
     run=run,
     judge=judge,
     main="dora",
-    trainings=lambda arm: len(RATES),
     power=Power(("lora", "lora, alpha 2r"), effect=0.03, deviation={"small": (0.02738, 12)}),
 )
