@@ -7,6 +7,7 @@ pages of 2 MiB, where it grants them on request. For what nobody sees after the 
 
 import ctypes
 import functools
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,6 +123,7 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
     which the C library keeps for the next one, may have been there before.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    gc.collect()  # what is freed during the call must not be from before
     try:
         reset.write_text("5")
         before = _resident(status, "VmHWM")
