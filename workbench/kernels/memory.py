@@ -119,11 +119,12 @@ def saved_bytes(call: Callable[[], object], exclude: Iterable[Tensor] = ()) -> i
 def peak_bytes(call: Callable[[], object]) -> int | None:
     """Bytes of memory that this process needs during `call()` beyond what it has before; None where nobody says.
 
-    Linux keeps the most that was resident and lets a process start that anew. Memory of pieces below some megabytes,
-    which the C library keeps for the next one, may have been there before.
+    Linux keeps the most that was resident and lets a process start that anew. What the C library keeps of memory that
+    was freed is given back first, where it can be (glibc): the call would use it again, and seem to need none.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     gc.collect()  # what is freed during the call must not be from before
+    _trim()
     try:
         reset.write_text("5")
         before = _resident(status, "VmHWM")
@@ -136,6 +137,12 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
 def _resident(status: Path, name: str) -> int:
     line = next(line for line in status.read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
+
+
+def _trim() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
 
 
 @functools.cache
