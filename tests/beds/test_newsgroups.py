@@ -8,7 +8,7 @@ from workbench.beds import newsgroups as bed
 from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.train import TrainConfig, train
-from workbench.lib.data import store
+from workbench.lib.data import fetch, store
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,3 +69,19 @@ def test_an_adapted_encoder_learns_its_text_and_comes_back_from_its_file(task, m
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     load_adapter(model, tmp_path / "adapter")
     assert loss() == pytest.approx(after, abs=1e-6)
+
+
+def test_what_is_being_downloaded_is_not_swept_by_another_fetch(empty_home, monkeypatch):
+    there = []
+
+    def download(source, into):
+        into.mkdir()
+        fetch.get("python")  # which needs nothing, and sweeps
+        there.append((source, into.is_dir()))
+        raise InputError("no network")
+
+    monkeypatch.setattr(fetch, "download", download)
+    monkeypatch.setattr(fetch, "intact", lambda row: row.name != bed.MINILM.name)
+    with pytest.raises(InputError, match="no network"):
+        bed.fetch()
+    assert there == [(bed.MINILM.source, True)]

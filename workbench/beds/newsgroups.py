@@ -8,10 +8,8 @@ Tensor letters: B batch, T tokens of a post.
 
 import csv
 import json
-import tempfile
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -89,14 +87,7 @@ def fetch() -> None:
     Raises:
         InputError: one of them cannot be downloaded.
     """
-    fetching.get(POSTS.name)
-    if not store.intact(MINILM):
-        data = store.folder(MINILM).parent
-        data.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=fetching.STAGING, dir=data) as temporary:
-            staging = Path(temporary)
-            archive = fetching.verified(fetching.download(MINILM.source, staging / "archive"), MINILM.source)
-            fetching.extract(MINILM, archive)
+    fetching.bring("newsgroups", [POSTS, MINILM])
 
 
 def make_task(groups: Sequence[str] = GROUPS, rows: int = 200, length: int = 64) -> Classification:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from hashlib import file_digest, sha256
@@ -44,9 +44,14 @@ def get(name: str, progress: Progress | None = None) -> list[Path]:
         InputError: the name is unknown, the archive cannot be downloaded or has another digest, or it cannot be
             written. Nothing is kept of what was being fetched; sets fetched before in the same call stay.
     """
+    return bring(name, parts(name), progress)
+
+
+def bring(name: str, rows: Sequence[DataSet], progress: Progress | None = None) -> list[Path]:
+    """`get`, for sets of a source that need not be registered; errors call them by this name."""
     tell = progress or (lambda what, done, total: None)
     _sweep(home() / "data")
-    wanted = [row for row in parts(name) if not intact(row)]
+    wanted = [row for row in rows if not intact(row)]
     sources = list(dict.fromkeys(row.source for row in wanted))
     total, done, fetched = len(sources) + len(wanted), 0, []
     for source in sources:

@@ -25,8 +25,8 @@ def write_merged(
     """Merge into a safetensors file, which is at `path` whole or not at all.
 
     In memory are a piece of every model and what is computed of them, tens of megabytes for five experts however large
-    their tensors are; or what a rule on matrices or on whole vectors takes. Tied tensors are stored once, as safetensors
-    has them.
+    their tensors are; or what a rule on matrices or on whole vectors takes. Tied tensors are stored once, as
+    safetensors has them.
 
     Raises:
         InputError: as `merge`; or the base has a tensor of a type that the format has not.
