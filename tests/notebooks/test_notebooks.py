@@ -24,6 +24,7 @@ VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells d
     "00_tour": {"seed": 3, "n_experts": 5, "top_k": 1},
     "01_routing": {"seed": 7},
     "05_adapters": {"seed": 7},
+    "07_merging": {"seed": 7},
 }
 COUNT_FIGURES = f"""
 FIGURES = 0
