@@ -86,7 +86,7 @@ def polar(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"
 
 
 def procrustes(moving: Tensor, fixed: Tensor) -> Float[Tensor, "r r"]:
-    """The orthogonal R that makes moving R as near to fixed as can be, both (rows, r) (Schoenemann 1966). It may reflect.
+    """The orthogonal R that makes moving R as near to fixed, both (rows, r), as can be (Schoenemann 1966).
 
     Raises:
         InputError: the shapes differ.
