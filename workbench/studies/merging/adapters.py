@@ -32,7 +32,7 @@ from workbench.studies.rows import Row
 
 SCALES = tuple(2 ** (j / 4) for j in range(-6, 18))
 DENSITIES = (0.1, 0.2, 0.4, 0.8)
-DENSE_SCALES = (0.5, 0.8, 1.25, 2.0, 3.2, 5.0)  # of rules whose update is a mean over tasks
+DENSE_SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of rules with a density
 assert len(SCALES) == len(DENSITIES) * len(DENSE_SCALES) == POINTS
 
 Rule = Callable[[Float[Tensor, "n P"]], Float[Tensor, " P"]]
