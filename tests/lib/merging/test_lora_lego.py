@@ -11,6 +11,7 @@ from torch import nn
 import workbench
 from tests.kinds import models
 from workbench.errors import InputError
+from workbench.lib.core.merge.adapters import LowRankDeltas, concatenate, read_deltas
 from workbench.lib.core.merge.low_rank import units
 from workbench.lib.merging.lora_lego import canonical_units, clusters, lego_merge, lego_prune, merge_adapters
 
@@ -189,6 +190,25 @@ def test_a_model_s_adapters_are_merged_layer_by_layer_into_what_peft_loads(tmp_p
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path)).merge_and_unload()
     for name, layer, weight in zip(merged, loaded, before, strict=True):
         close(layer.weight - weight, dense(*merged[name]), 1e-6)
+
+
+def test_adapters_from_folders_are_merged_into_a_folder(tmp_path):
+    """The mappings that `read_deltas` gives, and `LowRankDeltas` that writes one, are what it takes and makes."""
+    for i in range(3):
+        made = {name: (a.float(), b.float(), s) for name, (a, b, s) in (("x", lora(i, scale=2.0)), ("y", lora(i + 9)))}
+        LowRankDeltas(made).save(tmp_path / f"{i}")
+    read = read_deltas([tmp_path / f"{i}" for i in range(3)])
+    merged = merge_adapters(read, rank=6)
+    LowRankDeltas(merged).save(tmp_path / "merged")
+    (back,) = read_deltas([tmp_path / "merged"])
+    assert set(back) == {"x", "y"}
+    for name in back:
+        assert len(back[name][0]) == 6
+        torch.testing.assert_close(back.dense(name), dense(*merged[name]), rtol=1e-5, atol=1e-5)
+    # all pieces stacked are the sum that `concatenate` is
+    every = merge_adapters(read, rank=3 * RANK, reweight_output=False)
+    summed = concatenate(read, [1.0] * 3)
+    torch.testing.assert_close(dense(*every["x"]), summed.dense("x"), rtol=1e-4, atol=1e-4)
 
 
 def test_full_experts_are_merged_by_their_updates():
