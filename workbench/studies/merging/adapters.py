@@ -30,7 +30,7 @@ from workbench.studies.merging import tuning
 from workbench.studies.merging.tuning import POINTS, Suite, Update, grid, tuned
 from workbench.studies.rows import Row
 
-SCALES = tuple(2 ** (j / 4) for j in range(-6, 18))
+SCALES = tuple(2 ** (j / 3) for j in range(-9, 15))  # 1 among them
 DENSITIES = (0.1, 0.2, 0.4, 0.8)
 DENSE_SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of rules with a density
 assert len(SCALES) == len(DENSITIES) * len(DENSE_SCALES) == POINTS
