@@ -257,6 +257,6 @@ STUDY = Study(
     judge=judge,
     tested="At the adapters' own rank, clustered pieces beat averaged factors, TIES on them, and both cut to that rank "
     "from the updates.",
-    power=Power(("factor-average", "svd"), effect=0.03, deviation={"small": (0.005908, 12)}),
+    power=Power(("factor-average", "svd"), effect=0.03, deviation={"small": (0.00523, 12)}),
     trainings=lambda arm: "merges adapters of the bed",
 )

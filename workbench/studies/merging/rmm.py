@@ -209,6 +209,6 @@ STUDY = Study(
     run=run,
     judge=judge,
     tested="The basis serves each task better than one merged adapter, and than adapters of their own of its size.",
-    power=Power(("task-arithmetic", "cut"), effect=0.03, deviation={"small": (0.0122, 12)}),
+    power=Power(("task-arithmetic", "cut"), effect=0.03, deviation={"small": (0.0104, 12)}),
     trainings=lambda arm: "merges adapters of the bed",
 )
