@@ -5,10 +5,21 @@ from functools import cache
 
 import pytest
 
+from workbench.lib import data
 from workbench.studies.core import StudyResult, load_study
+
+NEEDS = {"merging": ("mnist-5k",)}
+"""Family -> data sets of its studies that come through pip's index."""
 
 
 @pytest.fixture(scope="session")
 def smoke() -> Callable[[str], StudyResult]:
     """smoke(slug): the result of a study at its smoke preset and seed 0, run by the first test that asks for it."""
-    return cache(lambda slug: load_study(slug).execute("smoke"))
+
+    def run(slug: str) -> StudyResult:
+        study = load_study(slug)
+        for name in NEEDS.get(study.system.family, ()):
+            data.get(name)
+        return study.execute("smoke")
+
+    return cache(run)

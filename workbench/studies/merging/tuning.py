@@ -151,12 +151,18 @@ def merged_row(arm: str, seed: int, suite: Suite, update: Update, steps: int = 0
 
 
 def judged_row(arm: str, seed: int, suite: Suite, model: bed.DigitNet, steps: int = 0, **extra: Any) -> Row:
-    """The row of one model for all tasks. The metric is the mean normalised accuracy on test.
+    """The row of one model for all tasks; see `kept_row`."""
+    return kept_row(arm, seed, suite, model, suite.kept(model, "test"), steps, **extra)
+
+
+def kept_row(
+    arm: str, seed: int, suite: Suite, model: bed.DigitNet, by_task: list[float], steps: int = 0, **extra: Any
+) -> Row:
+    """The row of a model, or of several of its size, by normalised accuracy on test, of which the mean is the metric.
 
     Beside it the "worst" task's, "by_task", the plain "accuracy", the mean share of the way from base to expert that
     is "recovered", what the base has ("base_kept", "base_accuracy"), the experts' "own_accuracy" and "weakest_expert".
     """
-    by_task = suite.kept(model, "test")
     accuracy = [kept * own for kept, own in zip(by_task, suite.own, strict=True)]
     way = [(a - b) / (o - b) for a, b, o in zip(accuracy, suite.base, suite.own, strict=True) if o > b]
     found = {

@@ -17,8 +17,9 @@ from workbench.errors import InputError
 from workbench.lib.core.merge import Flat, TaskVectors, make_merger, merger, merger_class, mergers
 from workbench.lib.core.merge.adamerging import AdaMerging, entropy_loss, merged_params
 from workbench.lib.core.merge.calibration import fisher_diagonal, gram_matrices
+from workbench.lib.core.merge.low_rank import polar
 from workbench.lib.core.merge.merger import BUILT_IN
-from workbench.lib.core.merge.spectral import aligned, orthogonal
+from workbench.lib.core.merge.spectral import aligned
 from workbench.lib.core.merge.trimmed import Dare
 from workbench.lib.core.merge.vectors import Place
 
@@ -355,7 +356,7 @@ def test_tsv_m_keeps_what_lies_in_orthogonal_directions():
     experts = [{"w": u[:, part] * s[part] @ v[:, part].T} for part in (slice(0, 4), slice(4, 8))]
     merged = workbench.merge(base, experts, "tsv-m")["w"]
     torch.testing.assert_close(merged, experts[0]["w"] + experts[1]["w"])
-    q = orthogonal(torch.randn(9, 4, dtype=torch.float64))
+    q = polar(torch.randn(9, 4, dtype=torch.float64))
     torch.testing.assert_close(q.T @ q, torch.eye(4, dtype=torch.float64))
     many = [{"w": torch.randn(8, 8, dtype=torch.float64)} for _ in range(10)]  # more tasks than directions
     assert workbench.merge(base, many, "tsv-m")["w"].isfinite().all()

@@ -10,6 +10,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.kernels.trim_elect_merge import magnitude_threshold
 from workbench.lib.core.merge.linear import weights_of
+from workbench.lib.core.merge.low_rank import polar
 from workbench.lib.core.merge.merger import Matrices
 from workbench.lib.core.merge.trimmed import Ties, kept_count
 from workbench.lib.core.merge.vectors import TaskVectors
@@ -99,14 +100,8 @@ class TsvM(Matrices):
         u, s, vh = torch.linalg.svd(tau.double(), full_matrices=False)
         left = u[:, :, :k].transpose(0, 1).flatten(1)  # (O, nk)
         right = vh[:, :k].flatten(0, 1)  # (nk, I)
-        merged = (orthogonal(left) * s[:, :k].flatten()) @ orthogonal(right)
+        merged = (polar(left) * s[:, :k].flatten()) @ polar(right)
         return (self.scale * merged).to(tau.dtype)
 
     def other(self, tau: Float[Tensor, "n p"], place: Any, facts: Any) -> Float[Tensor, " p"]:
         return self.scale * tau.mean(0)
-
-
-def orthogonal(matrix: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
-    """The nearest matrix with orthonormal columns, or rows where it has fewer of them (Procrustes)."""
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ vh
