@@ -93,5 +93,5 @@ STUDY = Study(
     judge=judge,
     main="mos, 2",
     trainings=lambda arm: len(RATES),
-    power=Power(("lora, 1", "lora, 2"), effect=0.02),
+    power=Power(("lora, 1", "lora, 2"), effect=0.08),
 )

@@ -79,5 +79,5 @@ STUDY = Study(
     judge=judge,
     main=HALF,
     trainings=lambda arm: len(RATES),
-    power=Power((LORA, TWICE), effect=0.02),
+    power=Power((LORA, TWICE), effect=0.08, deviation={"small": (0.08621, 12)}),
 )
