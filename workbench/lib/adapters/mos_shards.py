@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
-from workbench.lib.core.adapt import Adapted, AdaptedLayer, Adapter
+from workbench.lib.core.adapt import Adapted, AdaptedLayer, Adapter, adapt
 from workbench.lib.core.low_rank import fitting_rank
 
 METHOD = Method(
@@ -47,10 +47,9 @@ SHARDS = 4
 
 
 def example() -> nn.Module:
-    """A linear layer whose LoRA of rank 3 comes of pools with the size of rank 2."""
-    layer = MoSLinear(nn.Linear(32, 32), 3)
-    layer.experts.share(ShardPool(8, 8, 32), ShardPool(8, 8), *draw(1, 3, 2, 1, 4)[0], 4)
-    return layer
+    """Two linear layers whose LoRAs of rank 3 come out of pools with the size of rank 2."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32)) for _ in range(2)))
+    return adapt(model, "mos-shards", rank=3, e=2).model
 
 
 class ShardPool(nn.Module):
