@@ -41,6 +41,8 @@ FEW = {
     "mhr": {"experts": 5, "rank": 2, "heads": 2, "tasks": 3},
     "mixlora": {"experts": 5, "rank": 2, "top_k": 2},
     "mole-diffusion": {"experts": 5, "rank": 2},
+    "mos-shards": {"rank": 2},
+    "nola": {"rank": 2, "k": 5},
     "remix": {"experts": 5, "rank": 2, "top_k": 2},
     "smora": {"rank": 5, "active_rank": 2},
 }
@@ -371,6 +373,8 @@ COUNTS = {
     "mhr": sum(5 * R * (i + o) + 3 * 2 * 5 for i, o in EACH),
     "mixlora": sum(R * (i + o) for i, o in LONE) + sum(5 * R * (i + o) for i, o in BLOCK) + 5 * 8,
     "mole-diffusion": sum(5 * R * (i + o) + 5 * (i + 1) + 5 * (o + 1) for i, o in EACH),
+    "mos-shards": sum(2 * (i + o) for i, o in EACH),  # pools of rank two, whatever the rank is
+    "nola": sum(5 + 5 for _ in EACH),
     "remix": sum(5 * R * (i + o) + 5 * i for i, o in EACH),
     "smora": sum(5 * (i + o) + 5 * i for i, o in EACH),
 }
