@@ -2,7 +2,7 @@
 
     python -m tests.sweep adapters                    # every architecture with every adapter; writes adapters.tsv
     python -m tests.sweep adapters --only llama bert  # these, and their rows of the table
-    python -m tests.sweep adapters --rest             # those that the table lacks: a run that was interrupted goes on
+    python -m tests.sweep adapters --rest             # what the table lacks: after an interruption, for a new adapter
     python -m tests.sweep adapters --check            # compare with the table, and write nothing
     python -m tests.sweep adapters --jobs 2           # in two processes
     python -m tests.sweep watch                       # every mixture of experts, watched; writes watch.tsv
@@ -13,7 +13,7 @@ It ends with an error where an outcome is neither right nor a refusal, or, with 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -24,22 +24,30 @@ import torch
 from tests.sweep import adapters, table, watching
 from tests.sweep.models import architectures
 
-SWEEPS: dict[str, tuple[Callable[[str], table.Row], Callable[[], list[str]]]] = {
-    "adapters": (adapters.row, architectures),
-    "watch": (watching.row, watching.mixtures),
+Outcomes = Callable[[str, Sequence[str]], table.Row]
+SWEEPS: dict[str, tuple[Outcomes, Callable[[], list[str]], tuple[str, ...]]] = {
+    "adapters": (adapters.row, architectures, tuple(adapters.ADAPTERS)),
+    "watch": (watching.row, watching.mixtures, watching.COLUMNS),
 }
-"""By sweep the outcomes of an architecture, and the architectures."""
+"""By sweep the outcomes of an architecture in some columns, the architectures, and the columns."""
 
 
-def rows(sweep: str, names: list[str], jobs: int) -> Iterator[tuple[str, table.Row]]:
-    """The outcomes of each architecture, as they come."""
+def rows(sweep: str, wanted: dict[str, list[str]], jobs: int) -> Iterator[tuple[str, table.Row]]:
+    """The outcomes of each architecture in the columns wanted of it, as they come."""
+    outcomes = SWEEPS[sweep][0]
     if jobs == 1:
         alone()
-        found: Iterable[table.Row] = map(SWEEPS[sweep][0], names)
-        yield from zip(names, found, strict=True)
+        yield from zip(wanted, map(outcomes, wanted, wanted.values()), strict=True)
         return
     with ProcessPoolExecutor(jobs, initializer=alone) as pool:
-        yield from zip(names, pool.map(SWEEPS[sweep][0], names), strict=True)
+        yield from zip(wanted, pool.map(outcomes, wanted, wanted.values()), strict=True)
+
+
+def lacking(row: table.Row | None, columns: Sequence[str]) -> list[str]:
+    """The columns that a row of the table has not; none where its first one says why there are none."""
+    if row is None:
+        return list(columns)
+    return [column for column in columns if column not in row] if len(row) > 1 else []
 
 
 def alone() -> None:
@@ -50,24 +58,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("sweep", choices=SWEEPS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="architectures; all of them without it")
-    parser.add_argument("--rest", action="store_true", help="architectures that the table lacks")
+    parser.add_argument("--rest", action="store_true", help="what the table lacks: architectures, and columns of them")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument("--check", action="store_true", help="compare with the table, and write nothing")
     options = parser.parse_args()
+    _, listed, columns = SWEEPS[options.sweep]
     unknown = set(options.only or ()) - set(architectures())
     if unknown:
         parser.error(f"no architecture is called {', '.join(sorted(unknown))}")
     file = Path(__file__).with_name(f"{options.sweep}.tsv")
     version, kept = table.read(file) if file.exists() else ("", {})
     known = kept if version == table.version() else {}
-    names = [n for n in sorted(options.only or SWEEPS[options.sweep][1]()) if not (options.rest and n in known)]
+    wanted = {n: lacking(known.get(n) if options.rest else None, columns) for n in sorted(options.only or listed())}
+    wanted = {name: lacks for name, lacks in wanted.items() if lacks}
     found: dict[str, table.Row] = {}
-    for name, row in rows(options.sweep, names, options.jobs):
+    for name, row in rows(options.sweep, wanted, options.jobs):
         found[name] = row
         said = ", ".join(f"{n} {outcome}" for outcome, n in table.counts([row]).items())
-        print(f"{len(found)}/{len(names)} {name}: {said}", flush=True)
+        print(f"{len(found)}/{len(wanted)} {name}: {said}", flush=True)
         if not options.check:
-            table.write(file, known | found)
+            known[name] = (known.get(name, {}) | row) if options.rest else row
+            table.write(file, known, ("class", *columns))
     print("all: " + ", ".join(f"{n} {outcome}" for outcome, n in table.counts(found.values()).items()))
     wrong = table.failures(found)
     if options.check and version == table.version():

@@ -1,6 +1,6 @@
 """The outcomes of a sweep as a file: a row an architecture, tab between cells, so that a change is a line of a diff."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import transformers
@@ -13,13 +13,15 @@ def read(file: Path) -> tuple[str, dict[str, Row]]:
     version, head, *lines = file.read_text().splitlines()
     columns = head.split("\t")[1:]
     rows = (line.split("\t") for line in lines)
-    return version, {name: dict(zip(columns, cells, strict=False)) for name, *cells in rows}
+    return version, {
+        name: {column: cell for column, cell in zip(columns, cells, strict=False) if cell} for name, *cells in rows
+    }
 
 
-def write(file: Path, rows: Mapping[str, Row]) -> None:
-    """Write it; a row that ends early says in its last cell why."""
-    columns = max((list(row) for row in rows.values()), key=len)
-    lines = ["\t".join((name, *row.values())) for name, row in sorted(rows.items())]
+def write(file: Path, rows: Mapping[str, Row], columns: Sequence[str]) -> None:
+    """Write it; a row of one cell says in it why it has no more."""
+    lines = ["\t".join((name, *(row.get(column, "") for column in columns))) for name, row in sorted(rows.items())]
+    lines = [line.rstrip("\t") for line in lines]
     file.write_text("\n".join([version(), "\t".join(("architecture", *columns)), *lines]) + "\n")
 
 

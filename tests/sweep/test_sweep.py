@@ -6,6 +6,7 @@ Under another version of transformers than the table's, an architecture may be a
 import pytest
 
 from tests.sweep import table
+from tests.sweep.__main__ import lacking
 from tests.sweep.adapters import ADAPTERS, FILE, REFUSALS, RIGHT, row
 from tests.sweep.models import NotBuilt, build
 
@@ -37,6 +38,7 @@ def test_the_table_has_no_third_outcome_and_holds_the_part():
     allowed = {RIGHT, *(f"refused: {kind}" for kind in REFUSALS.values())}
     assert outcomes == allowed and kept.keys() >= PART.keys()
     assert sum(len(row) > 1 for row in kept.values()) > 450
+    assert [name for name, row in kept.items() if lacking(row, tuple(ADAPTERS))] == []
     assert len({kept[name].get(slug) for name, slugs in PART.items() for slug in slugs} - {None}) > 1
 
 
@@ -49,12 +51,15 @@ def test_an_architecture_is_the_same_twice():
 
 def test_an_outcome_that_may_not_be_is_a_failure_and_one_that_changed_a_difference(tmp_path):
     rows = {"a": {"class": "A", "lora": "right", "mhr": "wrong: another start"}, "b": {"class": "not built: why"}}
-    table.write(tmp_path / "t.tsv", rows)
+    rows["c"] = {"class": "C", "mhr": "right"}
+    table.write(tmp_path / "t.tsv", rows, ("class", "lora", "mhr", "new"))
     version, kept = table.read(tmp_path / "t.tsv")
     assert version == table.version() and kept == rows
+    lacks = [lacking(kept.get(name), ("lora", "mhr", "new")) for name in "abcd"]
+    assert lacks == [["new"], [], ["lora", "new"], ["lora", "mhr", "new"]]
     assert table.failures(kept) == ["a mhr: wrong: another start"]
     found = {"a": rows["a"] | {"lora": "refused: no linear layer"}, "b": rows["b"]}
     assert len(table.differences(found, kept)) == 1 and table.differences(rows, kept) == []
-    assert table.counts(kept.values()) == {"right": 1, "wrong: another start": 1, "not built": 1}
+    assert table.counts(kept.values()) == {"right": 2, "wrong: another start": 1, "not built": 1}
     with pytest.raises(NotBuilt, match="no registry"):
         build("siglip_text_model")

@@ -9,7 +9,7 @@ every bank of experts was computed by it, or it was refused.
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,11 @@ def mixtures() -> list[str]:
     ]
 
 
-def row(name: str) -> dict[str, str]:
-    """The outcomes of an architecture; alone, why there are none."""
+COLUMNS = ("watch", "kernel")
+
+
+def row(name: str, columns: Sequence[str] = COLUMNS) -> dict[str, str]:
+    """The outcomes of an architecture in these columns; alone, why there are none."""
     try:
         with larger():
             model, inputs = build(name)
@@ -72,11 +75,8 @@ def row(name: str) -> dict[str, str]:
     banks = dict(routed(model))
     if not banks and not any(MIXED.match(f"class {type(module).__name__}(nn.") for module in model.modules()):
         return {"class": "no mixture"}
-    return {
-        "class": type(model).__name__,
-        "watch": watched(model, inputs, banks),
-        "kernel": computed(model, inputs, banks),
-    }
+    asked = {"watch": watched, "kernel": computed}
+    return {"class": type(model).__name__} | {column: asked[column](model, inputs, banks) for column in columns}
 
 
 @contextmanager
