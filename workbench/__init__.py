@@ -14,9 +14,9 @@
         ...
         watched.step(loss=loss.item())                    # after optimizer.step()
 
-18 of the 70 stand today: dynamoe, equifinality, rmoe, sigma-moe-tiny (routing); charluma, dynamic-dino, flexmore,
-llava-mole, lora-mixer, mhr, mixlora, mole-diffusion, remix, smora (lora_experts); lora-variants (adapters); moa, moba
-(attention); sonicmoe (kernels). The others are planned.
+23 of the 70 stand today: dynamoe, equifinality, rmoe, sigma-moe-tiny (routing); charluma, dynamic-dino, flexmore,
+llava-mole, lora-mixer, mhr, mixlora, mole-diffusion, remix, smora (lora_experts); lora-variants, mos-shards, nola
+(adapters); lora-lego, rmm, sub-moe (merging); moa, moba (attention); sonicmoe (kernels). The others are planned.
 
 Importing this package is light: torch, panel and the rest are imported by the names that need them.
 """

@@ -77,7 +77,7 @@ def test_layers_and_factors_have_seeds_of_their_own():
 
 @pytest.mark.parametrize(("rank", "widths"), [(1, (6, 10)), (4, (6, 10)), (4, (40, 30))])
 def test_trained_numbers_depend_on_neither_rank_nor_width(rank, widths):
-    made = NOLALinear(nn.Linear(*widths), rank, 5, 7).requires_grad_()
+    made = NOLALinear(nn.Linear(*widths), rank, 5, k_b=7).requires_grad_()
     assert sum(p.numel() for p in made.experts.parameters()) == 12
 
 

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
-from workbench.lib.core.adapt import Adapted, AdaptedLayer, Adapter, adapt
-from workbench.lib.core.low_rank import fitting_rank
+from workbench.lib.core.adapt import Adapted, Adapter, FactorsLinear, adapt
+from workbench.lib.core.low_rank import Factors, fitting_rank
 
 METHOD = Method(
     slug="mos-shards",
@@ -70,12 +70,8 @@ class ShardPool(nn.Module):
         return F.embedding(index, self.weight).view(len(index) // shards, -1)
 
 
-class MoSFactors(nn.Module):
-    """A and B of one layer's update s B A, out of pools that other layers have too."""
-
-    def __init__(self, rank: int, scale: float):
-        super().__init__()
-        self.rank, self.scale = rank, scale
+class MoSFactors(Factors):
+    """A and B of one layer out of pools that other layers have too."""
 
     def share(self, a: ShardPool, b: ShardPool, index_a: Tensor, index_b: Tensor, shards: int) -> None:
         """Take these pools, and the rows of them that are this layer's: (r l,) each."""
@@ -86,28 +82,12 @@ class MoSFactors(nn.Module):
     def forward(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
         return self.pool_a(self.index_a, self.shards), self.pool_b(self.index_b, self.shards).T
 
-    def delta(self) -> Float[Tensor, "d_out d_in"]:
-        a, b = self()
-        return self.scale * b @ a
 
-
-class MoSLinear(AdaptedLayer):
+class MoSLinear(FactorsLinear):
     """y = W x + (alpha / r) B A dropout(x). It has its pools from `MoSFactors.share`."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0):
-        super().__init__(base)
-        smaller = min(base.in_features, base.out_features)
-        if not 1 <= rank <= smaller:
-            raise InputError(f"rank is {rank} but must be between 1 and the layer's smaller width, {smaller}")
-        self.experts = MoSFactors(rank, (rank if alpha is None else alpha) / rank)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        a, b = self.experts()
-        return self.base(x) + (self.dropout(x) @ a.to(x.dtype).T) @ (self.experts.scale * b).to(x.dtype).T
-
-    def fixed_update(self) -> Tensor:
-        return self.experts.delta()
+        super().__init__(base, MoSFactors(base.in_features, base.out_features, rank, alpha), dropout)
 
 
 def draw(

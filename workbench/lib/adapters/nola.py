@@ -15,14 +15,16 @@ pass. Each layer has seeds of its own.
 Tensor letters: O output width, I input width, r rank, k coefficients; B may have another number of them, `k_b`.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.catalogue import Method
 from workbench.errors import InputError
-from workbench.lib.core.adapt import AdaptedLayer, Adapter
-from workbench.lib.core.low_rank import fitting_rank
+from workbench.lib.core.adapt import Adapter, FactorsLinear
+from workbench.lib.core.low_rank import Factors, fitting_rank
 from workbench.lib.core.random_basis import random_basis, uniform
 
 METHOD = Method(
@@ -87,57 +89,42 @@ class RandomMixture(nn.Module):
         return self.__dict__ | {"_kept": None}
 
 
-class NOLAFactors(nn.Module):
-    """A and B of an update s B A."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int, k: int, k_b: int, scale: float, chunk: int, cache: bool):
-        super().__init__()
-        self.rank, self.scale, self.d_in = rank, scale, d_in
-        self.a = RandomMixture((rank, d_in), k, chunk, cache)
-        self.b = RandomMixture((d_out, rank), k_b, chunk, cache)
-
-    def forward(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
-        return self.a.extra() * self.d_in**-0.5 + self.a(), self.b()
-
-    def delta(self) -> Float[Tensor, "d_out d_in"]:
-        a, b = self()
-        return self.scale * b @ a
-
-
-class NOLALinear(AdaptedLayer):
-    """y = W x + (alpha / r) B A dropout(x).
+class NOLAFactors(Factors):
+    """A and B as mixtures of random matrices.
 
     Args:
         k, k_b: coefficients of A and of B; k_b None: as many.
-        alpha: None: r, so that the scale is 1.
         chunk, cache: see `RandomMixture`.
     """
 
     def __init__(
         self,
-        base: nn.Linear,
+        d_in: int,
+        d_out: int,
         rank: int,
         k: int,
         k_b: int | None = None,
         alpha: float | None = None,
-        dropout: float = 0.0,
         chunk: int = 64,
         cache: bool = False,
     ):
-        super().__init__(base)
-        widths = base.in_features, base.out_features
-        if not 1 <= rank <= min(widths):
-            raise InputError(f"rank is {rank} but must be between 1 and the layer's smaller width, {min(widths)}")
-        scale = (rank if alpha is None else alpha) / rank
-        self.experts = NOLAFactors(*widths, rank, k, k if k_b is None else k_b, scale, chunk, cache)
-        self.dropout = nn.Dropout(dropout)
+        super().__init__(d_in, d_out, rank, alpha)
+        self.a = RandomMixture((rank, d_in), k, chunk, cache)
+        self.b = RandomMixture((d_out, rank), k if k_b is None else k_b, chunk, cache)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        a, b = self.experts()
-        return self.base(x) + (self.dropout(x) @ a.to(x.dtype).T) @ (self.experts.scale * b).to(x.dtype).T
+    def forward(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
+        return self.a.extra() * self.shape[1] ** -0.5 + self.a(), self.b()
 
-    def fixed_update(self) -> Tensor:
-        return self.experts.delta()
+
+class NOLALinear(FactorsLinear):
+    """y = W x + (alpha / r) B A dropout(x).
+
+    Args:
+        options: of `NOLAFactors`.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, k: int, dropout: float = 0.0, **options: Any):
+        super().__init__(base, NOLAFactors(base.in_features, base.out_features, rank, k, **options), dropout)
 
 
 class NOLA(Adapter):
@@ -165,10 +152,11 @@ class NOLA(Adapter):
         chunk: int = 64,
         cache: bool = False,
     ):
-        self.rank, self.options = rank, (k, k_b, alpha, dropout, chunk, cache)
+        self.rank, self.k, self.dropout = rank, k, dropout
+        self.options = {"k_b": k_b, "alpha": alpha, "chunk": chunk, "cache": cache}
 
     def linear(self, layer: nn.Linear, name: str) -> NOLALinear:
-        return NOLALinear(layer, fitting_rank(self.rank, layer), *self.options)
+        return NOLALinear(layer, fitting_rank(self.rank, layer), self.k, self.dropout, **self.options)
 
 
 ADAPTER = NOLA

@@ -35,8 +35,7 @@ class LowRankExperts(nn.Module):
         super().__init__()
         if min(n_experts, d_in, d_out) < 1:
             raise InputError(f"n_experts, d_in, d_out are {n_experts}, {d_in}, {d_out} but must all be at least 1")
-        if not 1 <= rank <= min(d_in, d_out):
-            raise InputError(f"rank is {rank} but must be between 1 and the layer's smaller width, {min(d_in, d_out)}")
+        check_rank(rank, d_in, d_out)
         self.a = nn.Parameter(torch.empty(n_experts, rank, d_in).uniform_(-(d_in**-0.5), d_in**-0.5))
         self.b = nn.Parameter(torch.zeros(n_experts, d_out, rank))
         self.register_buffer("scale", torch.full((n_experts,), (rank if alpha is None else alpha) / rank))
@@ -141,6 +140,38 @@ class LowRankExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_experts={self.n_experts}, d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}"
+
+
+class Factors(nn.Module):
+    """A and B of one update s B A that are made of other numbers, which are what is trained.
+
+    Attributes:
+        shape: (O, I) of the update.
+        rank: r.
+        scale: s = alpha / r.
+
+    Args:
+        alpha: default r, so that the scale is 1.
+    """
+
+    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float | None = None):
+        super().__init__()
+        check_rank(rank, d_in, d_out)
+        self.shape, self.rank, self.scale = (d_out, d_in), rank, (rank if alpha is None else alpha) / rank
+
+    def forward(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
+        raise NotImplementedError(f"{type(self).__name__} makes no factors")
+
+    def delta(self) -> Float[Tensor, "d_out d_in"]:
+        """The full update."""
+        a, b = self()
+        return self.scale * b @ a
+
+
+def check_rank(rank: int, d_in: int, d_out: int) -> None:
+    """Raises InputError where no update of a layer of these widths has the rank."""
+    if not 1 <= rank <= min(d_in, d_out):
+        raise InputError(f"rank is {rank} but must be between 1 and the layer's smaller width, {min(d_in, d_out)}")
 
 
 def fitting_rank(rank: int | None, layer: nn.Linear, default: int = 8) -> int:

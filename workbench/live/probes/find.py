@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from workbench.lib.core.low_rank import LowRankExperts
+from workbench.lib.core.low_rank import Factors, LowRankExperts
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.meters import Member
 from workbench.live.probes.blocks import Block, blocks, modules, plain, unread
@@ -81,37 +82,41 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A pair of trained factors whose product scale * B A is what is watched (LoRA).
+    """A pair of factors, trained or made of what is trained, whose product scale * B A is what is watched (LoRA).
 
     Attributes:
+        parameters: A and B, or what `made` makes them of.
         expert: which of several in the same two parameters; None where the parameters are this pair alone.
         packed: how many there are in two matrices as PEFT packs them, A in blocks and B interleaved; None where the
             parameters have an axis of experts.
+        made: the module that makes the factors; None where they are the parameters.
     """
 
     name: str
-    parameters: tuple[nn.Parameter, nn.Parameter] = field(repr=False)
+    parameters: tuple[nn.Parameter, ...] = field(repr=False)
     scale: float
     expert: int | None = None
     packed: int | None = None
+    made: Factors | None = field(default=None, repr=False)
 
-    @property
-    def a(self) -> Tensor:
-        a = self.parameters[0].detach()
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, I) and B (O, r) as they are now."""
+        if self.made is not None:
+            return self.made()
+        a, b = (parameter.detach() for parameter in self.parameters)
         if self.packed:
-            return a.unflatten(0, (self.packed, -1))[self.expert]
-        return a if self.expert is None else a[self.expert]
-
-    @property
-    def b(self) -> Tensor:
-        b = self.parameters[1].detach()
-        if self.packed:
-            return b.unflatten(1, (-1, self.packed))[..., self.expert]
-        return b if self.expert is None else b[self.expert]
+            a, b = a.unflatten(0, (self.packed, -1))[self.expert], b.unflatten(1, (-1, self.packed))[..., self.expert]
+        elif self.expert is not None:
+            a, b = a[self.expert], b[self.expert]
+        return a.flatten(1), b.flatten(1)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return (self.b.shape[0], self.a.flatten(1).shape[1])
+        if self.made is not None:
+            return self.made.shape
+        a, b = self.factors()
+        return (b.shape[0], a.shape[1])
 
 
 LARGEST = 2**24
@@ -122,8 +127,8 @@ def matrices(model: nn.Module, found: list[Block]) -> list[Matrix | LowRank]:
     """A sample of the trained matrices: of each kind, such as "query of a block", the first, the middle and the last.
 
     Linear layers, embeddings, routers, and of expert banks expert 0; fused weights (query, key and value; gate and up)
-    are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`) the product of its two factors, for every expert; of
-    PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them.
+    are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`, `Factors`) the product of its two factors, for every
+    expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them.
     """
     kinds: dict[str, list[Matrix | LowRank]] = {}
     for matrix in _all_matrices(model, found):
@@ -144,6 +149,10 @@ def _all_matrices(model: nn.Module, found: list[Block]) -> Iterator[Matrix | Low
         if isinstance(module, LowRankExperts):
             yield from _experts(name, module)
             continue
+        if isinstance(module, Factors):
+            parameters = tuple(p for p in module.parameters() if p.requires_grad)
+            if parameters:
+                yield LowRank(name, parameters, module.scale, made=module)
         other_expert = re.search(r"experts\.(\d+)\.", f"{name}.")
         if other_expert and int(other_expert.group(1)):
             continue

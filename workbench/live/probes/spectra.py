@@ -55,7 +55,7 @@ class SpectrumProbe:
     def remember(self) -> None:
         """Keep the weights as they are now, until the next `take`."""
         self._before = {m.name: (m.pick(m.parameter.detach()).clone(),) for m in self.dense}
-        self._before |= {m.name: (m.a.clone(), m.b.clone()) for m in self.low_rank}
+        self._before |= {m.name: tuple(factor.clone() for factor in m.factors()) for m in self.low_rank}
         self._gradients, self._armed = {}, True
 
     @torch.no_grad()
@@ -78,10 +78,10 @@ class SpectrumProbe:
                 wanted[SPECTRUM.name("gradient", matrix.name)] = gradient
         found = _spectra(wanted, torch.Generator().manual_seed(seed))
         for matrix in self.low_rank:
-            a, b = matrix.a.flatten(1), matrix.b.flatten(1)
+            a, b = matrix.factors()
             found[SPECTRUM.name("weight", matrix.name)] = _float32(low_rank_singular_values(b, a, matrix.scale).values)
             if matrix.name in self._before:
-                old_a, old_b = (part.flatten(1) for part in self._before[matrix.name])
+                old_a, old_b = self._before[matrix.name]
                 change = low_rank_singular_values(torch.cat([b, old_b], 1), torch.cat([a, -old_a]), matrix.scale)
                 found[SPECTRUM.name("update", matrix.name)] = _float32(change.values)
         self._before, self._gradients, self._armed = {}, {}, False

@@ -92,6 +92,5 @@ STUDY = Study(
     run=run,
     judge=judge,
     main="mos, 2",
-    trainings=lambda arm: len(RATES),
     power=Power(("lora, 1", "lora, 2"), effect=0.08),
 )

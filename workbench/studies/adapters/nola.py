@@ -78,6 +78,5 @@ STUDY = Study(
     run=run,
     judge=judge,
     main=HALF,
-    trainings=lambda arm: len(RATES),
     power=Power((LORA, TWICE), effect=0.08, deviation={"small": (0.08621, 12)}),
 )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from workbench.lib.core.adapt.adapted import Adapter
 from workbench.lib.core.adapt.layer import AdaptedLayer
-from workbench.lib.core.low_rank import LowRankExperts, fitting_rank
+from workbench.lib.core.low_rank import Factors, LowRankExperts, fitting_rank
 
 
 class LoRALinear(AdaptedLayer):
@@ -22,6 +22,22 @@ class LoRALinear(AdaptedLayer):
 
     def fixed_update(self) -> Tensor:
         return self.experts.delta(0)
+
+
+class FactorsLinear(AdaptedLayer):
+    """y = W x + s B A dropout(x), with A and B as the `Factors` make them."""
+
+    def __init__(self, base: nn.Linear, experts: Factors, dropout: float = 0.0):
+        super().__init__(base)
+        self.experts = experts
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        a, b = self.experts()
+        return self.base(x) + (self.dropout(x) @ a.to(x.dtype).T) @ (self.experts.scale * b).to(x.dtype).T
+
+    def fixed_update(self) -> Tensor:
+        return self.experts.delta()
 
 
 class LoRA(Adapter):
