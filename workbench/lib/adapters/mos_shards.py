@@ -29,8 +29,8 @@ from torch.nn import functional as F
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
-from workbench.lib.core.adapt import Adapted, Adapter, FactorsLinear, adapt
-from workbench.lib.core.low_rank import Factors, fitting_rank
+from workbench.lib.core.adapt import Adapted, Adapter, MadeLinear, adapt
+from workbench.lib.core.low_rank import MadeFactors, fitting_rank
 
 METHOD = Method(
     slug="mos-shards",
@@ -70,7 +70,7 @@ class ShardPool(nn.Module):
         return F.embedding(index, self.weight).view(len(index) // shards, -1)
 
 
-class MoSFactors(Factors):
+class MoSFactors(MadeFactors):
     """A and B of one layer out of pools that other layers have too."""
 
     def share(self, a: ShardPool, b: ShardPool, index_a: Tensor, index_b: Tensor, shards: int) -> None:
@@ -83,7 +83,7 @@ class MoSFactors(Factors):
         return self.pool_a(self.index_a, self.shards), self.pool_b(self.index_b, self.shards).T
 
 
-class MoSLinear(FactorsLinear):
+class MoSLinear(MadeLinear):
     """y = W x + (alpha / r) B A dropout(x). It has its pools from `MoSFactors.share`."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0):

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from workbench.catalogue import Method
 from workbench.errors import InputError
-from workbench.lib.core.adapt import Adapter, FactorsLinear
-from workbench.lib.core.low_rank import Factors, fitting_rank
+from workbench.lib.core.adapt import Adapter, MadeLinear
+from workbench.lib.core.low_rank import MadeFactors, fitting_rank
 from workbench.lib.core.random_basis import random_basis, uniform
 
 METHOD = Method(
@@ -89,7 +89,7 @@ class RandomMixture(nn.Module):
         return self.__dict__ | {"_kept": None}
 
 
-class NOLAFactors(Factors):
+class NOLAFactors(MadeFactors):
     """A and B as mixtures of random matrices.
 
     Args:
@@ -116,7 +116,7 @@ class NOLAFactors(Factors):
         return self.a.extra() * self.shape[1] ** -0.5 + self.a(), self.b()
 
 
-class NOLALinear(FactorsLinear):
+class NOLALinear(MadeLinear):
     """y = W x + (alpha / r) B A dropout(x).
 
     Args:

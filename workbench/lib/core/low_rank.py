@@ -142,7 +142,7 @@ class LowRankExperts(nn.Module):
         return f"n_experts={self.n_experts}, d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}"
 
 
-class Factors(nn.Module):
+class MadeFactors(nn.Module):
     """A and B of one update s B A that are made of other numbers, which are what is trained.
 
     Attributes:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.lib.core.low_rank import Factors, LowRankExperts
+from workbench.lib.core.low_rank import LowRankExperts, MadeFactors
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.meters import Member
 from workbench.live.probes.blocks import Block, blocks, modules, plain, unread
@@ -97,7 +97,7 @@ class LowRank:
     scale: float
     expert: int | None = None
     packed: int | None = None
-    made: Factors | None = field(default=None, repr=False)
+    made: MadeFactors | None = field(default=None, repr=False)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def matrices(model: nn.Module, found: list[Block]) -> list[Matrix | LowRank]:
     """A sample of the trained matrices: of each kind, such as "query of a block", the first, the middle and the last.
 
     Linear layers, embeddings, routers, and of expert banks expert 0; fused weights (query, key and value; gate and up)
-    are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`, `Factors`) the product of its two factors, for every
+    are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`, `MadeFactors`) the product of its two factors, for every
     expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them.
     """
     kinds: dict[str, list[Matrix | LowRank]] = {}
@@ -149,7 +149,7 @@ def _all_matrices(model: nn.Module, found: list[Block]) -> Iterator[Matrix | Low
         if isinstance(module, LowRankExperts):
             yield from _experts(name, module)
             continue
-        if isinstance(module, Factors):
+        if isinstance(module, MadeFactors):
             parameters = tuple(p for p in module.parameters() if p.requires_grad)
             if parameters:
                 yield LowRank(name, parameters, module.scale, made=module)

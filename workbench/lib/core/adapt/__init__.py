@@ -2,16 +2,16 @@
 
 from workbench.lib.core.adapt.adapted import Adapted, Adapter
 from workbench.lib.core.adapt.layer import AdaptedLayer, RoutedLayer, RoutedLinear
-from workbench.lib.core.adapt.lora import FactorsLinear, LoRA, LoRALinear
+from workbench.lib.core.adapt.lora import LoRA, LoRALinear, MadeLinear
 from workbench.lib.core.adapt.put import adapt, load_adapter
 
 __all__ = [
     "Adapted",
     "AdaptedLayer",
     "Adapter",
-    "FactorsLinear",
     "LoRA",
     "LoRALinear",
+    "MadeLinear",
     "RoutedLayer",
     "RoutedLinear",
     "adapt",

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from workbench.lib.core.adapt.adapted import Adapter
 from workbench.lib.core.adapt.layer import AdaptedLayer
-from workbench.lib.core.low_rank import Factors, LowRankExperts, fitting_rank
+from workbench.lib.core.low_rank import LowRankExperts, MadeFactors, fitting_rank
 
 
 class LoRALinear(AdaptedLayer):
@@ -24,10 +24,10 @@ class LoRALinear(AdaptedLayer):
         return self.experts.delta(0)
 
 
-class FactorsLinear(AdaptedLayer):
-    """y = W x + s B A dropout(x), with A and B as the `Factors` make them."""
+class MadeLinear(AdaptedLayer):
+    """y = W x + s B A dropout(x), with A and B as the `MadeFactors` make them."""
 
-    def __init__(self, base: nn.Linear, experts: Factors, dropout: float = 0.0):
+    def __init__(self, base: nn.Linear, experts: MadeFactors, dropout: float = 0.0):
         super().__init__(base)
         self.experts = experts
         self.dropout = nn.Dropout(dropout)
