@@ -127,8 +127,8 @@ def matrices(model: nn.Module, found: list[Block]) -> list[Matrix | LowRank]:
     """A sample of the trained matrices: of each kind, such as "query of a block", the first, the middle and the last.
 
     Linear layers, embeddings, routers, and of expert banks expert 0; fused weights (query, key and value; gate and up)
-    are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`, `MadeFactors`) the product of its two factors, for every
-    expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them.
+    are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`, `MadeFactors`) the product of its two factors, for
+    every expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them.
     """
     kinds: dict[str, list[Matrix | LowRank]] = {}
     for matrix in _all_matrices(model, found):
