@@ -31,6 +31,7 @@ OPERATORS = (
     "block_sparse_attention",
     "span_attention",
     "low_rank",
+    "random_basis",
 )
 """The operators with a Triton path."""
 
