@@ -9,11 +9,16 @@ from workbench.kernels import (
     block_sparse_attention,
     dispatch,
     gather_sum,
+    magnitude_threshold,
     moe_mlp,
+    random_basis,
+    random_basis_adjoint,
     span_attention,
     topk_softmax,
+    trim_elect_merge,
 )
 from workbench.kernels.block_sparse_attention import block_gate_topk
+from workbench.kernels.random_basis import uniform
 
 pytestmark = pytest.mark.gpu
 EXPERTS = 6
@@ -125,3 +130,37 @@ def test_span_attention(d, kv_heads):
         v,
         differentiable=False,
     )
+
+
+@pytest.mark.parametrize("shape", [(8, 4096), (7, 33)])
+@pytest.mark.parametrize("k", [3, 700])
+def test_random_basis(shape, k):
+    seed = torch.tensor(-0x0123456789ABCDEF)
+    numbers = uniform(seed, 2**34 + 3, 5001)
+    assert torch.equal(uniform(seed.cuda(), 2**34 + 3, 5001).cpu(), numbers)
+    assert dispatch.last_backend("random_basis") == "triton"
+    seed = seed.cuda()
+    check("random_basis", lambda backend, c: random_basis(c, seed, shape, backend=backend), draw(k).float())
+    check("random_basis", lambda backend, x: random_basis_adjoint(x, seed, k, backend=backend), draw(*shape).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elect", [None, "values", "weighted"])
+def test_trim_elect_merge(dtype, elect):
+    """Bit for bit as on a processor: products and sums are rounded apart, quotients once."""
+    experts, base = draw(5, 10_001).to(dtype), draw(10_001, seed=1).to(dtype)
+    how = {"weights": [0.3, 1.0, -0.2, 0.7, 0.1], "thresholds": [0.4, 0.0, 0.9, 0.2, 1.1], "elect": elect}
+    for divide in (None, "count", "weights"):
+        ours = trim_elect_merge(experts, base, **how, divide=divide, scale=0.7)
+        assert dispatch.last_backend("trim_elect_merge") == "triton"
+        theirs = trim_elect_merge(experts.cpu(), base.cpu(), **how, divide=divide, scale=0.7, backend="reference")
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitude_threshold(dtype):
+    x = draw(300_001).to(dtype)
+    falling = x.float().abs().sort(descending=True).values.tolist()
+    for k in (1, 60_000, len(x)):
+        assert magnitude_threshold(x, k) == falling[k - 1]
+    assert dispatch.last_backend("magnitude_threshold") == "triton"

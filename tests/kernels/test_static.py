@@ -103,7 +103,7 @@ class TestTarget:
         assert ttir.count("divisibility = 16") and ttir.count("addf")
         others = [ttir.replace("divisibility = 16", "divisibility = 8", 1), ttir.replace("addf", "mulf", 1)]
         assert same not in [static.digest(launch, target, other) for other in others]
-        changes = [{"num_warps": 2 * launch.num_warps}, {"num_stages": launch.num_stages - 1}]
+        changes = [{"num_warps": 2 * launch.num_warps}, {"num_stages": launch.num_stages - 1}, {"fused": False}]
         assert same not in [static.digest(dataclasses.replace(launch, **change), target, ttir) for change in changes]
 
 

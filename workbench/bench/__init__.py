@@ -9,6 +9,7 @@ BENCHES = {
     "attention": "workbench.bench.attention",
     "lora": "workbench.bench.lora",
     "merge": "workbench.bench.merge",
+    "basis": "workbench.bench.basis",
 }
 
 

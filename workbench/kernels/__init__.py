@@ -13,6 +13,7 @@ from workbench.kernels.low_rank import low_rank
 from workbench.kernels.moe_mlp import moe_mlp
 from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
+from workbench.kernels.random_basis import random_basis, random_basis_adjoint
 from workbench.kernels.route_metadata import route_metadata
 from workbench.kernels.span_attention import span_attention, span_decode
 from workbench.kernels.topk_softmax import topk_softmax
@@ -28,6 +29,8 @@ __all__ = [
     "magnitude_threshold",
     "moe_mlp",
     "pcb_merge",
+    "random_basis",
+    "random_basis_adjoint",
     "register_transformers",
     "route_metadata",
     "span_attention",

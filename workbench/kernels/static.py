@@ -31,6 +31,8 @@ OPERATORS = (
     "block_sparse_attention",
     "span_attention",
     "low_rank",
+    "random_basis",
+    "trim_elect_merge",
 )
 """The operators with a Triton path."""
 
@@ -80,6 +82,7 @@ class Launch:
         dtype: of the data.
         shape: the widths this configuration is for, or the variant where one serves all widths.
         gemm: whether its products must use the tensor cores' own instruction (wgmma on sm_90).
+        fused: whether a product may be joined with the sum that it goes into, and be rounded with it.
     """
 
     kernel: str
@@ -92,6 +95,7 @@ class Launch:
     dtype: str
     shape: str
     gemm: bool
+    fused: bool = True
 
     @property
     def name(self) -> str:
@@ -195,7 +199,7 @@ def intermediate(launch: Launch, target: str) -> str:
 def digest(launch: Launch, target: str, ttir: str) -> str:
     """Of all that decides what the compiler makes of a kernel: its code, less places in files, target and launch."""
     code = re.sub(r" loc\((#loc\d*|\"[^\"]*\"\(#loc\d*\))\)", "", re.sub(r"(?m)^#loc.*\n", "", ttir))
-    parts = [code, target, launch.num_warps, _stages(launch, TARGETS[target])]
+    parts = [code, target, launch.num_warps, _stages(launch, TARGETS[target]), *(() if launch.fused else ("apart",))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -222,7 +226,7 @@ def _parts(launch: Launch, kind: Target) -> tuple[Any, Any, dict[str, int]]:
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": _stages(launch, kind)}
+    options = {"num_warps": launch.num_warps, "num_stages": _stages(launch, kind), "enable_fp_fusion": launch.fused}
     return source, GPUTarget(kind.backend, kind.arch, kind.warp), options
 
 

@@ -21,6 +21,7 @@ from workbench.kernels.block_sparse_attention.index import BlockIndex
 from workbench.kernels.moe_mlp import ACTIVATIONS, moe_mlp
 from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
+from workbench.kernels.random_basis import random_basis, random_basis_adjoint
 from workbench.kernels.trim_elect_merge import DIVIDE, ELECT, magnitude_threshold, trim_elect_merge
 
 WIDTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 80, 129)  # about whole vectors, tiles and panels
@@ -272,7 +273,27 @@ def models(draw: random.Random, native: bool) -> list[Call]:
     ]
 
 
-IN_C = (experts, bank, attention, gate, models)
+def seeded(draw: random.Random, native: bool) -> list[Call]:
+    """The sizes are those of tensors: a number that is another would be as right, and may take a day."""
+    k, size = draw.randrange(0, 9), draw.choice((0, *WIDTHS, 1023, 1024, 1025, 2500))
+    arguments = {
+        "coefficients": torch.randn(k),
+        "x": torch.randn(size),
+        "seed": torch.tensor(draw.randrange(-(2**63), 2**63)),
+        "start": draw.choice((0, 1, 7, 2**34 + 3)),
+        "backend": "native" if native else draw.choice(("native", "native", "reference")),
+    }
+
+    def mixed(coefficients, x, seed, start, backend):
+        return random_basis(coefficients, seed, x.shape, start=start, backend=backend)
+
+    def products(coefficients, x, seed, start, backend):
+        return random_basis_adjoint(x, seed, coefficients.numel(), start=start, backend=backend)
+
+    return [Call("random_basis", mixed, arguments), Call("random_basis_adjoint", products, arguments)]
+
+
+IN_C = (experts, bank, attention, gate, models, seeded)
 
 
 def damaged(draw: random.Random, call: Call) -> Call:

@@ -1,12 +1,13 @@
 """Models trimmed, elected and averaged in one pass: the merge of TIES, and what is made of it by leaving steps out.
 
-Paths of `trim_elect_merge`: "reference", "cpu" and "native" (float32; narrower types are widened a piece at a time),
-each a module with
+Paths of `trim_elect_merge`: "reference", "cpu", "native" (float32; narrower types are widened a piece at a time) and
+"triton", each a module with
 
     trim_elect_merge(experts, base, weights, thresholds, elect, divide, scale, out)
 
 experts a list of n flat contiguous tensors of one type, base as one of them or None, weights and thresholds n numbers,
-out as one of the experts, and perhaps one of them. Paths of `magnitude_threshold`: "reference" and "native".
+out as one of the experts, and perhaps one of them. Paths of `magnitude_threshold`: "reference",
+"native" and "triton" (both for float32 and narrower).
 
 All paths do the same operations in the same order, in float32 or wider, so that they agree bit for bit.
 """
@@ -24,8 +25,8 @@ from workbench.errors import InputError, unknown
 from workbench.kernels import dispatch
 from workbench.kernels.memory import fresh
 
-BACKENDS = ("reference", "cpu", "native")
-SELECTIONS = ("reference", "native")
+BACKENDS = ("reference", "cpu", "native", "triton")
+SELECTIONS = ("reference", "native", "triton")
 NATIVE = Path(__file__).with_name("native.c")
 ELECT = ("values", "weighted")
 DIVIDE = ("count", "weights")
@@ -98,7 +99,7 @@ def magnitude_threshold(
             larger than memory can be an object whose `__iter__` reads one tensor after the other.
         k: 0 to the number of entries; 0 gives infinity.
         base: likewise; None where `experts` are differences already.
-        backend: "reference" or "native"; None chooses by device.
+        backend: one of `SELECTIONS`; None chooses by device and type.
 
     Raises:
         InputError: names the argument that does not fit, such as a NaN.
@@ -116,9 +117,11 @@ def magnitudes(experts, ranks, base=None, backend: str | None = None) -> list[fl
     if first is None:
         raise InputError("experts has no tensor but must have at least one")
     wide = torch.promote_types(first[0].dtype, torch.float32)
+    if backend is None and wide == torch.float64:
+        backend = "reference"  # the others count the bits of float32
     chosen = dispatch.choose("magnitude_threshold", backend, first[0].device, SELECTIONS, wide, NATIVE)
     chosen = dispatch.begin("magnitude_threshold", chosen, NATIVE)
-    path = import_module(f"{__name__}.{'native' if chosen == 'native' else 'reference'}")
+    path = import_module(f"{__name__}.{'reference' if chosen == 'cpu' else chosen}")
     return path.magnitudes(pieces, ranks)
 
 

@@ -102,6 +102,13 @@ def magnitudes(pieces: Iterable[tuple[Tensor, Tensor | None]], ranks: Callable[[
             in_threads(range(0, len(x), PIECE), work)
         return tables.total(), max(largest)
 
+    return by_counts(counted, ranks)
+
+
+def by_counts(counted: Callable[[int], tuple[np.ndarray, int]], ranks: Callable[[int], Sequence[int]]) -> list[float]:
+    """Those of `magnitudes` from `counted(digit)`: how often each first half of their bits stands, for -1, or beside a
+    first half each of the others; and the largest bits.
+    """
     coarse, most = counted(-1)
     if most > INFINITY:
         raise InputError("experts - base has NaN but must have none")

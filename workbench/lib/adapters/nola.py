@@ -50,15 +50,14 @@ class RandomMixture(nn.Module):
     Args:
         shape: of the result.
         k: how many matrices there are.
-        chunk: so many of them are in memory at a time.
         cache: keep the basis, k times as large as the result, from the first use on. Faster, and the same numbers.
     """
 
-    def __init__(self, shape: tuple[int, ...], k: int, chunk: int = 64, cache: bool = False):
+    def __init__(self, shape: tuple[int, ...], k: int, cache: bool = False):
         super().__init__()
-        if min(k, chunk) < 1:
-            raise InputError(f"k, chunk are {k}, {chunk} but must both be at least 1")
-        self.shape, self.k, self.chunk, self.cache = tuple(shape), k, chunk, cache
+        if k < 1:
+            raise InputError(f"k is {k} but must be at least 1")
+        self.shape, self.k, self.cache = tuple(shape), k, cache
         self.coefficients = nn.Parameter(torch.zeros(k))
         self.register_buffer("seed", torch.randint(2**63 - 1, ()))
         self._kept: tuple[Tensor, int, Tensor] | None = None
@@ -66,7 +65,7 @@ class RandomMixture(nn.Module):
     def forward(self) -> Tensor:
         c = self.coefficients * self.k**-0.5
         if not self.cache:
-            return random_basis(c, self.seed, self.shape, self.chunk)
+            return random_basis(c, self.seed, self.shape)
         return (c @ self.basis().flatten(1)).view(self.shape)
 
     def extra(self) -> Tensor:
@@ -94,7 +93,7 @@ class NOLAFactors(MadeFactors):
 
     Args:
         k, k_b: coefficients of A and of B; k_b None: as many.
-        chunk, cache: see `RandomMixture`.
+        cache: see `RandomMixture`.
     """
 
     def __init__(
@@ -105,12 +104,11 @@ class NOLAFactors(MadeFactors):
         k: int,
         k_b: int | None = None,
         alpha: float | None = None,
-        chunk: int = 64,
         cache: bool = False,
     ):
         super().__init__(d_in, d_out, rank, alpha)
-        self.a = RandomMixture((rank, d_in), k, chunk, cache)
-        self.b = RandomMixture((d_out, rank), k if k_b is None else k_b, chunk, cache)
+        self.a = RandomMixture((rank, d_in), k, cache)
+        self.b = RandomMixture((d_out, rank), k if k_b is None else k_b, cache)
 
     def forward(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
         return self.a.extra() * self.shape[1] ** -0.5 + self.a(), self.b()
@@ -136,7 +134,6 @@ class NOLA(Adapter):
         k_b: coefficients of B.
         alpha: numerator of the scale; default r, so that the scale is 1.
         dropout: of the update's input.
-        chunk: random matrices in memory at a time.
         cache: keep the random matrices, which is faster and takes k r (I + O) numbers a layer.
     """
 
@@ -149,11 +146,10 @@ class NOLA(Adapter):
         k_b: int | None = None,
         alpha: float | None = None,
         dropout: float = 0.0,
-        chunk: int = 64,
         cache: bool = False,
     ):
         self.rank, self.k, self.dropout = rank, k, dropout
-        self.options = {"k_b": k_b, "alpha": alpha, "chunk": chunk, "cache": cache}
+        self.options = {"k_b": k_b, "alpha": alpha, "cache": cache}
 
     def linear(self, layer: nn.Linear, name: str) -> NOLALinear:
         return NOLALinear(layer, fitting_rank(self.rank, layer), self.k, self.dropout, **self.options)
