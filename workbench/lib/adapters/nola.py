@@ -9,8 +9,8 @@ code: UCDvision/NOLA. Beside a frozen layer W (O, I):
 
 a = b = 0 at first, so the function stays and, A0 not being 0, b has a gradient. (The paper's formula has no A0; as in
 its code for language models there is one here.) What is trained is 2 k numbers a layer whatever r, O and I are, and
-what is saved is these and two seeds: a basis is made where it is needed, `core.random_basis`, and again in the backward
-pass. Each layer has seeds of its own.
+what is saved is these and two seeds: a basis is made where it is needed, `kernels.random_basis`, and again in the
+backward pass. Each layer has seeds of its own.
 
 Tensor letters: O output width, I input width, r rank, k coefficients; B may have another number of them, `k_b`.
 """
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from workbench.catalogue import Method
 from workbench.errors import InputError
+from workbench.kernels.random_basis import random_basis, uniform
 from workbench.lib.core.adapt import Adapter, MadeLinear
 from workbench.lib.core.low_rank import MadeFactors, fitting_rank
-from workbench.lib.core.random_basis import random_basis, uniform
 
 METHOD = Method(
     slug="nola",
