@@ -525,7 +525,7 @@ def plain_loras(adapted: Adapted) -> dict[str, LowRankExperts]:
         a, b = torch.cat([bank.a[0], layer.a0]), torch.cat([bank.b[0], -layer.b0], 1)
         wide = LowRankExperts(1, bank.d_in, bank.d_out, 1)
         wide.a, wide.b = nn.Parameter(a[None]), nn.Parameter(b[None])
-        wide.scale = wide.scale.to(a).fill_(scale)
+        wide.scale, wide.turned = wide.scale.to(a).fill_(scale), bank.turned
         banks[name] = wide
     return banks
 

@@ -26,10 +26,13 @@ class LowRankExperts(nn.Module):
         a: (E, r, I), initialised as `nn.Linear` is.
         b: (E, O, r), zero, so that a new bank changes nothing.
         scale: (E,) s_e = alpha / r, a buffer.
+        turned: whether the weight of the layer that it is put on lies as (I, O), as in GPT-2's `Conv1D`.
 
     Args:
         alpha: numerator of the scale; default r, so that the scale is 1.
     """
+
+    turned = False
 
     def __init__(self, n_experts: int, d_in: int, d_out: int, rank: int, alpha: float | None = None):
         super().__init__()

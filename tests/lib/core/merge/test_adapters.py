@@ -1,5 +1,6 @@
 """Merged LoRAs: the weighted sum, for every kind that is taken, through folders, and beside peft."""
 
+import json
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt
-from workbench.lib.core.adapt.peft import read_peft, write_peft
+from workbench.lib.core.adapt.peft import CONFIG, read_peft, write_peft
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.merge import Matrices, make_merger
 from workbench.lib.core.merge.adapters import (
@@ -19,6 +20,7 @@ from workbench.lib.core.merge.adapters import (
     read_deltas,
     truncate,
 )
+from workbench.lib.core.merge.files import open_models, write_model
 
 WEIGHTS = [0.7, -1.5]
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
@@ -155,10 +157,137 @@ def test_layers_that_hold_their_weight_turned_are_merged_turned(tmp_path):
 def test_square_weights_beside_turned_and_unturned_ones_are_refused():
     one = {n: (torch.ones(1, i), torch.ones(o, 1), 1.0) for n, o, i in [("a", 2, 3), ("b", 2, 3), ("c", 2, 2)]}
     state = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(3, 2), "c.weight": torch.zeros(2, 2)}
-    with pytest.raises(InputError, match=r"c\.weight may be either"):
+    with pytest.raises(InputError, match=r"c\.weight may lie as \(O, I\) or as \(I, O\)"):
         LowRankDeltas(one).added_to(state)
     del one["c"]
     assert LowRankDeltas(one).added_to(state)["b.weight"].shape == (3, 2)
+
+
+class Layers(nn.Module):
+    """Layers of which some hold (O, I) and some (I, O), called "linear" and "turned"."""
+
+    def __init__(self, **widths: tuple[str, int, int]):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        torch.manual_seed(0)
+        for name, (kind, d_in, d_out) in widths.items():
+            layer = nn.Linear(d_in, d_out) if kind == "linear" else Conv1D(d_out, d_in)
+            nn.init.normal_(layer.bias)
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = torch.tanh(layer(x))
+        return x
+
+
+KINDS_OF_LAYERS = {
+    # the layers, those adapted, whether a folder of peft says enough for the weights alone
+    "turned, square": ({"a": ("turned", 6, 6), "b": ("turned", 6, 4)}, ["a"], True),
+    "turned, both": ({"a": ("turned", 6, 6), "b": ("turned", 6, 4)}, ["a", "b"], True),
+    "turned, alone": ({"a": ("turned", 6, 6)}, ["a"], True),
+    "turned, not square": ({"a": ("turned", 6, 6), "b": ("turned", 6, 4)}, ["b"], True),
+    "linear, square": ({"a": ("linear", 6, 6), "b": ("linear", 6, 4)}, ["a"], True),
+    "linear, both": ({"a": ("linear", 6, 6), "b": ("linear", 6, 4)}, ["a", "b"], True),
+    "linear beside turned": ({"a": ("linear", 6, 6), "b": ("turned", 6, 4)}, ["a"], False),
+    "turned beside linear": ({"a": ("turned", 6, 6), "b": ("linear", 6, 4)}, ["a"], False),
+    # as GPT-2 with its head: peft says of such a folder what it says of the last layer
+    "both, linear last": ({"a": ("turned", 6, 6), "c": ("turned", 6, 8), "b": ("linear", 8, 4)}, ["a", "b"], False),
+    # as an image encoder of linear layers with GPT-2 as its decoder
+    "both, turned last": ({"a": ("linear", 6, 6), "c": ("linear", 6, 8), "b": ("turned", 8, 4)}, ["a", "b"], False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LAYERS)
+def test_updates_lie_as_the_weights_do_or_are_refused(tmp_path, kind):
+    """Folders of both kinds by us and by peft, merged into bare weights: the function peft has of the same folder."""
+    pytest.importorskip("transformers")
+    widths, names, told = KINDS_OF_LAYERS[kind]
+    adapted = adapt(ours := Layers(**widths), "lora", names, rank=2, alpha=3)
+    for layer in adapted.layers.values():
+        nn.init.normal_(layer.experts.b)
+    adapted.save(tmp_path / "own")
+    write_peft({name: layer.experts for name, layer in adapted.layers.items()}, tmp_path / "by us")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft says that it sets fan_in_fan_out itself
+        theirs = peft.PeftModel.from_pretrained(Layers(**widths), tmp_path / "by us").eval()
+        torch.testing.assert_close(theirs(X), ours(X), **CLOSE)
+        theirs.save_pretrained(tmp_path / "by peft")
+    said = {name: json.loads((tmp_path / name / CONFIG).read_text())["fan_in_fan_out"] for name in ("by us", "by peft")}
+    kinds = {widths[name][0] for name in names}
+    assert said["by peft"] == (widths[names[-1]][0] == "turned") and said["by us"] == ("turned" in kinds)
+    for folder in ("own", "by us", "by peft"):
+        for model in (None, Layers(**widths)):
+            base = Layers(**widths)
+            deltas = read_deltas([tmp_path / folder], model)
+            merged = truncate(concatenate(deltas, [1.0]), 2)
+            if model is None and not told and folder != "own":
+                for one in (deltas[0], merged):
+                    with pytest.raises(InputError, match=r"a\.weight may lie as .*: give read_deltas the model"):
+                        one.added_to(base.state_dict())
+                continue
+            for one in (deltas[0], merged):
+                base.load_state_dict(one.added_to(Layers(**widths).state_dict()))
+                torch.testing.assert_close(base(X), ours(X), **CLOSE)
+            merged.save(tmp_path / "again")
+            read_peft(again := Layers(**widths), tmp_path / "again")
+            torch.testing.assert_close(again(X), ours(X), **CLOSE)
+    assert (Layers(**widths)(X) - ours(X)).abs().max() > 1e-2
+
+
+def test_a_square_layer_of_gpt2_is_merged_turned_from_files(tmp_path):
+    """As `workbench merge` does it, with the adapter alone and with its own kind of folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted = adapt(model, "lora", "*.attn.c_proj", rank=2)
+    for layer in adapted.layers.values():
+        nn.init.normal_(layer.experts.b)
+    adapted.save(tmp_path / "own")
+    write_peft({name: layer.experts for name, layer in adapted.layers.items()}, tmp_path / "peft")
+    ids = torch.randint(31, (3, 5), generator=torch.Generator().manual_seed(4))
+    expected = model(ids).logits
+    for name in ("own", "peft"):
+        vectors = open_models(tmp_path / "base", [tmp_path / name])
+        write_model(vectors, make_merger("average", {}), tmp_path / "base", tmp_path / f"merged {name}")
+        merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / f"merged {name}").eval()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_square_packed_experts_lie_as_the_model_has_them(tmp_path):
+    """Those of gpt-oss are (I, O); with as many hidden units as inputs the shape does not say so."""
+    transformers = pytest.importorskip("transformers")
+
+    def oss():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes |= {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8}
+        model = transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(vocab_size=31, **sizes, layer_types=["full_attention"])
+        )
+        return model.eval()
+
+    whole = "model.layers.0.mlp.experts.down_proj"
+    adapted = adapt(ours := oss(), "lora", whole, rank=2)
+    for layer in adapted.layers.values():
+        nn.init.normal_(layer.experts.b)
+    banks = {name: layer.experts for name, layer in adapted.layers.items()}
+    write_peft(banks, tmp_path / "peft", packed=[whole])
+    adapted.save(tmp_path / "own")
+    ids = torch.randint(31, (3, 5), generator=torch.Generator().manual_seed(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(oss(), tmp_path / "peft").eval()
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+    for name in ("own", "peft"):
+        deltas = read_deltas([tmp_path / name], oss())[0]
+        (base := oss()).load_state_dict(deltas.added_to(oss().state_dict()))
+        torch.testing.assert_close(base(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match=r"down_proj may lie as"):
+        LowRankDeltas(deltas.layers, deltas.packed).added_to(oss().state_dict())
 
 
 def test_the_adapters_of_packed_experts_are_summed_expert_by_expert(tmp_path):

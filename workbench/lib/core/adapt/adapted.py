@@ -13,10 +13,11 @@ from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.feed_forward import FeedForward
 from workbench.lib.core.adapt.files import write_adapter
 from workbench.lib.core.adapt.layer import AdaptedLayer, Side
-from workbench.lib.core.adapt.matrix import tensors_of, weight_at
+from workbench.lib.core.adapt.matrix import is_turned, tensors_of, weight_at
 from workbench.lib.core.adapt.passes import Passes
 from workbench.lib.core.adapt.report import target_rows
 from workbench.lib.core.adapt.sequences import Generate
+from workbench.lib.core.low_rank import LowRankExperts
 
 
 class Adapter:
@@ -150,6 +151,8 @@ class Adapted:
         layer.side, layer.slug, layer.place = self.side, self.adapter.slug, name
         _match(layer, next(iter(tensors_of(before).values())))
         layer.train(before.training)
+        for base, bank in _banks(layer):
+            bank.turned = is_turned(base)
         self.layers[name] = layer
         self.replace(before, layer)
 
@@ -307,6 +310,14 @@ class Adapted:
 def adapted_with(model: nn.Module) -> str | None:
     """The system that some layer of the model is adapted with already."""
     return next((module.slug for module in model.modules() if isinstance(module, AdaptedLayer)), None)
+
+
+def _banks(layer: AdaptedLayer) -> list[tuple[nn.Module, LowRankExperts]]:
+    """The banks of a layer, or of a block, each with the linear layer that it is for."""
+    experts, block = getattr(layer, "experts", None), getattr(layer, "block", None)
+    of_block = isinstance(experts, nn.ModuleDict) and block is not None
+    pairs = [(block.linears[key], bank) for key, bank in experts.items()] if of_block else [(layer.base, experts)]
+    return [(base, bank) for base, bank in pairs if isinstance(bank, LowRankExperts)]
 
 
 def _match(layer: AdaptedLayer, like: Tensor) -> None:

@@ -125,6 +125,7 @@ def expert_loras(adapted: Adapted, expert: int) -> dict[str, LowRankExperts]:
                 raise InputError(f"expert is {expert} but {name} has {bank.n_experts} of them, numbered from 0")
             e = expert if routed else 0
             found[key] = LowRankExperts.from_loras([(bank.a[e], bank.b[e], float(bank.scale[e]))])
+            found[key].turned = bank.turned
     return found
 
 

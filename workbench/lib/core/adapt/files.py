@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt.layer import AdaptedLayer
-from workbench.lib.core.adapt.matrix import tensors_of
+from workbench.lib.core.adapt.matrix import is_turned, tensors_of
 from workbench.sealed import sealed_folder, whole
 
 FORMAT = 1
@@ -47,6 +47,7 @@ def write_adapter(
         "slug": slug,
         "targets": list(targets),
         "options": dict(options),
+        "turned": [name for name, layer in layers.items() if is_turned(layer.base)],
         "base_sha256": base_digest(layers),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -83,7 +84,7 @@ def _digest(value: object) -> bool:
 
 
 def _names(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) and 0 < len(v) <= 1000 for v in value)
+    return isinstance(value, list) and all(isinstance(v, str) and 0 < len(v) <= 1000 for v in value)
 
 
 def _small(value: object) -> bool:
@@ -95,7 +96,8 @@ def _small(value: object) -> bool:
 ENTRIES = {
     "format": (f"a whole number from 1 to {FORMAT}", lambda value: type(value) is int and value >= 1),
     "slug": ("the name of a system", lambda value: isinstance(value, str)),
-    "targets": ("a list of patterns of at most 1000 characters", _names),
+    "targets": ("a list of patterns of at most 1000 characters", lambda value: bool(value) and _names(value)),
+    "turned": ("a list of names of layers, or nothing", lambda value: value is None or _names(value)),
     "options": ("an object, no number in it above a million", lambda value: isinstance(value, dict) and _small(value)),
     "base_sha256": ("a SHA-256", _digest),
     "sha256": ("a SHA-256", _digest),

@@ -62,6 +62,11 @@ def as_linear(module: nn.Module, own: bool = False) -> nn.Linear:
     return Matrix(module, bias=None if module.bias is None else "bias", transposed=True, own=own)
 
 
+def is_turned(layer: nn.Module) -> bool:
+    """Whether the weight of a linear layer, or of what shows it as one, lies as (I, O)."""
+    return layer.transposed if isinstance(layer, Matrix) else _is_conv1d(layer)
+
+
 def weight_at(layer: nn.Linear) -> tuple[nn.Module, str]:
     """The module and the name under which the parameter with the layer's weight is kept.
 

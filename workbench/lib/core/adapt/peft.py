@@ -92,7 +92,8 @@ def write_peft(
         "use_rslora": False,
         "use_dora": magnitudes is not None,
         "init_lora_weights": True,
-        "fan_in_fan_out": False,
+        # peft itself goes by the kind of layer, and says this of the last one; packed ones it does not take with it
+        "fan_in_fan_out": any(bank.turned for bank in plain.values()),
         "modules_to_save": None,
         "inference_mode": True,
         "base_model_name_or_path": None,

@@ -15,7 +15,7 @@ Tensor letters: n adapters, r rank, I input width, O output width.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt.files import SIDECAR, read_adapter
-from workbench.lib.core.adapt.packed import find_packed
+from workbench.lib.core.adapt.matrix import is_linear, is_turned
+from workbench.lib.core.adapt.packed import find_packed, unpack
 from workbench.lib.core.adapt.peft import read_folder, write_peft
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.merge.linear import TaskArithmetic
@@ -41,13 +42,16 @@ class LowRankDeltas(Mapping[str, Factors]):
         layers: one of packed experts has an entry for each expert, "mlp.experts.0.gate_up_proj" and so on.
         packed: names of the packed parameters, "mlp.experts.gate_up_proj", of a module in its own order.
         base: what is known of the base: "sha256" of the adapted weights, or "name".
-        transposed: whether the adapter says that weights of the base lie as (I, O), as in GPT-2.
+        transposed: whether the adapter says that weights of the base lie as (I, O), as in GPT-2. peft says it of the
+            layer that it adapted last, so this is not of all where a model has both.
+        turned: of a layer whether its own weight lies as (I, O), as far as it is known.
     """
 
     layers: dict[str, Factors]
     packed: tuple[str, ...] = ()
     base: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
+    turned: dict[str, bool] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Factors:
         return self.layers[name]
@@ -82,7 +86,9 @@ class LowRankDeltas(Mapping[str, Factors]):
             OSError: the disk is full or not writable; what was there still is.
         """
         banks = {name: LowRankExperts.from_loras([(*_narrowed(*self.factors(name)), 1.0)]) for name in self}
-        said = {"fan_in_fan_out": self.transposed, "base_model_name_or_path": dict(self.base).get("name")}
+        for name, bank in banks.items():
+            bank.turned = self.turned.get(name, self.transposed)
+        said = {"base_model_name_or_path": dict(self.base).get("name")}
         return write_peft(banks, folder, packed=self.packed, settings=said)
 
     def added_to(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,18 +123,19 @@ class LowRankDeltas(Mapping[str, Factors]):
         ]
         if wrong:
             raise InputError(f"the base does not fit the adapter: {'; '.join(wrong)}")
-        # one kind of layer is turned, or none: where a weight that is not square is, square ones of its kind may be
-        turned = self.transposed or any(fit == {True} for fit in fits.values())
-        doubtful = [key for key, fit in fits.items() if len(fit) == 2]
-        if turned and doubtful and any(fit == {False} for fit in fits.values()):
+        square = {key: self.turned.get(by_weight[key][0]) for key, fit in fits.items() if len(fit) == 2}
+        sides = {side for fit in fits.values() if len(fit) == 1 for side in fit}
+        claimed = self.transposed or True in sides
+        sides |= _sides(shapes) | {claimed}
+        doubtful = [key for key, known in square.items() if known is None and not _clear(key, shapes, sides, claimed)]
+        if doubtful:
             raise InputError(
-                f"the base has weights as (O, I) and as (I, O), and {', '.join(doubtful)} may be either: adapt the "
-                "model with the merged adapter and use its merge_back"
+                f"{', '.join(doubtful)} may lie as (O, I) or as (I, O), and nothing says which: give read_deltas the "
+                "model; or adapt the model with the adapter and use its merge_back"
             )
-        return {
-            key: Placed([self.factors(name) for name in by_weight[key]], turned if len(fit) == 2 else fit == {True})
-            for key, fit in fits.items()
-        }
+        turned = {key: fit == {True} for key, fit in fits.items()}
+        turned |= {key: claimed if known is None else known for key, known in square.items()}
+        return {key: Placed([self.factors(name) for name in by_weight[key]], side) for key, side in turned.items()}
 
     def by_weight(self) -> dict[str, list[str]]:
         """The names of the updates of each weight of the base: one, or one for each packed expert."""
@@ -165,7 +172,8 @@ def read_deltas(folders: Sequence[str | Path], model: nn.Module | None = None) -
     """The updates of LoRA folders, of peft or as `Adapted.save` writes them, which must be of one base.
 
     Args:
-        model: the base; needed where packed experts are adapted, for what lies in their A and B.
+        model: the base; needed where packed experts are adapted, for what lies in their A and B, and where square
+            weights may lie as (O, I) or as (I, O).
 
     Raises:
         InputError: everything that is wrong with any of the folders, and every way in which they do not go together.
@@ -188,7 +196,8 @@ def _read_peft(folder: Path, model: nn.Module | None) -> LowRankDeltas:
     loras, config, names = read_folder(folder, model)
     # a packed parameter has no LoRA of its own name, only its experts have
     base = (("name", config.base_name),) if isinstance(config.base_name, str) and config.base_name else ()
-    return LowRankDeltas(loras, tuple(name for name in names if name not in loras), base, config.transposed)
+    packed = tuple(name for name in names if name not in loras)
+    return LowRankDeltas(loras, packed, base, config.transposed, _turned(loras, packed, model))
 
 
 def _read_own(folder: Path, model: nn.Module | None) -> LowRankDeltas:
@@ -207,7 +216,23 @@ def _read_own(folder: Path, model: nn.Module | None) -> LowRankDeltas:
         if (a.ndim, b.ndim, scale.ndim) != (3, 3, 1) or a.shape[1] != b.shape[2]:
             raise InputError(f"{folder} has A {tuple(a.shape)} and B {tuple(b.shape)} of unequal ranks at {name}")
         layers[name] = (a[0], b[0], float(scale[0]))
-    return LowRankDeltas(layers, _packed(folder, layers, model), (("sha256", said["base_sha256"]),))
+    packed, turned = _packed(folder, layers, model), said.get("turned")
+    known = _turned(layers, packed, model) if turned is None else {name: name in turned for name in layers}
+    return LowRankDeltas(layers, packed, (("sha256", said["base_sha256"]),), turned=known)
+
+
+def _turned(layers: Mapping[str, Factors], packed: Sequence[str], model: nn.Module | None) -> dict[str, bool]:
+    """Whether the weights of layers lie as (I, O), of those that the model has."""
+    if model is None:
+        return {}
+    modules = dict(model.named_modules())
+    found = {name: is_turned(modules[name]) for name in layers if name in modules and is_linear(modules[name])}
+    for whole in packed:
+        module = modules[whole.rpartition(".")[0]]
+        known = unpack(module)  # else what peft goes by
+        side = getattr(module, "is_transposed", False) if known is None else known.get_submodule("0").form.transposed
+        found |= {name: side for e in range(len(layers)) if (name := _expert(whole, e)) in layers}
+    return found
 
 
 def _packed(folder: Path, layers: Mapping[str, Factors], model: nn.Module | None) -> tuple[str, ...]:
@@ -239,6 +264,9 @@ def _together(deltas: Sequence[LowRankDeltas], names: Sequence[str]) -> None:
         shapes = {name: d.shape(layer) for name, d in zip(names, deltas, strict=True) if layer in d}
         if len(set(shapes.values())) > 1:
             wrong.append(f"{layer} is " + ", ".join(f"{shape} in {name}" for name, shape in shapes.items()))
+    for layer in dict.fromkeys(layer for d in deltas for layer in d.turned):
+        if len({d.turned[layer] for d in deltas if layer in d.turned}) > 1:
+            wrong.append(f"the weight of {layer} lies as (I, O) for some and as (O, I) for others")
     for layer in dict.fromkeys(whole for d in deltas for whole in d.packed):
         # the experts of a parameter are known only from its own adapter; another's layer of that name is another layer
         if lacking := [n for n, d in zip(names, deltas, strict=True) if layer not in d.packed]:
@@ -263,7 +291,8 @@ def _like(deltas: Sequence[LowRankDeltas], layers: dict[str, Factors]) -> LowRan
     base = dict(pair for d in deltas for pair in d.base)
     if any(set(d) != set(layers) for d in deltas):
         base.pop("sha256", None)
-    return LowRankDeltas(layers, deltas[0].packed, tuple(base.items()), any(d.transposed for d in deltas))
+    transposed, turned = any(d.transposed for d in deltas), {k: v for d in deltas for k, v in d.turned.items()}
+    return LowRankDeltas(layers, deltas[0].packed, tuple(base.items()), transposed, turned)
 
 
 def concatenate(deltas: Sequence[LowRankDeltas], weights: Sequence[float]) -> LowRankDeltas:
@@ -318,7 +347,7 @@ def truncate(deltas: LowRankDeltas, rank: int) -> LowRankDeltas:
         u, s, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         root, kind = s[:rank].sqrt(), deltas.factors(name)[0].dtype
         layers[name] = ((root[:, None] * (v[:rank] @ qa.T)).to(kind), (qb @ u[:, :rank] * root).to(kind), 1.0)
-    return LowRankDeltas(layers, deltas.packed, deltas.base, deltas.transposed)
+    return replace(deltas, layers=layers)
 
 
 def merge_adapters(deltas: Sequence[LowRankDeltas], merger: Merger, rank: int | None = None) -> LowRankDeltas:
@@ -362,3 +391,21 @@ def _fits(shape: Sequence[int], deltas: LowRankDeltas, names: list[str]) -> set[
     experts = (len(names),) if len(shape) == 3 else ()
     sides = {False: (*experts, d_out, d_in), True: (*experts, d_in, d_out)}
     return {turned for turned, side in sides.items() if tuple(shape) == side}
+
+
+def _sides(shapes: Mapping[str, Sequence[int]]) -> set[bool]:
+    """In which ways the linear layers of a base lie, as far as it shows in the widths of their biases."""
+    found = set()
+    for key, shape in shapes.items():
+        bias = tuple(shapes.get(f"{key.removesuffix('weight')}bias", ()))
+        if key.endswith(".weight") and len(shape) == 2 and shape[0] != shape[1] and bias in ((shape[0],), (shape[1],)):
+            found.add(bias == (shape[1],))
+    return found
+
+
+def _clear(key: str, shapes: Mapping[str, Sequence[int]], sides: set[bool], claimed: bool) -> bool:
+    """Whether a square weight lies as `claimed`, where the layers of the base lie in the ways `sides`."""
+    if len(sides) > 1 or not key.endswith(".weight"):
+        return False
+    # of the layers that are known to lie as (I, O) each has a bias
+    return not claimed or f"{key.removesuffix('weight')}bias" in shapes
