@@ -1,11 +1,14 @@
 """A training by transformers' `Trainer`: watched, a mixture's losses in it, and what is said of the model's own."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 from workbench.errors import InputError
 from workbench.lib.core.adapt import adapt, load_adapter
+from workbench.lib.core.adapt.files import own_state
 from workbench.live.records import LOAD
 from workbench.live.store import Run
 
@@ -176,3 +179,139 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     args._n_gpu = 2
     with pytest.raises(InputError, match="n_gpu is 2"):
         WatchCallback(transformers.Trainer(adapted.model, args), adapted=adapted)
+
+
+class Plain(nn.Module):
+    """A model that is none of transformers, whose checkpoints the trainer makes of its `state_dict`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mlp, self.head = nn.Embedding(31, 16), nn.Linear(16, 16), nn.Linear(16, 31)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(torch.tanh(self.mlp(self.embed(input_ids))))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def trainer_of(folder, adapted, callback=True, rows=ROWS, **arguments):
+    """A trainer of six steps by AdamW with a schedule and shuffled rows, which saves after each."""
+    quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
+    steps = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "learning_rate": 0.05}
+    steps |= {"save_strategy": "steps", "save_steps": 1}
+    args = transformers.TrainingArguments(str(folder / "trainer"), **quiet, **steps | arguments)
+    evaluated = {"eval_dataset": data(rows[:2])} if "eval_strategy" in arguments else {}
+    trainer = transformers.Trainer(adapted.model, args, train_dataset=data(rows), **evaluated)
+    if callback:
+        trainer.add_callback(WatchCallback(trainer, folder / "run", adapted=adapted, resume=True))
+    return trainer
+
+
+RESUMED = [
+    (olmo, "lora", {"rank": 2, "dropout": 0.3}, "*"),
+    (olmo, "mixlora", {"experts": 4, "rank": 2, "balance": 0.5}, "*.mlp.*"),
+    (olmo, "dynamic-dino", {}, "*.mlp.*"),  # its bias is no parameter, and moves with the load
+    (olmo, "smora", {}, "*.mlp.*"),
+    (mixtral, "lora", {"rank": 2}, "*"),  # packed experts, taken apart
+    (Plain, "lora", {"rank": 2}, "*"),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "slug", "options", "targets"), RESUMED, ids=lambda value: getattr(value, "__name__", None)
+)
+def test_a_training_that_is_resumed_goes_on_as_one_that_was_not_interrupted(tmp_path, build, slug, options, targets):
+    """Bit for bit; from a model that is adapted anew, with other draws, and with what the base has trained beside."""
+
+    def begun(seed: int):
+        model = build()
+        torch.manual_seed(seed)
+        adapted = adapt(model, slug, targets=targets, **options)
+        if build is olmo:
+            model.model.norm.weight.requires_grad_()
+        return adapted
+
+    def numbers(adapted):
+        return {k: t.detach().clone() for k, t in own_state(adapted.layers).items()} | (
+            {"norm": adapted.model.model.norm.weight.detach().clone()} if build is olmo else {}
+        )
+
+    whole = begun(1)
+    trainer_of(tmp_path, whole).train()
+    expected, checkpoint = numbers(whole), tmp_path / "trainer" / "checkpoint-3"
+    with Run(tmp_path / "run") as run:
+        losses = run.scalars("train/loss")[1]
+    other = begun(2)
+    fresh, loaded = numbers(other), {}
+    resumed = trainer_of(tmp_path / "again", other)
+    resumed.callback_handler.callbacks.insert(0, Seen(lambda: loaded.update(numbers(other))))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 6
+    for name, value in numbers(other).items():
+        assert torch.equal(value, expected[name]), name
+    moved = [name for name, value in expected.items() if not torch.equal(value, loaded[name])]
+    assert moved and any(not torch.equal(loaded[name], fresh[name]) for name in moved)
+    assert build is not olmo or "norm" in moved
+    with Run(tmp_path / "again" / "run") as run:
+        steps, again = run.scalars("train/loss")
+        assert list(steps) == [3, 4, 5] and list(again) == list(losses[3:])
+
+
+def Seen(look):
+    """A callback that looks when training begins, when what a checkpoint has is loaded."""
+
+    class Look(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            look()
+
+    return Look()
+
+
+def test_the_best_checkpoint_is_loaded_with_its_adaptation(tmp_path):
+    adapted = adapt(olmo(), "lora", targets="*.mlp.*", rank=2)
+    worst = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = trainer_of(tmp_path, adapted, eval_strategy="steps", eval_steps=1, **worst)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert trainer.state.global_step == 6 and not best.endswith("-6")
+    load_adapter(again := olmo(), f"{best}/adapter")
+    assert torch.equal(again.eval()(ROWS).logits, adapted.model.eval()(ROWS).logits)
+    load_adapter(last := olmo(), tmp_path / "trainer" / "checkpoint-6" / "adapter")
+    assert not torch.equal(last.eval()(ROWS).logits, again(ROWS).logits)
+
+
+def test_a_checkpoint_that_cannot_be_resumed_from_says_so_and_changes_nothing(tmp_path):
+    trainer_of(tmp_path, adapt(olmo(), "lora", targets="*.mlp.*", rank=2), rows=ROWS[:2]).train()
+    checkpoint = tmp_path / "trainer" / "checkpoint-1"
+
+    def refused(said: str, callback: bool = True, folder=checkpoint, **options) -> None:
+        adapted = adapt(olmo(), "lora", **{"targets": "*.mlp.*", "rank": 2} | options)
+        before = {k: t.clone() for k, t in adapted.model.state_dict().items()}
+        trainer = trainer_of(tmp_path / "again", adapted, callback, ROWS[:2])
+        with pytest.raises(InputError, match=said):
+            trainer.train(resume_from_checkpoint=str(folder))
+        for name, value in adapted.model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    # the trainer alone would go on with a fresh adaptation and an old optimizer, and warn of missing keys
+    refused("before it was adapted.*WatchCallback", callback=False)
+    refused("was adapted otherwise: options was .*'rank': 2.* and is .*'rank': 3", rank=3)
+    refused(r"was adapted otherwise: targets was \['\*.mlp.\*'\]", targets="*.up_proj")
+    (checkpoint / "adapter" / "adapter.safetensors").write_bytes(b"x")
+    refused("is damaged")
+    shutil.rmtree(checkpoint / "adapter")
+    refused("must hold an adaptation")
+
+
+def test_the_state_of_the_bare_model_is_loaded_inside_bare_alone(tmp_path):
+    state = {name: value + 1 for name, value in olmo().state_dict().items()}
+    adapted = adapt(model := olmo(), "lora", targets="*.q_proj")
+    weight = model.model.layers[0].self_attn.q_proj.base.weight
+    for strict in (True, False):
+        with pytest.raises(InputError, match="before it was adapted"):
+            model.load_state_dict(state, strict=strict)
+    with adapted.bare():
+        model.load_state_dict(state)
+    assert torch.equal(weight, state["model.layers.0.self_attn.q_proj.weight"])
+    model.load_state_dict(model.state_dict())
+    adapted.remove().load_state_dict(state)

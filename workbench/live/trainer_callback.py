@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import Adapted
+from workbench.lib.core.adapt import Adapted, restore_adapter
+from workbench.lib.core.adapt.adapted import BESIDE
+from workbench.lib.core.adapt.files import read_adapter
+from workbench.lib.core.train import tell_step
 from workbench.live.watch import Watch, watch
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
@@ -30,6 +33,10 @@ class WatchCallback(TrainerCallback):
     (A balance loss is a product of two means; of that, one batch differs from the mean of its parts.) It is the same
     with label smoothing and with a loss of one's own. What `Trainer` logs as loss has them in it; the run has the
     task's loss as "loss" and theirs as "aux".
+
+    A checkpoint that the trainer saves of an adapted model of transformers has the adaptation beside the model. The
+    trainer loads it with it, to resume from or as the best one, and a resumed training goes on as one that was not
+    interrupted; but only the trainer that this was made for.
 
     What the trainer does with a balance loss that the model has by itself is said when training begins: nothing is
     changed in it.
@@ -54,6 +61,10 @@ class WatchCallback(TrainerCallback):
                 "watched is the copies': start with torchrun"
             )
         self.trainer, self.run, self.adapted, self.options = trainer, run, adapted, options
+        if adapted is not None:
+            load, best = trainer._load_from_checkpoint, trainer._load_best_model
+            trainer._load_from_checkpoint = lambda folder, *a, **k: self._load(folder, lambda: load(folder, *a, **k))
+            trainer._load_best_model = lambda: self._load(trainer.state.best_model_checkpoint, best)
         self.watched: Watch | None = None
         self._undo: Callable[[], None] = lambda: None
         self._loss = self._aux = 0.0
@@ -77,6 +88,8 @@ class WatchCallback(TrainerCallback):
             self.watched.next_step = max(self.watched.next_step, state.global_step)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **_) -> None:
+        for layer in self.adapted.layers.values() if self.adapted else ():
+            tell_step(layer)  # now, for a checkpoint is saved before the next forward
         loss, aux, self._loss, self._aux = self._loss, self._aux, 0.0, 0.0
         # a training that went back to a checkpoint makes some steps again
         if self.watched is not None and state.global_step >= self.watched.next_step:
@@ -94,6 +107,20 @@ class WatchCallback(TrainerCallback):
         watched, self.watched = self.watched, None
         if watched is not None:
             watched.close()
+
+    def _load(self, folder: str, load: Callable[[], None]) -> None:
+        """Load a checkpoint of the model by `load`, which knows nothing of the adaptation, and the adaptation.
+
+        Raises:
+            InputError: the checkpoint has none, or it does not fit.
+        """
+        model, beside = self.adapted.model, Path(folder) / BESIDE
+        if "save_pretrained" not in vars(model):  # no model of transformers: its checkpoint has all names
+            return load()
+        read_adapter(beside)  # what is damaged is seen before anything is changed
+        with self.adapted.bare():
+            load()
+        restore_adapter(self.adapted, beside)
 
     def _count(self, samples: tuple[list, Any]) -> tuple[list, Any]:
         """Note how many tokens the batches of a step have, on all processes together."""

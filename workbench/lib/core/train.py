@@ -228,6 +228,11 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> Non
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.step()
+    tell_step(model)
+
+
+def tell_step(model: nn.Module) -> None:
+    """Tell the modules that count steps that there was one."""
     for module in model.modules():
         if hasattr(module, "after_step"):  # e.g. the bias of loss-free balancing
             module.after_step()

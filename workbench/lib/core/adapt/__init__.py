@@ -3,7 +3,7 @@
 from workbench.lib.core.adapt.adapted import Adapted, Adapter
 from workbench.lib.core.adapt.layer import AdaptedLayer, RoutedLayer, RoutedLinear
 from workbench.lib.core.adapt.lora import LoRA, LoRALinear, MadeLinear
-from workbench.lib.core.adapt.put import adapt, load_adapter
+from workbench.lib.core.adapt.put import adapt, load_adapter, restore_adapter
 
 __all__ = [
     "Adapted",
@@ -16,4 +16,5 @@ __all__ = [
     "RoutedLinear",
     "adapt",
     "load_adapter",
+    "restore_adapter",
 ]

@@ -1,6 +1,6 @@
 """An adapted model: what it is told beside its input, what it trains and reports, how it is kept and undone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
@@ -18,6 +18,9 @@ from workbench.lib.core.adapt.passes import Passes
 from workbench.lib.core.adapt.report import target_rows
 from workbench.lib.core.adapt.sequences import Generate
 from workbench.lib.core.low_rank import LowRankExperts
+
+BESIDE = "adapter"
+"""The folder, inside that of a model of transformers, in which its adaptation is kept."""
 
 
 class Adapter:
@@ -81,10 +84,14 @@ class Adapted:
         for p in self._trained:
             p.requires_grad_(False)
         self._hooks: list[Any] = []
+        self._is_bare = False
 
     def listen(self) -> None:
         """Called when all layers are in place: from now on it is seen what the model is called with."""
-        self._hooks = Passes(self.side).listen(self.model)
+        self._hooks = [
+            *Passes(self.side).listen(self.model),
+            self.model.register_load_state_dict_pre_hook(self._check_loaded),
+        ]
         if callable(getattr(type(self.model), "generate", None)):
             self.model.generate = Generate(self.model)
         if hasattr(self.model, "save_pretrained"):  # transformers' own would write names that nobody can load
@@ -215,21 +222,29 @@ class Adapted:
 
     def save_pretrained(self, folder: str | Path, *rest: Any, **keywords: Any) -> None:
         """What a model of transformers does by that name while it is adapted: keep it in `folder` without the
-        adaptation, so that `from_pretrained` gets it as it was, and the adaptation in `folder/adapter`.
+        adaptation, so that `from_pretrained` gets it as it was, and the adaptation in `folder/adapter`, see `BESIDE`.
 
         Raises:
             InputError: a `state_dict` is passed, whose names would be those of the adapted model.
         """
         if keywords.get("state_dict") is not None:
             raise InputError("state_dict is passed, but an adapted model is saved from its own: save(folder) keeps it")
+        with self.bare():
+            type(self.model).save_pretrained(self.model, folder, *rest, **keywords)
+        self.save(Path(folder) / BESIDE)
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The model as it is without the adaptation, to save or load its own weights inside."""
         for before, after in reversed(self._replaced):
             _replace(self.model, after, before)
+        self._is_bare = True
         try:
-            type(self.model).save_pretrained(self.model, folder, *rest, **keywords)
+            yield
         finally:
+            self._is_bare = False
             for before, after in self._replaced:
                 _replace(self.model, before, after)
-        self.save(Path(folder) / "adapter")
 
     def merge_back(self, untie: bool = False) -> nn.Module:
         """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.
@@ -285,6 +300,21 @@ class Adapted:
         vars(self.model).pop("save_pretrained", None)
         self.layers, self._replaced = {}, []
         return self.model
+
+    def _check_loaded(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Before a state is loaded: where it is not strict, what is missing would stay as it is in silence."""
+        if self._is_bare or not self._replaced:
+            return
+        here = set(model.state_dict())
+        with self.bare():
+            other = [name for name in model.state_dict() if name not in here and prefix + name in state]
+        if other:
+            raise InputError(
+                f"the state to load is of the model before it was adapted, with {other[0]!r}, and has nothing "
+                "of the adaptation: a checkpoint of transformers' Trainer is loaded whole where the trainer has a "
+                "WatchCallback(trainer, adapted=...) of workbench.live.trainer_callback; else load within "
+                "adapted.bare(), and the adaptation with workbench.load_adapter on the bare model"
+            )
 
     def _own(self, module: nn.Module, key: str) -> None:
         """Give a module a parameter of its own in place of one that others have too."""

@@ -17,6 +17,7 @@ and names that class as `ADAPTER` in its file.
 """
 
 import inspect
+import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -31,7 +32,7 @@ from workbench import catalogue
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.adapted import Adapted, Adapter, adapted_with
 from workbench.lib.core.adapt.feed_forward import recognise
-from workbench.lib.core.adapt.files import base_digest, own_state, read_adapter
+from workbench.lib.core.adapt.files import base_digest, own_state, read_adapter, short
 from workbench.lib.core.adapt.lora import LoRA
 from workbench.lib.core.adapt.matrix import as_linear, is_linear
 from workbench.lib.core.adapt.options import Room, check_options
@@ -111,6 +112,21 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapted:
         adapted.remove()
         raise
     return adapted
+
+
+def restore_adapter(adapted: Adapted, folder: str | Path) -> None:
+    """Give an adapted model what `Adapted.save` has kept of it in `folder`: its numbers as they were then.
+
+    Raises:
+        InputError: as `load_adapter`; or it was adapted otherwise. The adaptation is unchanged then.
+    """
+    sidecar, tensors = read_adapter(folder)
+    here = {"slug": adapted.adapter.slug, "targets": list(adapted.targets), "options": adapted.options}
+    here = json.loads(json.dumps(here))  # a tuple is a list there
+    other = [key for key in here if sidecar[key] != here[key]]
+    if wrong := [f"{key} was {short(sidecar[key])} and is {short(here[key])}" for key in other]:
+        raise InputError(f"{folder} is of a model that was adapted otherwise: {'; '.join(wrong)}")
+    _fill(adapted, folder, sidecar["base_sha256"], tensors)
 
 
 def _fill(adapted: Adapted, folder: str | Path, base: str, tensors: dict[str, Tensor]) -> None:
