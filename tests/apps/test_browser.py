@@ -11,9 +11,12 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from torch import nn
 
 from tests.live.synthetic import write_synthetic_run
+from workbench.lib.core.adapt import adapt
 from workbench.live.store import Run
+from workbench.live.watch import watch
 
 pytestmark = pytest.mark.browser
 
@@ -209,6 +212,31 @@ def test_values_change_while_a_run_trains_and_commands_reach_it(visit, live, unt
     page.locator(".chip.stopped").wait_for()
     assert page.get_by_role("button", name="Pause").is_disabled()
     assert live.status.state == "stopped"
+
+
+def test_the_report_of_an_adaptation_is_read_on_the_page(visit, home):
+    """As wide as the page, and scrolled inside its card where it is long."""
+    layers = nn.ModuleDict({f"layer_{letter}": nn.Linear(8, 8) for letter in "abcdefghijklmnopqrstuvwxyz"})
+    layers["words"] = nn.Embedding(9, 8)
+    with watch(adapt(layers, "lora", rank=2).model, home / "runs" / "adapted") as watched:
+        watched.step(1.0)
+    page = visit("live?run=adapted", plots=1)
+    page.get_by_role("button", name="Adapters", exact=True).or_(
+        page.get_by_role("radio", name="Adapters", exact=True)
+    ).click()
+    page.get_by_text("832 of 2,776 parameters are trained, 30 %").wait_for()
+    page.get_by_role("row", name="layer_a 1 2 1 – – 32").wait_for()
+    last = page.get_by_role("row", name="words 1 a Embedding")
+    assert not last.evaluate(SEEN)
+    last.scroll_into_view_if_needed()
+    assert last.evaluate(SEEN)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
+
+
+SEEN = """row => {
+  const card = row.closest(".scroll").getBoundingClientRect(), line = row.getBoundingClientRect()
+  return line.top >= card.top && line.bottom <= card.bottom + 1
+}"""
 
 
 FORCE = """() => {

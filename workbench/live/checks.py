@@ -66,6 +66,17 @@ def _is_shape(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(_is_whole(side, 1, SIDE) for side in value)
 
 
+def _is_adaptation(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("slug"))
+        and isinstance(value.get("options"), dict)
+        and all(_is_whole(value.get(key)) for key in ("base", "added", "trained"))
+        and _name_to(lambda row: isinstance(row, dict) and _is_whole(row.get("trained")))(value.get("targets"))
+        and all(_name_to(_is_text)(value.get(key)) for key in ("left_out", "by_layer"))
+    )
+
+
 def _is_model(value: object) -> bool:
     return isinstance(value, dict) and all(value.get(key) is None or fits(value[key]) for key, fits in _MODEL.items())
 
@@ -82,6 +93,7 @@ _MODEL = {
     "matrices": _name_to(_is_shape),
     "low_rank": _are(_is_text),
     "domains": _are(_is_text),
+    "adaptation": _is_adaptation,
     "vocabulary": _is_text,
 }
 _META = {
@@ -92,7 +104,10 @@ _META = {
     "cadence": (_name_to(_is_whole), "numbers of steps by kind"),
     "recipe": (_is_recipe, "values by name, and of an arm its study and preset as text"),
     "data": (lambda value: isinstance(value, dict), "data sets by name"),
-    "model": (_is_model, "layers (name, n_experts, top_k), groups, matrices, low_rank, domains and vocabulary"),
+    "model": (
+        _is_model,
+        "layers (name, n_experts, top_k), groups, matrices, low_rank, domains, adaptation and vocabulary",
+    ),
     "weights_sha256": (_or_none(_is_text), "text"),
 }
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import InputError, unknown
+from workbench.lib.core.adapt.adapted import adaptation_of
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.task import Task
 from workbench.live.probes import find
@@ -196,6 +197,7 @@ def _writer(folder: Path, entries: dict[str, Any], more: dict[str, Any], resume:
     try:
         said = {key: entries[key] for key in ("seed", "cadence", "total_steps") if entries[key] is not None}
         said |= {"units": entries["units"]} if entries["units"] else {}
+        said |= {"model": entries["model"]}  # what was compared is the same; it may be adapted otherwise
         for key, value in (said | more).items():
             writer.set_meta(key, value)
         writer.event(writer.last_step, "resume", "by its own program")
@@ -227,13 +229,14 @@ def describe(
 ) -> dict[str, Any]:
     """The entry "model" of a run's meta; active parameters and operations are for the caller to add."""
     found = find.blocks(model, routers)
-    matrices = find.matrices(model, found)
+    matrices, adapted = find.matrices(model, found), adaptation_of(model)
     return {
         "layers": [{"name": block.name, "n_experts": block.n_experts, "top_k": block.top_k} for block in found],
         "groups": {name: find.size(group) for name, group in find.groups(model, found).items()},
         "matrices": {matrix.name: list(matrix.shape) for matrix in matrices},
         "low_rank": [matrix.name for matrix in matrices if isinstance(matrix, find.LowRank)],
         "domains": list(task.domains) if task else [],
+        "adaptation": adapted and {"slug": adapted.adapter.slug, "options": adapted.options, **adapted.report()},
         "vocabulary": "bytes" if getattr(task, "vocab", None) == 256 else None,
         "parameters": count_params(model),
         "active_parameters": None,

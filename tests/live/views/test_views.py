@@ -1,5 +1,8 @@
 """The views show the measures of what was recorded: at the newest step, scrubbed back, for one run and for two."""
 
+import re
+from html import unescape
+
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -7,13 +10,23 @@ import torch
 from torch import nn
 
 from workbench.lib.core.adapt import adapt
+from workbench.lib.core.adapt.adapted import adaptation_of
 from workbench.lib.measures.coactivation import coactivation
 from workbench.lib.measures.conflict import conflict_stats
 from workbench.lib.measures.routing import load_stats, routing_information
 from workbench.lib.measures.spectra import effective_rank
 from workbench.lib.measures.transition import transition_lift
 from workbench.live.store import Run, RunWriter
-from workbench.live.views import VIEWS, CoactivationView, ConflictView, ImbalanceView, LossView, Overview, SpectraView
+from workbench.live.views import (
+    VIEWS,
+    AdaptationView,
+    CoactivationView,
+    ConflictView,
+    ImbalanceView,
+    LossView,
+    Overview,
+    SpectraView,
+)
 from workbench.live.views.readings import Nothing, Readings, counterpart
 from workbench.live.views.selection import Selection
 from workbench.live.views.spectra import history
@@ -406,3 +419,80 @@ def test_the_rank_of_a_product_of_two_factors_is_known_from_the_values_there_are
     (_, ranks) = data.measure("effective_rank")["weight"]
     assert data.series["weight"][1].shape == (1, 3)
     assert ranks[0] == pytest.approx(float(effective_rank(full)) / 3, rel=1e-5)
+
+
+# -- adapters
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.image = nn.Embedding(9, 8), nn.Conv2d(3, 8, 1)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+
+
+def cells(view, which: int = 0) -> list[list[str]]:
+    """The lines of the tables of a card, cell by cell."""
+    content = view.cards["report"].contents[which]
+    lines = re.findall(r"<tr>(.*?)</tr>", content)
+    return [
+        [unescape(re.sub(r"<.*?>", "", cell)).strip() for cell in re.findall(r"<t[dh]>.*?</t[dh]>", line)]
+        for line in lines
+    ]
+
+
+def test_a_watched_model_that_is_adapted_shows_what_was_put_where(tmp_path):
+    adapted = adapt(Blocks(), "lora", rank=2, alpha=3)
+    report = adapted.report()
+    with watch(adapted.model, tmp_path / "run") as watched:
+        watched.step(1.0)
+    view = AdaptationView(tmp_path / "run")
+    assert cells(view) == [
+        ["layers", "number", "rank", "scale", "experts", "router", "trained"],
+        ["blocks.*.up", "3", "2", "1.5", "–", "–", str(3 * 2 * (8 + 12))],
+        ["blocks.*.down", "3", "2", "1.5", "–", "–", str(3 * 2 * (8 + 12))],
+        ["head", "1", "2", "1.5", "–", "–", str(2 * (8 + 4))],
+        ["name", "number", "why"],
+        ["embed", "1", "a Embedding"],
+        ["image", "1", "a Conv2d"],
+    ]
+    total, trained = report["base"] + report["added"], report["trained"]
+    text = view.cards["report"].contents[0]
+    assert f"{trained:,} of {total:,} parameters are trained, {report['percent']:.3g} %; rank 2, alpha 3" in text
+    assert "blocks.0.up, blocks.1.up, blocks.2.up" in text
+    adapted.remove()
+    again = adapt(adapted.model, "mhr", "blocks.*", experts=3, rank=4, tasks=2)
+    with watch(again.model, tmp_path / "other") as watched:
+        watched.step(1.0)
+    both = AdaptationView(tmp_path / "run", tmp_path / "other")
+    assert cells(both) == cells(view) and cells(both, 1)[1][:6] == ["blocks.*.up", "3", "4", "0.25", "3", "trained"]
+
+
+def test_a_run_that_goes_on_shows_the_adaptation_it_has_now(tmp_path):
+    for alpha in (2, 3):
+        model = nn.Sequential(nn.Linear(8, 8))
+        with watch(adapt(model, "lora", rank=2, alpha=alpha).model, tmp_path / "run", resume=True) as watched:
+            watched.step(1.0)
+        assert cells(AdaptationView(tmp_path / "run"))[1][:4] == ["0", "1", "2", f"{alpha / 2:g}"]
+    adapted = adapt(nn.Sequential(nn.Linear(8, 8)), "lora")
+    assert adaptation_of(nn.Sequential(adapted.model)) is adapted
+    assert adaptation_of(adapted.remove()) is None
+
+
+def test_names_of_layers_are_shown_as_text(tmp_path):
+    model = nn.ModuleDict({"<b>x</b>": nn.Linear(8, 8)})
+    with watch(adapt(model, "lora").model, tmp_path / "run") as watched:
+        watched.step(1.0)
+    content = AdaptationView(tmp_path / "run").cards["report"].contents[0]
+    assert "&lt;b&gt;x&lt;/b&gt;" in content and "<b>x" not in content
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"slug": 1}, {"targets": {"a": {"trained": "2"}}}, {"left_out": {"a": 1}}, {"base": -1}]
+)
+def test_a_report_that_is_none_is_refused(tmp_path, wrong):
+    report = {"slug": "lora", "options": {}} | adapt(nn.Sequential(nn.Linear(8, 8)), "lora").report()
+    RunWriter.create(tmp_path / "right", {"kind": "watch", "model": {"adaptation": report}}).close()
+    with pytest.raises(ValueError, match="meta 'model' is"):
+        RunWriter.create(tmp_path / "wrong", {"kind": "watch", "model": {"adaptation": report | wrong}})

@@ -1,4 +1,4 @@
-"""The live views of a run: imbalance, co-activation, singular spectra, gradient conflict and loss.
+"""The live views of a run: imbalance, co-activation, singular spectra, gradient conflict, loss, and what is adapted.
 
 Each is one class, the same for notebooks and apps: ``ImbalanceView(run)`` in a cell shows it. ``Workbench`` puts them
 on one page, with the runs to choose from and the controls of the trainer.
@@ -8,6 +8,7 @@ import sys
 
 import panel as pn
 
+from workbench.live.views.adaptation import AdaptationView
 from workbench.live.views.coactivation import CoactivationView
 from workbench.live.views.conflict import ConflictView
 from workbench.live.views.imbalance import ImbalanceView
@@ -18,6 +19,7 @@ from workbench.live.views.spectra import SpectraView
 
 __all__ = [
     "VIEWS",
+    "AdaptationView",
     "CoactivationView",
     "ConflictView",
     "ImbalanceView",

@@ -9,6 +9,7 @@ import panel as pn
 from workbench.errors import InputError
 from workbench.live.store import DATABASE, DamagedRun, Run, find, newest, run_name, runs
 from workbench.live.views import style
+from workbench.live.views.adaptation import AdaptationView
 from workbench.live.views.bar import SelectionBar, served, text, widget
 from workbench.live.views.coactivation import CoactivationView
 from workbench.live.views.conflict import ConflictView
@@ -25,7 +26,7 @@ from workbench.live.views.trainer import TrainerControls
 from workbench.live.views.view import POLL_MS, View
 from workbench.paths import home
 
-VIEWS = (Overview, ImbalanceView, CoactivationView, SpectraView, ConflictView, LossView)
+VIEWS = (Overview, ImbalanceView, CoactivationView, SpectraView, ConflictView, LossView, AdaptationView)
 """The tabs of the page, in order."""
 
 LIST_MS = 4000  # how often the list of runs is read again

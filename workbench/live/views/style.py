@@ -83,6 +83,7 @@ TEXT = f"""
 .empty {{ display: flex; flex-direction: column; align-items: center; justify-content: center; height: 100%;
   box-sizing: border-box; text-align: center; color: var(--wb-muted); padding: 16px 28px; }}
 .empty b {{ color: var(--wb-ink); font-size: 14px; margin-bottom: 4px; }}
+.scroll {{ height: 100%; overflow: auto; }}
 .step {{ font-variant-numeric: tabular-nums; white-space: nowrap; color: var(--wb-muted); }}
 .step b {{ color: var(--wb-ink); }}
 details {{ border-top: 1px solid var(--wb-line); padding: 0 14px; color: var(--wb-muted); font-size: 12px; }}
@@ -96,6 +97,7 @@ th {{ text-align: right; font-weight: 500; color: var(--wb-muted); padding: 4px 
   var(--wb-line); }}
 td {{ text-align: right; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--wb-line); }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 14px; }}
+.words td, .words th {{ text-align: left; }}
 """
 
 _CARET = (  # grey enough for both themes; the browser's own arrow is black in the dark one

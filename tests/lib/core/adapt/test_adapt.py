@@ -246,10 +246,10 @@ def test_a_report_says_what_was_put_where():
 
     model = nn.ModuleDict({"proj": nn.Linear(8, 8), "mixture": Mixture()})
     adapted = adapt(model, rank=2, alpha=3)
-    plain = {"part": "", "rank": 2, "scale": 1.5, "experts": None, "router": None}
+    plain = {"part": "", "rank": 2, "scale": 1.5, "experts": None, "router": None, "trained": 32}
     assert adapted.report()["targets"] == {
         "proj": plain,
-        "mixture.gate": plain | {"part": "router"},
+        "mixture.gate": plain | {"part": "router", "trained": 2 * (8 + 3)},
         "mixture.experts.0": plain | {"part": "experts"},
         "mixture.experts.1": plain | {"part": "experts"},
     }
@@ -258,10 +258,15 @@ def test_a_report_says_what_was_put_where():
     adapted.remove()
     mixed = adapt(model, "mhr", experts=3, rank=2, tasks=2, targets="proj")
     mixed.layers["proj"].experts.scale.copy_(torch.tensor([0.5, 1.0, 0.5]))
-    row = {"part": "", "rank": 2, "scale": [0.5, 1.0], "experts": 3, "router": "trained"}
-    assert mixed.report()["targets"] == {"proj": row}
+    trained = 3 * 32 + sum(p.numel() for p in mixed.layers["proj"].router.parameters())
+    row = {"part": "", "rank": 2, "scale": [0.5, 1.0], "experts": 3, "router": "trained", "trained": trained}
+    assert mixed.report()["targets"] == {"proj": row} and mixed.report()["trained"] == trained
     mixed.layers["proj"].router.requires_grad_(False)
-    assert mixed.report()["targets"] == {"proj": row | {"router": "fixed"}}
+    assert mixed.report()["targets"] == {"proj": row | {"router": "fixed", "trained": 3 * 32}}
+    mixed.remove()
+    shared = adapt(model, "lora-variants", variant="vera", rank=2).report()
+    assert [row["trained"] for row in shared["targets"].values()] == [2 + 8, 2 + 3, 2 + 8, 2 + 8]
+    assert shared["trained"] == 35  # A and B are drawn, and all layers'
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ class Adapted:
         ]
         if callable(getattr(type(self.model), "generate", None)):
             self.model.generate = Generate(self.model)
+        self.model._workbench_adapted = self  # where `adaptation_of` finds it, in a copy of the model the copy of it
         if hasattr(self.model, "save_pretrained"):  # transformers' own would write names that nobody can load
             self.model.save_pretrained = self.save_pretrained
 
@@ -170,13 +171,16 @@ class Adapted:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters of what was put in, by their name in the model, each once."""
-        base = set(self._trained)
-        found: dict[nn.Parameter, str] = {}
+        return {f"{name}.{key}": p for name, key, p in self._own_parameters()}
+
+    def _own_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Each once: the layer that has it first, its name there, and the parameter."""
+        seen = set(self._trained)
         for name, layer in self.layers.items():
             for key, p in layer.named_parameters():
-                if p not in base and p.requires_grad:
-                    found.setdefault(p, f"{name}.{key}")
-        return {name: p for p, name in found.items()}
+                if p not in seen and p.requires_grad:
+                    seen.add(p)
+                    yield name, key, p
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters of what was put in."""
@@ -200,16 +204,20 @@ class Adapted:
     def report(self) -> dict[str, Any]:
         """Counts of parameters: base (of the model as it was), added, trained; and trained in percent of all.
 
-        And what was put where, as "targets", by the names of the layers: see `adapt.report.target_rows`. And, by name
-        with the reason, what `targets` matches and was left out, and what was adapted layer by layer though it has the
-        parts of a feed-forward block.
+        And what was put where, as "targets", by the names of the layers: see `adapt.report.target_rows`; and how many
+        parameters are trained in each, those that layers share in the first. And, by name with the reason, what
+        `targets` matches and was left out, and what was adapted layer by layer though it has the parts of a
+        feed-forward block. The page of a run that is watched shows it.
         """
         base = sum(p.numel() for p in self._trained)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.parameters())
         counts = {"base": base, "added": total - base, "trained": trained, "percent": 100 * trained / total}
         rest = {"left_out": dict(self.left_out), "by_layer": dict(self.by_layer)}
-        return counts | {"targets": target_rows(self.model, self.layers)} | rest
+        rows = {name: row | {"trained": 0} for name, row in target_rows(self.model, self.layers).items()}
+        for name, _, p in self._own_parameters():
+            rows[name]["trained"] += p.numel()
+        return counts | {"targets": rows} | rest
 
     def save(self, folder: str | Path) -> Path:
         """Keep it in a new folder, or in place of the adaptation that is there; `load_adapter` gets it back.
@@ -297,7 +305,8 @@ class Adapted:
             del self.model.generate
         for p, wanted in self._trained.items():
             p.requires_grad_(wanted)
-        vars(self.model).pop("save_pretrained", None)
+        for key in ("save_pretrained", "_workbench_adapted"):
+            vars(self.model).pop(key, None)
         self.layers, self._replaced = {}, []
         return self.model
 
@@ -335,6 +344,11 @@ class Adapted:
             if len(others) > 1:
                 found[name] = next(other for other in others if other != f"{name}.weight")
         return found
+
+
+def adaptation_of(model: nn.Module) -> Adapted | None:
+    """The adaptation of the model, or of one inside it."""
+    return next((of for module in model.modules() if (of := vars(module).get("_workbench_adapted")) is not None), None)
 
 
 def adapted_with(model: nn.Module) -> str | None:
