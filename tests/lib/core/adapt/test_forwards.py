@@ -34,11 +34,11 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, pad_token_id=0, eos_token_id=None))
 
 
-def put(slug: str, model: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> Adapted:
+def put(slug: str, model: nn.Module | None = None, dtype: torch.dtype = torch.float64, **options) -> Adapted:
     """A system on a model, with updates that are not zero."""
     model = (llama() if model is None else model).to(dtype)
     targets = ("*.mlp.*", "*.q_proj", "*.v_proj", "lm_head") if isinstance(model, transformers.PreTrainedModel) else "*"
-    adapted = adapt(model, slug, targets, **FEW[slug])
+    adapted = adapt(model, slug, targets, **FEW[slug] | options)
     torch.manual_seed(1)
     for name, p in adapted.named_parameters().items():
         nn.init.normal_(p, std=1.0 if ".router." in name else 0.2)
@@ -86,6 +86,38 @@ def test_checkpointed_gradients_are_those_without(slug):
         biases = [[m for m in one.model.modules() if isinstance(m, LossFreeBias)] for one in (plain, kept)]
         for one, other in zip(*biases, strict=True):
             assert torch.equal(one.load, other.load) and torch.equal(one.bias, other.bias) and one.load.sum() > 0
+
+
+# those whose gradient is by their own rule no derivative take the form in which it is one: a straight-through gate, and
+# DoRA's norm, through which no gradient goes
+DERIVED = [(slug, {}) for slug in ADAPTERS if slug not in ("llava-mole", "lora-variants")]
+DERIVED += [("llava-mole", {"router_grad": how}) for how in ("dense", "balance_only")]
+DERIVED += [("lora-variants", {"variant": name}) for name in ("lora", "pissa", "hira", "vera", "randlora", "adalora")]
+
+
+@pytest.mark.parametrize(("slug", "options"), DERIVED, ids=[" ".join([s, *o.values()]) for s, o in DERIVED])
+def test_checkpointed_gradients_are_the_slopes_of_the_loss(slug, options):
+    """Of every trained tensor in a direction of its own, by central differences of a loss with the balance in it."""
+    x, step = torch.randn(3, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 1e-5
+
+    def total(reentrant: bool | None = None, moved: str = "", by: Tensor | float = 0.0) -> tuple[Adapted, Tensor]:
+        adapted = put(slug, small(), **options)
+        if moved:
+            adapted.named_parameters()[moved].data += by
+        torch.manual_seed(7)  # of what routers draw
+        with adapted.given(**facts(adapted, 0, 1, 2)):
+            model, at = adapted.model, x.clone().requires_grad_()
+            y = model(at) if reentrant is None else checkpoint(model, at, use_reentrant=reentrant)
+        return adapted, y.sin().mean() + 5 * sum(adapted.losses().values())
+
+    found = [gradients(*total(reentrant)) for reentrant in (False, True)]
+    draws = torch.Generator().manual_seed(2)
+    for name, first in found[0].items():
+        direction = torch.randn(first.shape, dtype=torch.float64, generator=draws)
+        up, down = (total(None, name, sign * step * direction)[1].item() for sign in (1, -1))
+        for grad in (first, found[1][name]):
+            assert float((grad * direction).sum()) == pytest.approx((up - down) / (2 * step), rel=1e-5, abs=1e-8), name
+    assert sum(grad.any() for grad in found[0].values()) > len(found[0]) / 2
 
 
 @pytest.mark.parametrize("slug", BALANCED)
