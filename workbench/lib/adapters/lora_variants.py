@@ -25,7 +25,8 @@ and a variant changes s, one of the two matrices around G, where they start, or 
                 eva          A = the r main directions of the layer's inputs
 
 What a start puts in is taken out again by a fixed B0 A0 beside it, y = W x + s (B A u - B0 A0 x): the function does not
-change, the weight stays as it was, and the whole is a LoRA of rank 2 r (`plain_loras`), which peft loads.
+change, the weight stays as it was, and the whole is a LoRA of rank 2 r (`plain_loras`), which peft loads. For vera,
+hira and adalora peft has folders of their own, see `adapters.peft_variants`.
 
 lora-ga and eva look at data first: `adapted.adapter.fit(adapted, batches, loss)`; eva gives all layers the same rank.
 The survey's axis of mixtures is the family `lora_experts`. LoRA-Pro hands its gradients to AdamW, which is not the
@@ -201,7 +202,7 @@ class VeRALinear(MatrixLinear):
         self.register_buffer("shared_a", a), self.register_buffer("shared_b", b)
 
     def delta(self) -> Tensor:
-        a, b = self.shared_a[:, : self.base.in_features], self.shared_b[: self.base.out_features]
+        a, b = self.shared_a[: self.rank, : self.base.in_features], self.shared_b[: self.base.out_features, : self.rank]
         return self.b[:, None] * ((b * self.d) @ a)
 
 
@@ -221,7 +222,8 @@ class RandLoRALinear(MatrixLinear):
     share = VeRALinear.share
 
     def delta(self) -> Tensor:
-        a, b = self.shared_a[..., : self.small], self.shared_b[: self.large, : self.bases]
+        a = self.shared_a[: self.rank, :, : self.small]
+        b = self.shared_b[: self.large, : self.bases, : self.rank]
         scaled = (a * self.l[:, :, None] * self.g).flatten(0, 1)  # (r n, smaller)
         update = b.transpose(1, 2).flatten(1) @ scaled  # (larger, smaller)
         return self.scale * (update if self.base.in_features == self.small else update.T)

@@ -6,7 +6,7 @@ Written folders load with `peft.PeftModel.from_pretrained`; read ones may come f
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,6 @@ def write_peft(
         raise InputError("banks is empty but must hold the LoRA of at least one layer")
     if magnitudes is not None and (packed or magnitudes.keys() != banks.keys()):
         raise InputError(f"magnitudes are of {', '.join(magnitudes)} but must be of all banks, none of them packed")
-    folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"folder is {str(folder)!r} but must be new, empty, or hold a LoRA")
     tensors, ranks, alphas, plain = {}, {}, {}, dict(banks)
     for i, name in enumerate(packed):
         a, b, scale = _packed(name, plain, expert)
@@ -72,11 +69,11 @@ def write_peft(
         tensors[f"{PREFIX}{place}{around}.lora_B.weight"] = b
         ranks[name], alphas[name] = scale[0], scale[0] * scale[1]
     for name, bank in plain.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = bank.a[expert].detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = bank.b[expert].detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = bank.a[expert]
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = bank.b[expert]
         ranks[name], alphas[name] = bank.rank, float(bank.scale[expert]) * bank.rank
     for name, magnitude in (magnitudes or {}).items():
-        tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude
     first = next(iter(ranks))
     config = {
         "peft_type": "LORA",
@@ -84,8 +81,7 @@ def write_peft(
         "lora_alpha": alphas[first],
         "rank_pattern": {anchored(name): rank for name, rank in ranks.items() if rank != ranks[first]},
         "alpha_pattern": {anchored(name): alpha for name, alpha in alphas.items() if alpha != alphas[first]},
-        # one pattern that is a whole name: of a list, peft takes each for the end of one
-        "target_modules": f"^(?:{'|'.join(re.escape(name) for name in plain)})$" if plain else [],
+        "target_modules": exactly(plain) if plain else [],
         "target_parameters": list(packed) or None,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -99,6 +95,25 @@ def write_peft(
         "base_model_name_or_path": None,
         "task_type": None,
     } | dict(settings or {})
+    return write_folder(folder, tensors, config)
+
+
+def exactly(names: Iterable[str]) -> str:
+    """One pattern of `target_modules` that is whole names: of a list, peft takes each for the end of one."""
+    return f"^(?:{'|'.join(map(re.escape, names))})$"
+
+
+def write_folder(folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
+    """Write tensors and settings, new or in place of those that are there; other files stay.
+
+    Raises:
+        InputError: something else is at `folder`.
+        OSError: the disk is full or not writable; what was there still is.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"folder is {str(folder)!r} but must be new, empty, or hold a LoRA")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with sealed_folder(folder) as unfinished:
         if folder.exists():
             shutil.copytree(folder, unfinished, symlinks=True, dirs_exist_ok=True)
@@ -119,8 +134,8 @@ def _packed(name: str, banks: dict[str, LowRankExperts], expert: int) -> tuple[T
             f"packed {name!r} has banks of (rank, scale) {sorted(kinds)} but must have some of the same, "
             f"{place}.0.{key} and so on"
         )
-    a, b = (torch.stack([getattr(bank, half)[expert].detach().cpu() for bank in found]) for half in "ab")
-    return a.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous(), kinds.pop()
+    a, b = (torch.stack([getattr(bank, half)[expert] for bank in found]) for half in "ab")
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1), kinds.pop()
 
 
 def read_loras(folder: str | Path, model: nn.Module | None = None) -> LoRAs:
@@ -141,11 +156,8 @@ def read_loras(folder: str | Path, model: nn.Module | None = None) -> LoRAs:
 
 def read_folder(folder: Path, model: nn.Module | None) -> tuple[LoRAs, Config, list[str]]:
     """The LoRAs, the settings, and what to adapt for them: names of layers and of packed parameters."""
-    there = whole(folder)
-    if not (there / CONFIG).is_file() or not (there / TENSORS).is_file():
-        raise InputError(f"folder is {str(folder)!r} but must hold {CONFIG} and {TENSORS}")
-    config = Config(there / CONFIG)
-    tensors = parse_tensors(read_bytes(there / TENSORS), there / TENSORS)
+    settings, tensors = parts(folder)
+    config = Config(settings)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in sorted(tensors.items()):
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight", key)
@@ -167,6 +179,18 @@ def read_folder(folder: Path, model: nn.Module | None) -> tuple[LoRAs, Config, l
         raise InputError(f"{folder} holds a LoRA of {', '.join(strange)}, which its settings do not name")
     plain = {name: (p["A"], p["B"], config.scale(name, len(p["A"]))) for name, p in pairs.items()}
     return plain | {k: v for loras in packed.values() for k, v in loras.items()}, config, [*plain, *packed]
+
+
+def parts(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file of settings of a peft folder, and its tensors.
+
+    Raises:
+        InputError: there are none, or they are damaged or half-written.
+    """
+    there = whole(folder)
+    if not (there / CONFIG).is_file() or not (there / TENSORS).is_file():
+        raise InputError(f"folder is {str(folder)!r} but must hold {CONFIG} and {TENSORS}")
+    return there / CONFIG, parse_tensors(read_bytes(there / TENSORS), there / TENSORS)
 
 
 def _unpacked(
