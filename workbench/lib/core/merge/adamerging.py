@@ -266,9 +266,7 @@ class AdaMerging(Merger):
         self.batches, self.heads, self.granularity = batches, heads, granularity
         self.init, self.lr, self.steps, self.seed = init, lr, steps, seed
 
-    def learned(
-        self, vectors: TaskVectors, hooks: Iterable[Hook] = (), task: Unlabelled | None = None
-    ) -> MergedModel:
+    def learned(self, vectors: TaskVectors, hooks: Iterable[Hook] = (), task: Unlabelled | None = None) -> MergedModel:
         """The merged model with the learned weights.
 
         Args:
