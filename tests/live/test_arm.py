@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.studies.conftest import NEEDS
 from workbench import catalogue
 from workbench.errors import InputError
+from workbench.lib import data
 from workbench.lib.core.checkpoint import weights_digest
 from workbench.lib.core.train import attended
 from workbench.live.arm import Arm, read_recipe
@@ -29,7 +31,7 @@ KILLER = Path(__file__).parent / "kill_and_resume.py"
 SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny")
 READY = [row.slug for row in catalogue.methods(status="ready")]
 STILL = {"moa", "sub-moe", "rmm", "lora-lego"}  # no arm trains
-UNROUTED = {"adapters"}  # families in which no token is sent anywhere
+UNROUTED = {"adapters", "merging"}  # families in which no token is sent anywhere
 
 
 class Crash(Exception):
@@ -217,6 +219,8 @@ def filled(run: Run, kind: type) -> dict[str, bool]:
 @pytest.mark.study
 @pytest.mark.parametrize("slug", [slug for slug in READY if slug not in STILL])
 def test_every_view_that_applies_to_a_study_is_fed(slug: str, tmp_path: Path):
+    for name in NEEDS.get(catalogue.method(slug).family, ()):
+        data.get(name)
     train_run(Arm(slug, preset="smoke"), tmp_path / "run")
     run = Run(tmp_path / "run")
     described = run.meta["model"]

@@ -6,6 +6,7 @@ to. So whole feed-forward blocks count as banks do, and a layer that mixes the p
 therefore announces them all, has none that are idle. What lies outside `experts` is used by every token.
 """
 
+from collections.abc import Sized
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from workbench.lib.core.observe import Announcing, observing
 from workbench.lib.core.routing import Context, Routing
-from workbench.lib.core.task import Batch, Task
+from workbench.lib.core.task import Task
 
 aten = torch.ops.aten
 
@@ -58,8 +59,8 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def measure_budget(model: nn.Module, task: Task, batch: Batch) -> Budget:
-    """Count the cost of `model` on `batch`; gradients are left as they were found (None if there were none)."""
+def measure_budget(model: nn.Module, task: Task, batch: Sized) -> Budget:
+    """Count the cost of `model` on a batch of the task; gradients are left as found (None if there were none)."""
     kept = {p: p.grad for p in model.parameters()}
     for p in kept:
         p.grad = None

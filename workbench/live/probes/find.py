@@ -156,7 +156,8 @@ def _all_matrices(model: nn.Module, found: list[Block]) -> Iterator[Matrix | Low
         other_expert = re.search(r"experts\.(\d+)\.", f"{name}.")
         if other_expert and int(other_expert.group(1)):
             continue
-        table = isinstance(module, nn.Linear | nn.Embedding) or id(module) in routers
+        # a list is of parameters that belong to no layer, as the logits of a mask over the weights of a model
+        table = isinstance(module, nn.Linear | nn.Embedding | nn.ParameterList) or id(module) in routers
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and (parameter.ndim == 3 or (parameter.ndim == 2 and table)):
                 path = f"{name}.{key}".strip(".").removesuffix(".weight")
