@@ -1,6 +1,6 @@
 """Merging by parameter competition (PCB, arXiv 2410.02396) with pairwise tanh: all of it in three passes.
 
-Paths: "reference" and "native" (float32), each a module with
+Paths: "reference", "native" (float32) and "triton" (float32 and narrower), each a module with
 
     pcb_merge(experts, base, clip, drop, scale) -> merged
     bounds(pieces, low, high, drop) -> least, most
@@ -24,7 +24,7 @@ from workbench.errors import InputError
 from workbench.kernels import dispatch
 from workbench.kernels.trim_elect_merge import check_numbers, check_rows
 
-BACKENDS = ("reference", "native")
+BACKENDS = ("reference", "native", "triton")
 NATIVE = Path(__file__).with_name("native.c")
 MODELS = 64  # exp(-n) is far from the end of float32
 
@@ -46,9 +46,9 @@ def pcb_merge(
     is above 0, base alone is left. A row whose magnitudes are all the same has g = 0, and so s = 0 throughout: it does
     not say which of its entries matter.
 
-    The path "native" agrees with the reference to 1e-5 / d of the largest difference, d being the distance of the
+    The other paths agree with the reference to 1e-5 / d of the largest difference, d being the distance of the
     nearest of a parameter's scores from that of rank `drop` in its row, in parts of the terms of the score's sum: where
-    d is next to nothing, rounding may keep what the other path drops.
+    d is next to nothing, rounding may keep what another path drops.
 
     Args:
         experts: n tensors (P,) of all merged parameters, or (n, P).
@@ -68,7 +68,7 @@ def pcb_merge(
     )
     _check(rows, clip, drop, scales)
     wide = torch.promote_types(rows[0].dtype, torch.float32)
-    chosen = dispatch.choose("pcb_merge", backend, rows[0].device, BACKENDS, wide, NATIVE)
+    chosen = _choose(rows[0].device, wide, backend)
     return _merge(rows, base, list(clip), drop, scales, chosen)
 
 
@@ -117,12 +117,17 @@ def pcb_piece(
 def _streaming(tau: Tensor, backend: str | None):
     if tau.ndim != 2 or not 0 < len(tau) <= MODELS:
         raise InputError(f"tau is of shape {tuple(tau.shape)} but must be (models, params), at most {MODELS} models")
-    chosen = dispatch.choose("pcb_merge", backend, tau.device, BACKENDS, tau.dtype, NATIVE)
-    return _path(dispatch.begin("pcb_merge", chosen, NATIVE))
+    return _path(dispatch.begin("pcb_merge", _choose(tau.device, tau.dtype, backend), NATIVE))
+
+
+def _choose(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    if backend is None and dtype == torch.float64:
+        backend = "reference"  # the others count the bits of float32
+    return dispatch.choose("pcb_merge", backend, device, BACKENDS, dtype, NATIVE)
 
 
 def _path(chosen: str):
-    return import_module(f"{__name__}.{'native' if chosen == 'native' else 'reference'}")
+    return import_module(f"{__name__}.{'reference' if chosen == 'cpu' else chosen}")
 
 
 @torch.library.custom_op("workbench::pcb_merge", mutates_args=())

@@ -50,7 +50,7 @@ def bounds(
     pieces: Iterable[Float[Tensor, "models piece"]], low: Sequence[float], high: Sequence[float], drop: int
 ) -> tuple[list[float], list[float]]:
     """As `reference.bounds`, with nothing in memory but a piece at a time; they are gone through twice."""
-    return _bounds(_Unbased(pieces), low, high, drop)
+    return _bounds(Unbased(pieces), low, high, drop)
 
 
 def piece(tau: Float[Tensor, "models piece"], *numbers: Sequence[float]) -> Float[Tensor, " piece"]:
@@ -58,7 +58,7 @@ def piece(tau: Float[Tensor, "models piece"], *numbers: Sequence[float]) -> Floa
     return _merged((list(tau.contiguous()), None), *numbers)
 
 
-class _Unbased:
+class Unbased:
     """Differences (n, p) as `Models`, each time that they are gone through."""
 
     def __init__(self, pieces: Iterable[Tensor]):
@@ -80,27 +80,36 @@ def _bounds(models: Iterable[Models], low, high, drop: int) -> tuple[list[float]
             run(lambda *at: count(*at, where, table, most.ctypes.data), first)
 
         for experts, base in models:
-            run = partial(_run, experts, base, None, _numbers(low, high))
+            run = partial(_run, experts, base, None, constants(low, high))
             in_threads(range(0, len(experts[0]), PIECE), partial(work, run))
         return tables.total(), np.max(list(largest.values()), axis=0)
 
+    return by_counts(counted, drop)
+
+
+def by_counts(
+    counted: Callable[[np.ndarray | None], tuple[np.ndarray, np.ndarray]], drop: int
+) -> tuple[list[float], list[float]]:
+    """Those of `bounds` from `counted(digits)`: how often each upper half of a score's key stands in each model, for
+    None, or beside the upper half `digits` (n,) each lower half; and the largest scores.
+    """
     coarse, most = counted(None)
     digits = np.array([np.searchsorted(row.cumsum(), drop, side="right") for row in coarse], np.int64)
     fine, _ = counted(digits)
-    keys = np.array([select(coarse[i], [drop], lambda _, i=i: fine[i])[0] for i in range(n)], np.uint32)
+    keys = np.array([select(coarse[i], [drop], lambda _, i=i: fine[i])[0] for i in range(len(fine))], np.uint32)
     least = np.where(keys >> 31, keys ^ 0x80000000, ~keys).astype(np.uint32).view(np.float32)
     return least.tolist(), most.tolist()
 
 
 def _merged(models: Models, low, high, least, most, scale) -> Tensor:
     experts, base = models
-    (size,), numbers = experts[0].shape, _numbers(low, high, least, most, scale)
+    (size,), numbers = experts[0].shape, constants(low, high, least, most, scale)
     out, merge = fresh((size,), experts[0].dtype), _library().merge
     in_threads(range(0, size, PIECE), lambda _, first: _run(experts, base, out, numbers, merge, first))
     return out
 
 
-def _numbers(low, high, least=None, most=None, scale=None) -> list[np.ndarray | None]:
+def constants(low, high, least=None, most=None, scale=None) -> list[np.ndarray | None]:
     """`Job`'s, in its order; what divides nothing is 0, and so are the places of a row of one magnitude."""
     low, high = np.array(low, np.float32), np.array(high, np.float32)
     per = np.divide(1, high - low, out=np.zeros_like(low), where=high > low)
