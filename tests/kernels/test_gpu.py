@@ -11,6 +11,7 @@ from workbench.kernels import (
     gather_sum,
     magnitude_threshold,
     moe_mlp,
+    pcb_merge,
     random_basis,
     random_basis_adjoint,
     span_attention,
@@ -164,3 +165,15 @@ def test_magnitude_threshold(dtype):
     for k in (1, 60_000, len(x)):
         assert magnitude_threshold(x, k) == falling[k - 1]
     assert dispatch.last_backend("magnitude_threshold") == "triton"
+
+
+def test_pcb_merge():
+    """All but the few parameters whose scores are next to the one that drops."""
+    tau, base = draw(4, 20_000).float(), draw(20_000, seed=1).float()
+    how = {"clip": (200, 19_799), "drop": 16_000}
+    ours = pcb_merge(tau + base, base, **how)
+    assert dispatch.last_backend("pcb_merge") == "triton"
+    exact = pcb_merge((tau + base).double(), base.double(), **how)
+    assert dispatch.last_backend("pcb_merge") == "reference"
+    assert torch.equal(pcb_merge(tau + base, base, **how), ours)
+    assert ((ours - exact).abs() < 1e-4 * tau.abs().max()).double().mean() > 0.99

@@ -7,7 +7,8 @@ import torch
 
 from workbench.errors import InputError
 from workbench.kernels import dispatch, pcb_merge
-from workbench.kernels.pcb_merge import native
+from workbench.kernels.pcb_merge import Bounds, native, pcb_bounds, pcb_piece
+from workbench.kernels.pcb_merge.reference import checked_ends
 
 PATHS = ("reference", "native")
 
@@ -44,7 +45,7 @@ def loop(tau, clip, drop, scale) -> list[float]:
         shares.append([(s - least) / (most - least) if s > least else 0.0 for s in score])
     return [
         sum(w * s[j] * c[j] for w, s, c in zip(scale, shares, clipped, strict=True))
-        / max(sum(s[j] for s in shares), 1e-12)
+        / (sum(s[j] for s in shares) or 1.0)
         for j in range(len(rows[0]))
     ]
 
@@ -134,19 +135,81 @@ def test_wrong_input_is_named(compiler):
         (lambda: pcb_merge(tau[None], **how), "must be .params,., at least one"),
         (lambda: pcb_merge(tau[:, :0], **how), "at least one"),
         (lambda: pcb_merge(torch.randn(65, 20), **how), "experts has 65 models but must have at most 64"),
-        (lambda: pcb_merge(tau, **how | {"clip": (5, 5)}), r"clip is \(5, 5\) but must be two rising ranks of 0 to 19"),
-        (lambda: pcb_merge(tau, **how | {"clip": (1, 20)}), "two rising ranks"),
+        (lambda: pcb_merge(tau, **how | {"clip": (6, 5)}), r"clip is \(6, 5\) but must be two ranks of 0 to 19"),
+        (lambda: pcb_merge(tau, **how | {"clip": (1, 20)}), "two ranks of 0 to 19"),
         (lambda: pcb_merge(tau, **how | {"drop": 20}), "drop is 20 but must be a rank of 0 to 19"),
         (lambda: pcb_merge(tau, **how, scale=[1.0]), "scale has 1 numbers"),
         (lambda: pcb_merge(tau, **how, scale=math.nan), "scale is .* must be one finite number, or 2"),
         (lambda: pcb_merge(tau, tau, **how), "base is torch.float32 of shape"),
+        (lambda: pcb_piece(tau[0], Bounds([0], [1], [0], [1]), [1.0]), r"tau is of shape \(20,\) but must be"),
     ]:
         with pytest.raises(InputError, match=message):
             call()
+    few = torch.zeros(20)
+    few[3] = 2.0
+    endless = tau[0].clone()
+    endless[:4] = math.inf
     for path in PATHS:
-        with pytest.raises(
-            InputError, match=r"experts\[1\] - base has magnitude 1.0 at the lower and 1.0 at the upper"
-        ):
-            pcb_merge([tau[0], torch.ones(20)], **how, backend=path)
-        with pytest.raises(InputError, match="has NaN"):
-            pcb_merge(torch.cat([tau, tau[:1] * torch.nan]), **how, backend=path)
+        for row, message in [
+            (few, r"experts\[1\] - base has magnitudes of 0 to 2 but 0 at both ranks of clip.*it must clip less"),
+            (endless, r"experts\[1\] - base has magnitude inf at the upper rank of clip but must be finite"),
+            (tau[0] * math.nan, "has NaN"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                pcb_merge([tau[0], row], **how, backend=path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [0.0, 0.5])
+def test_a_row_of_one_magnitude_has_no_say(path, size):
+    """Its place between the clipped magnitudes is 0 / 0; in whatever its signs are, nothing of it stands out."""
+    tau = differences(2, 500)
+    flat = size * differences(2, 500, seed=4)[1].sign()
+    how = ranks(500) | {"backend": path}
+    three = pcb_merge([*tau, flat], **how)
+    assert torch.equal(three, pcb_merge([*tau, torch.zeros(500)], **how))
+    assert three.isfinite().all() and three.any()
+    for rows in ([flat], [flat, flat]):
+        assert not pcb_merge(rows, **how).any()
+    base = torch.randn(500)
+    assert torch.equal(pcb_merge([base, base], base, **how), base)
+    assert torch.equal(pcb_merge([torch.ones(1)], clip=(0, 0), drop=0, backend=path), torch.zeros(1))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_where_one_is_left_it_counts_wholly_however_small_its_share(path):
+    """Shares are down to 1e-20 and below: a divisor that is kept from being so small would take it for nothing."""
+    tau = torch.linspace(1e-3, 1, 1000).repeat(40, 1)
+    merged = pcb_merge(tau, clip=(0, 999), drop=0, backend=path)
+    torch.testing.assert_close(merged[1:], tau[0, 1:])
+    assert merged[0] == 0
+
+
+class Pieces:
+    """Something that is read anew each time."""
+
+    def __init__(self, tau: torch.Tensor, *sizes: int):
+        self.tau, self.sizes, self.read = tau, sizes, 0
+
+    def __iter__(self):
+        self.read += 1
+        return iter(self.tau.split(self.sizes, dim=1))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_in_pieces_it_is_the_same(path):
+    tau, scale = differences(5, 3000), [1.0, 0.5, 2.0, 0.0, -1.0]
+    how = ranks(3000)
+    tau[4] = 0.25
+    sizes = tau.abs().sort(1).values
+    low, high = zip(*(checked_ends(i, sizes[i, [0, *how["clip"], 2999]].tolist()) for i in range(5)), strict=True)
+    pieces = Pieces(tau, 1000, 1, 1203, 796)
+    bounds = pcb_bounds(pieces, low, high, how["drop"], backend=path)
+    assert pieces.read == (3 if path == "native" else 2) and bounds.least[4] == bounds.most[4] == 0
+    merged = torch.cat([pcb_piece(part, bounds, scale, backend=path) for part in pieces])
+    whole = pcb_merge(tau, **how, scale=scale, backend=path)
+    if path == "native":
+        assert torch.equal(merged, whole)
+    else:  # torch rounds the last numbers of a row otherwise than the others
+        gap = nearness(tau[:4], **how)
+        assert bool(((merged - whole).abs() <= 1e-5 / gap + 1e-6).all())

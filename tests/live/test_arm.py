@@ -30,7 +30,7 @@ KILLER = Path(__file__).parent / "kill_and_resume.py"
 #: One training, two of one model, one that is otherwise kept, and one that a hook of the study's own steers.
 SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny")
 READY = [row.slug for row in catalogue.methods(status="ready")]
-STILL = {"moa", "sub-moe", "rmm", "lora-lego"}  # no arm trains
+STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging"}  # no arm trains
 UNROUTED = {"adapters", "merging"}  # families in which no token is sent anywhere
 
 

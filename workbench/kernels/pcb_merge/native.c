@@ -7,8 +7,8 @@
 
 enum { BLOCK = 256, MOST = 64 }; /* parameters at a time, models at most */
 
-/* n models. Of each: low and high, between which magnitudes are clipped, per = 1 / (high - low), and from the second
- * pass on least, the score of the rank that drops, and full = 1 / (largest - least). */
+/* n models. Of each: low and high, between which magnitudes are clipped, per = 1 / (high - low), and to merge least, the
+ * score of the rank that drops, full = 1 / (largest - least), and scale. per and full are 0 where that divides nothing. */
 typedef struct {
     long n;
     const float *const *expert;
@@ -55,7 +55,7 @@ INLINE vec tanh_of(vec x)
 /* The clipped differences of `width` parameters and their scores. */
 static __attribute__((noinline)) void scores(const job *k, long at, long width, block *b)
 {
-    const float steep = 1.44269504f * k->n; /* exp(n g^2) as a power of two */
+    const float steep = 1.44269504f * k->n; /* exp(n (g^2 - 1)) as a power of two */
     for (long v = 0; v < width; v += LANES) {
         long left = width - v;
         vec origin = k->base ? load(k->base + at + v, left) : all(0);
@@ -74,7 +74,7 @@ static __attribute__((noinline)) void scores(const job *k, long at, long width, 
                 sum += both;
                 *(vec *)(b->score[j] + v) += both;
             }
-            *(vec *)(b->score[i] + v) = sum * power_of_two(g * g * all(steep));
+            *(vec *)(b->score[i] + v) = sum * power_of_two((g * g - 1.0f) * all(steep));
         }
     }
 }
@@ -116,7 +116,7 @@ void merge(const job *k, long first, long end)
                 sum += share * all(k->scale[i]) * *(const vec *)(b.clipped[i] + v);
                 shares += share;
             }
-            vec merged = sum / larger(shares, all(1e-12f));
+            vec merged = sum / where((ivec)(shares > all(0)), shares, all(1)); /* 0 where nothing is left */
             if (k->base) merged += load(k->base + first + v, width - v);
             store(k->out + first + v, merged, width - v);
         }

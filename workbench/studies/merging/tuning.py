@@ -131,16 +131,21 @@ def accuracies(model: bed.DigitNet, tasks: Sequence[Classification], split: str)
     return [task.evaluate(model, split)["accuracy"] for task in tasks]
 
 
-def tuned(suite: Suite, merge: Callable[..., Update], points: Sequence[Options]) -> tuple[Update, dict[str, Any]]:
+def tuned(
+    suite: Suite, merge: Callable[..., Update], points: Sequence[Options], scores: list[float] | None = None
+) -> tuple[Update, dict[str, Any]]:
     """The update of the point with the best mean normalised accuracy on validation, and that point.
 
     The first of equals. `merge(deltas, **point)` makes an update; it is handed the suite's own deltas, not to be
-    written to.
+    written to. `scores` takes the accuracy of every point.
     """
     best, update, chosen = -math.inf, None, {}
     for point in points:
         made = merge(suite.deltas, **point)
-        if (score := fmean(suite.kept(suite.model_of(made), "validation"))) > best:
+        score = fmean(suite.kept(suite.model_of(made), "validation"))
+        if scores is not None:
+            scores.append(score)
+        if score > best:
             best, update, chosen = score, made, dict(point)
     return update, chosen | {"validation": best}
 

@@ -258,7 +258,7 @@ def large() -> Iterator[list[Path]]:
         yield paths
 
 
-@pytest.mark.parametrize("method", ["average", "ties", "dare-ties"])
+@pytest.mark.parametrize("method", ["average", "ties", "dare-ties", "pcb-merging"])
 def test_a_merge_of_files_needs_less_than_three_of_the_largest_tensor(large: list[Path], method: str):
     """Read whole, six models would be six of it."""
     out = large[0].with_name("out.safetensors")

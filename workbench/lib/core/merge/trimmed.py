@@ -4,7 +4,7 @@ Conventions differ between libraries, and each has a name here; `conventions` be
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.kernels.trim_elect_merge import magnitude_threshold, trim_elect_merge
+from workbench.kernels.trim_elect_merge import magnitudes, trim_elect_merge
 from workbench.lib.core.merge.linear import weights_of
 from workbench.lib.core.merge.merger import Pieces
 from workbench.lib.core.merge.vectors import Place, TaskVectors
@@ -38,9 +38,16 @@ def threshold(vectors: TaskVectors, expert: int, names: Sequence[str], k: int) -
     Raises:
         InputError: a weight is NaN.
     """
+    return magnitudes_at(vectors, expert, names, lambda size: [size - k])[0]
+
+
+def magnitudes_at(
+    vectors: TaskVectors, expert: int, names: Sequence[str], ranks: Callable[[int], Sequence[int]]
+) -> list[float]:
+    """The magnitudes of one task vector at `ranks(number of weights)`, 0 for the smallest; see `threshold`."""
     own, base = vectors.operands(expert, names)
     try:
-        return magnitude_threshold(own, k, base)
+        return magnitudes(own, ranks, base)
     except InputError:
         for _ in vectors.pieces(names):  # says which
             pass
