@@ -20,8 +20,9 @@ and common to all experts (`share`, the paper's hierarchical scheme as we read i
 adapter says the mean of what its experts say, exactly. The code's own AdamW decays entries of the other pieces too, and
 its loss between hidden states, off by default, is not here.
 
-It is no `Adapter` of `core.adapt`: that puts something in the place of a linear layer, or of a whole block, which is a
-matrix in the end or depends on the token. This stands beside a block, is a matrix never, and needs its own optimiser.
+It is no `Adapter` of `core.adapt`: those take the place of linear layers and, unless they route, fold back into the
+weight. This stands beside a whole block, bends between its two matrices, so that it folds into none, and trains by an
+optimiser of its own.
 
 Tensor letters: D width, b bottleneck, E experts, I input width, O output width, B batch, C classes.
 """
@@ -256,7 +257,7 @@ class MaskedAdamW(torch.optim.AdamW):
     """AdamW to which the pieces of a `SparseExpertLinear` are parameters of their own.
 
     A piece that no gradient has reached keeps its values, moments and count of steps, and is not decayed. To all other
-    parameters it is torch's own. Decayed are matrices, but no biases.
+    parameters it is torch's own. Matrices are decayed, vectors are not.
 
     Args:
         model: its trained parameters are trained.
@@ -357,7 +358,8 @@ class MoSA:
         made: dict[nn.Module, Beside] = {}
         for name in found:
             if (block := named[name]) not in made:
-                self.layers[name] = MoSAAdapter(dim, bottleneck, **options).to(next(block.parameters(), torch.empty(0)))
+                like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+                self.layers[name] = MoSAAdapter(dim, bottleneck, **options).to(like)
                 made[block] = Beside(block, self.layers[name]).train(block.training)
         model.requires_grad_(False)
         for name in found:

@@ -143,5 +143,5 @@ STUDY = Study(
     tested="Training disjoint sparse pieces of one adapter at random and merging them at the end gives a better one "
     "than training it whole, with as many forward passes.",
     main=f"{TWO}, {FEW}",
-    power=Power((f"{TWICE}, {FEW}", f"{DROP}, {FEW}"), effect=MARGIN, level=LEVEL),
+    power=Power((f"{TWICE}, {FEW}", f"{DROP}, {FEW}"), effect=0.07, level=LEVEL, deviation={"small": (0.04186, 8)}),
 )
