@@ -1,1 +1,1 @@
-"""Small updates to a large model, and their variants: `lib.core.adapt` puts them on, a file for each system."""
+"""Small updates to a large model, and their variants, a file for each system: `lib.core.adapt` puts on all but MoSA."""

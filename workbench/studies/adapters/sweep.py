@@ -9,10 +9,11 @@ outside, and the arm may be undersold: `edges` says so of every arm.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core.adapt import Adapted
 from workbench.lib.core.train import State
 from workbench.studies.rows import Row, Rows, training_budget
 
@@ -21,6 +22,14 @@ DECADES = 2
 
 Scores = tuple[float, float]
 """Of one training: on validation and on test, higher is better, 0 the worst."""
+
+
+class Put(Protocol):
+    """What was put on a model and trained; an `Adapted` is one."""
+
+    model: nn.Module
+
+    def report(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def sweep(learn: Callable[[float], Scores], rates: Sequence[float] = RATES) -> S
 def swept_row(
     arm: str,
     seed: int,
-    train: Callable[[float], tuple[Adapted, State]],
+    train: Callable[[float], tuple[Put, State]],
     rates: Sequence[float] = RATES,
     **extra: Any,
 ) -> Row:
@@ -86,7 +95,7 @@ def swept_row(
 
     FLOPs and steps are those of all rates together.
     """
-    made: list[tuple[Adapted, State]] = []
+    made: list[tuple[Put, State]] = []
 
     def learn(rate: float) -> Scores:
         adapted, state = train(rate)
