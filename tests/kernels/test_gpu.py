@@ -16,6 +16,7 @@ from workbench.kernels import (
     span_attention,
     topk_softmax,
     trim_elect_merge,
+    walsh_hadamard,
 )
 from workbench.kernels.block_sparse_attention import block_gate_topk
 from workbench.kernels.random_basis import uniform
@@ -164,3 +165,10 @@ def test_magnitude_threshold(dtype):
     for k in (1, 60_000, len(x)):
         assert magnitude_threshold(x, k) == falling[k - 1]
     assert dispatch.last_backend("magnitude_threshold") == "triton"
+
+
+@pytest.mark.parametrize("length", [1, 64, 4096, 2**17])
+def test_walsh_hadamard(length):
+    check("walsh_hadamard", lambda backend, x: walsh_hadamard(x, backend=backend), draw(3, length))
+    wide = draw(3, length).float()
+    assert torch.equal(walsh_hadamard(wide).cpu(), walsh_hadamard(wide.cpu(), backend="reference"))

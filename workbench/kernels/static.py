@@ -33,6 +33,7 @@ OPERATORS = (
     "low_rank",
     "random_basis",
     "trim_elect_merge",
+    "walsh_hadamard",
 )
 """The operators with a Triton path."""
 
