@@ -17,6 +17,7 @@ from workbench.kernels import (
     span_attention,
     topk_softmax,
     trim_elect_merge,
+    walsh_hadamard,
 )
 from workbench.kernels.block_sparse_attention import block_gate_topk
 from workbench.kernels.random_basis import uniform
@@ -177,3 +178,10 @@ def test_pcb_merge():
     assert dispatch.last_backend("pcb_merge") == "reference"
     assert torch.equal(pcb_merge(tau + base, base, **how), ours)
     assert ((ours - exact).abs() < 1e-4 * tau.abs().max()).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("length", [1, 64, 4096, 2**17])
+def test_walsh_hadamard(length):
+    check("walsh_hadamard", lambda backend, x: walsh_hadamard(x, backend=backend), draw(3, length))
+    wide = draw(3, length).float()
+    assert torch.equal(walsh_hadamard(wide).cpu(), walsh_hadamard(wide.cpu(), backend="reference"))

@@ -10,6 +10,7 @@ BENCHES = {
     "lora": "workbench.bench.lora",
     "merge": "workbench.bench.merge",
     "basis": "workbench.bench.basis",
+    "hadamard": "workbench.bench.hadamard",
 }
 
 

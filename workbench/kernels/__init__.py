@@ -19,6 +19,7 @@ from workbench.kernels.span_attention import span_attention, span_decode
 from workbench.kernels.topk_softmax import topk_softmax
 from workbench.kernels.transformers import register_transformers
 from workbench.kernels.trim_elect_merge import magnitude_threshold, trim_elect_merge
+from workbench.kernels.walsh_hadamard import walsh_hadamard
 
 __all__ = [
     "RoutePlan",
@@ -37,4 +38,5 @@ __all__ = [
     "span_decode",
     "topk_softmax",
     "trim_elect_merge",
+    "walsh_hadamard",
 ]

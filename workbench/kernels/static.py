@@ -34,6 +34,7 @@ OPERATORS = (
     "random_basis",
     "trim_elect_merge",
     "pcb_merge",
+    "walsh_hadamard",
 )
 """The operators with a Triton path."""
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from workbench.errors import InputError
+from workbench.lib.adapters.intrinsic_dimension import SubspaceModel
 from workbench.lib.core.adapt import Adapter, RoutedLinear, adapt
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.low_rank import LowRankExperts
@@ -15,6 +16,8 @@ from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Routing
 from workbench.live.probes import find
 from workbench.live.probes.routing import RoutingProbe
+from workbench.live.probes.spectra import SpectrumProbe
+from workbench.live.records import SPECTRUM
 
 E, K, D = 4, 2, 16
 
@@ -229,3 +232,23 @@ def test_a_block_that_decides_by_itself_is_a_block_and_a_group():
         (f"layers.{i}.attention", "", None) for i in (0, 1)
     ]
     assert list(find.groups(model, blocks)) == ["layers.0.attention", "layers.0", "layers.1.attention", "layers.1"]
+
+
+def test_of_a_vector_that_trains_the_matrices_it_makes_are_found():
+    torch.manual_seed(0)
+    model = SubspaceModel(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), dims=7)
+    found = find.matrices(model, find.blocks(model))
+    assert [(matrix.name, matrix.shape) for matrix in found] == [("0", (5, 6)), ("2", (3, 5))]
+    probe = SpectrumProbe(found)
+    probe.remember()
+    model(torch.randn(4, 6)).square().sum().backward()
+    with torch.no_grad():
+        model.vtheta -= model.vtheta.grad
+    spectra = probe.take(seed=0)
+    probe.close()
+    change = model.change(model.vtheta.detach())["0.weight"]
+    expected = torch.linalg.svdvals(change)
+    for what in ("weight", "update", "gradient"):  # it began at 0, and went by its gradient
+        assert torch.allclose(torch.from_numpy(spectra[SPECTRUM.name(what, "0")]), expected, rtol=1e-4, atol=1e-6), what
+    model.requires_grad_(False)
+    assert find.matrices(model, []) == []

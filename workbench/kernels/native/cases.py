@@ -23,6 +23,7 @@ from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
 from workbench.kernels.random_basis import random_basis, random_basis_adjoint
 from workbench.kernels.trim_elect_merge import DIVIDE, ELECT, magnitude_threshold, trim_elect_merge
+from workbench.kernels.walsh_hadamard import walsh_hadamard
 
 WIDTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 80, 129)  # about whole vectors, tiles and panels
 NUMBERS = (-(2**63), -(2**31), -1, 0, 1, 3, 1000, 2**16 + 1, 2**31 - 1, 2**31, 2**40, 2**63 - 1)
@@ -293,7 +294,15 @@ def seeded(draw: random.Random, native: bool) -> list[Call]:
     return [Call("random_basis", mixed, arguments), Call("random_basis_adjoint", products, arguments)]
 
 
-IN_C = (experts, bank, attention, gate, models, seeded)
+def transforms(draw: random.Random, native: bool) -> list[Call]:
+    x = torch.randn(draw.randrange(4), 2 ** draw.randrange(16))
+    if draw.random() < 0.3:  # any strides
+        x = torch.stack([x, x], -1)[..., 0]
+    arguments = {"x": x, "backend": "native" if native else draw.choice(("native", "native", "reference"))}
+    return [Call("walsh_hadamard", lambda x, path: walsh_hadamard(x, backend=path), arguments)]
+
+
+IN_C = (experts, bank, attention, gate, models, seeded, transforms)
 
 
 def damaged(draw: random.Random, call: Call) -> Call:

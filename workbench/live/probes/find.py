@@ -69,7 +69,10 @@ def _group(name: str, found: list[Block]) -> str:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix (o, i) inside a trained parameter, for the parameter itself, its gradient or its change alike."""
+    """One matrix (o, i) inside a trained parameter, for the parameter itself, its gradient or its change alike.
+
+    Or one that is linear in the parameter, where that is no matrix: see `matrices`.
+    """
 
     name: str
     parameter: nn.Parameter = field(repr=False)
@@ -128,7 +131,9 @@ def matrices(model: nn.Module, found: list[Block]) -> list[Matrix | LowRank]:
 
     Linear layers, embeddings, routers, and of expert banks expert 0; fused weights (query, key and value; gate and up)
     are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`, `MadeFactors`) the product of its two factors, for
-    every expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them.
+    every expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them. A module
+    whose matrices are linear in a parameter of another shape has `made_matrices()`: (name, parameter, what makes the
+    matrix of it), for each.
     """
     kinds: dict[str, list[Matrix | LowRank]] = {}
     for matrix in _all_matrices(model, found):
@@ -153,6 +158,10 @@ def _all_matrices(model: nn.Module, found: list[Block]) -> Iterator[Matrix | Low
             parameters = tuple(p for p in module.parameters() if p.requires_grad)
             if parameters:
                 yield LowRank(name, parameters, module.scale, made=module)
+        if (made := getattr(module, "made_matrices", None)) is not None:
+            for key, parameter, pick in made():
+                if parameter.requires_grad:
+                    yield Matrix(f"{name}.{key}".strip(".").removesuffix(".weight"), parameter, pick)
         other_expert = re.search(r"experts\.(\d+)\.", f"{name}.")
         if other_expert and int(other_expert.group(1)):
             continue
