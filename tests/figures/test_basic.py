@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from workbench.errors import InputError
 from workbench.figures.basic import bars, intervals, lines, matrix
 
 
@@ -65,3 +66,10 @@ def test_a_matrix_shows_its_values_and_leaves_undefined_cells_empty():
     )
     assert [list(row) for row in figure.data[0].text] == [["1", ""], ["0.25", "2"]]
     assert figure.data[0].colorbar.title.text == "norm" and figure.layout.yaxis.autorange == "reversed"
+
+
+def test_what_would_be_drawn_in_one_place_is_refused():
+    with pytest.raises(InputError, match=r"columns holds '1\.4' more than once"):
+        matrix(np.ones((1, 2)), ["r"], ["1.4", "1.4"], title="T", x_title="", y_title="", unit="")
+    with pytest.raises(InputError, match="labels holds 'a' more than once"):
+        bars(["a", "b", "a"], {"s": [1, 2, 3]}, title="T", x_title="", y_title="")

@@ -120,3 +120,11 @@ def test_colour_bar_labels_the_given_values():
     bar = theme.colour_bar({0: "0 dead", 1: "1 uniform"})
     assert (bar["tickvals"], bar["ticktext"]) == ([0, 1], ["0 dead", "1 uniform"])
     assert np.isfinite(bar["thickness"])
+
+
+def test_a_long_title_has_several_lines_and_room_for_them():
+    short, long = theme.blank("light", "word"), theme.blank("light", "word & " * 40)
+    assert long.layout.title.text.count("<br>") == short.layout.title.text.count("<br>") + 2
+    assert "&amp;" in long.layout.title.text and "...<" not in long.layout.title.text
+    assert long.layout.margin.t == 60 + 2 * theme.LINE and short.layout.margin.t is None
+    assert theme.blank("light", "word " * 40, margin={"t": 70}).layout.margin.t == 70 + 2 * theme.LINE

@@ -1,10 +1,12 @@
 """Plain figures in the house style for what a notebook measures on the spot: lines, bars, intervals, a matrix."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench.errors import InputError
 from workbench.figures.theme import blank, colour_bar, null_line, rgba, sequential, text, theme_named
 
 LEGEND = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom"}
@@ -62,7 +64,12 @@ def bars(
     null: tuple[float, str] | None = None,
     theme: str = "light",
 ) -> go.Figure:
-    """Groups of bars: one group per label, one colour per entry of `series`."""
+    """Groups of bars: one group per label, one colour per entry of `series`.
+
+    Raises:
+        InputError: a label is there twice.
+    """
+    _distinct("labels", labels)
     colours = theme_named(theme)
     figure = blank(theme, title, subtitle, x=x_title, y=y_title)
     for (name, values), shade in zip(series.items(), colours.nominal(len(series)), strict=True):
@@ -130,7 +137,12 @@ def matrix(
     unit: str,
     theme: str = "light",
 ) -> go.Figure:
-    """A small matrix with its values written in; NaN cells stay empty."""
+    """A small matrix with its values written in; NaN cells stay empty.
+
+    Raises:
+        InputError: a row or a column is there twice.
+    """
+    _distinct("rows", rows), _distinct("columns", columns)
     values = np.asarray(values, dtype=float)
     figure = blank(theme, title, subtitle, x=x_title, y=y_title)
     written = [["" if np.isnan(value) else f"{value:.3g}" for value in row] for row in values]
@@ -148,3 +160,10 @@ def matrix(
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return figure
+
+
+def _distinct(name: str, labels: Sequence[str]) -> None:
+    """Plotly draws what has one label in one place, and the last of it hides the rest."""
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise InputError(f"{name} holds {', '.join(map(repr, twice))} more than once but each must be another")

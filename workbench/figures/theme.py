@@ -4,6 +4,7 @@ Palettes are safe for colour-blind readers: nominal series use the Okabe-Ito col
 rising lightness, and diverging scales go from blue to orange with the null value in the neutral middle.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,10 @@ from plotly.colors import sample_colorscale
 from workbench.errors import unknown
 
 FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
+
+MARGIN = {"l": 54, "r": 16, "t": 60, "b": 42}
+WIDEST, LINE = 96, 18
+"""Letters in a line of a title, and its height in pixels."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def _template(name: str) -> go.layout.Template:
             "colorway": theme.cycle,
             "xaxis": axis,
             "yaxis": axis,
-            "margin": {"l": 54, "r": 16, "t": 60, "b": 42},
+            "margin": MARGIN,
             "hoverlabel": {
                 "bgcolor": theme.card,
                 "bordercolor": theme.grid,
@@ -139,20 +144,22 @@ def blank(
 ) -> go.Figure:
     """A figure in the house style: bold title, one muted line below it, named axes, and nothing in it but ``data``.
 
-    Title and axes are text; the subtitle may hold tags, and what is put into it went through `text`.
+    Title and axes are text; the subtitle may hold tags, and what is put into it went through `text`. A long title has
+    several lines.
 
     ``layout`` is passed to ``go.Layout``. The view of a reader who zoomed in is kept from one update to the next
     (``uirevision``). Traces given as ``data`` cost a third of what they cost when added one by one.
     """
     colours = theme_named(theme)
     below = f"<span style='font-size:11.5px;color:{colours.muted}'>{subtitle}</span>"
-    return go.Figure(
+    lines = textwrap.wrap(title, WIDEST) or [""]
+    figure = go.Figure(
         data=list(data),
         layout={
             "template": _template(theme),
             # one text for both lines: plotly's own subtitle leaves a wide gap
             "title": {
-                "text": f"<b>{text(title)}</b><br>{below}",
+                "text": f"<b>{'<br>'.join(map(text, lines))}</b><br>{below}",
                 "font": {"size": 14, "color": colours.ink},
                 "x": 0,
                 "xref": "container",
@@ -170,6 +177,10 @@ def blank(
             "yaxis": {"title": {"text": text(y)}} | layout.get("yaxis", {}),
         },
     )
+    if len(lines) > 1:
+        top = figure.layout.margin.t
+        figure.layout.margin.t = (MARGIN["t"] if top is None else top) + LINE * (len(lines) - 1)
+    return figure
 
 
 def diverging(theme: str, low: float, centre: float, high: float) -> list[list]:
