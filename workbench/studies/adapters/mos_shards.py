@@ -92,5 +92,5 @@ STUDY = Study(
     run=run,
     judge=judge,
     main="mos, 2",
-    power=Power(("lora, 1", "lora, 2"), effect=0.08),
+    power=Power(("lora, 1", "lora, 2"), effect=0.08, deviation={"small": (0.08621, 12)}),
 )
