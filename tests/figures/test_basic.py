@@ -73,3 +73,11 @@ def test_what_would_be_drawn_in_one_place_is_refused():
         matrix(np.ones((1, 2)), ["r"], ["1.4", "1.4"], title="T", x_title="", y_title="", unit="")
     with pytest.raises(InputError, match="labels holds 'a' more than once"):
         bars(["a", "b", "a"], {"s": [1, 2, 3]}, title="T", x_title="", y_title="")
+
+
+def test_lines_of_one_colour_differ_in_their_dash():
+    series = {f"s{i}": [i, i] for i in range(10)}
+    figure = lines([0, 1], series, title="T", x_title="", y_title="")
+    assert len({(line.line.color, line.line.dash) for line in figure.data}) == len(series)
+    ordered = lines([0, 1], series, title="T", x_title="", y_title="", ordered=True)
+    assert {line.line.dash for line in ordered.data} == {"solid"}

@@ -28,18 +28,18 @@ def lines(
     """One line per entry of `series` over `x`.
 
     `null` is the value without an effect and its name, `mark` an x and what happened there; `ordered` colours the
-    lines as a sequence (layers) rather than as names (arms).
+    lines as a sequence (layers) rather than as names (arms). Where colours of names repeat, lines are dashed.
     """
     colours = theme_named(theme)
     figure = blank(theme, title, subtitle, x=x_title, y=y_title)
     shades = colours.ordered(len(series)) if ordered else colours.nominal(len(series))
-    for (name, values), shade in zip(series.items(), shades, strict=True):
+    for i, ((name, values), shade) in enumerate(zip(series.items(), shades, strict=True)):
         figure.add_scatter(
             x=list(x),
             y=list(values),
             name=text(name),
             mode="lines+markers",
-            line={"color": shade, "width": 2},
+            line={"color": shade, "width": 2, "dash": "solid" if shade not in shades[:i] else "dot"},
             marker_size=6,
         )
     if null is not None:
