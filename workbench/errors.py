@@ -10,8 +10,8 @@ class InputError(ValueError):
     """
 
 
-def unknown(what: str, value: object, allowed: Iterable[str]) -> InputError:
-    """An ``InputError`` for a name that is not in ``allowed``, with the nearest names that are.
+def unknown(what: str, value: object, allowed: Iterable[str], most: int = 12) -> InputError:
+    """An ``InputError`` for a name that is not in ``allowed``, with the nearest names that are, and ``most`` of all.
 
     >>> str(unknown("preset", "smal", ["smoke", "small", "full"]))
     "preset 'smal' is unknown; did you mean 'small'? Allowed: smoke, small, full"
@@ -21,5 +21,5 @@ def unknown(what: str, value: object, allowed: Iterable[str]) -> InputError:
     allowed = [str(name) for name in allowed]
     near = get_close_matches(str(value), allowed, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else "."
-    shown = ", ".join(allowed[:12]) + (f" and {len(allowed) - 12} more" if len(allowed) > 12 else "")
+    shown = ", ".join(allowed[:most]) + (f" and {len(allowed) - most} more" if len(allowed) > most else "")
     return InputError(f"{what} {value!r} is unknown{hint} Allowed: {shown or 'none yet'}")

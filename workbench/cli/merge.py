@@ -82,13 +82,19 @@ def _model(args: argparse.Namespace, merger: Any) -> list[Path]:
 
 
 def _adapter(args: argparse.Namespace, merger: Any) -> list[Path]:
-    from workbench.lib.core.merge.adapters import merge_adapters, read_deltas
+    from workbench.lib.core.merge.adapters import check_base, merge_adapters, read_deltas
     from workbench.lib.core.merge.files import open_model
 
     deltas = read_deltas(args.experts)
-    shapes = {name: shape for name, (shape, _) in open_model(Path(args.base)).specs.items()}
-    for one in deltas:
-        one.placed(shapes)
+    base, wrong = open_model(Path(args.base)), []
+    for one, path in zip(deltas, args.experts, strict=True):
+        try:
+            one.placed({name: shape for name, (shape, _) in base.specs.items()})
+            check_base(one, base, path)
+        except InputError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise InputError("; ".join(wrong))
     try:
         folder = merge_adapters(deltas, merger, args.rank).save(args.out)
     except OSError as error:

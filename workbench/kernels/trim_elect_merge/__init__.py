@@ -185,8 +185,8 @@ def check_rows(experts: Tensor | Sequence[Tensor], base: Tensor | None, out: Ten
     if not rows or not all(isinstance(x, Tensor) for x in rows):
         raise InputError("experts must be one or more tensors, or a tensor (models, ...)")
     first = rows[0]
-    if not first.is_floating_point():
-        raise InputError(f"experts are {first.dtype} but must be floating point")
+    if not first.is_floating_point() or first.dtype.itemsize == 1:
+        raise InputError(f"experts are {first.dtype} but must be floating point, of two bytes at least")
     named = [(f"experts[{i}]", x) for i, x in enumerate(rows)] + [("base", base), ("out", out)]
     for name, x in named:
         if x is not None and (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):

@@ -203,7 +203,8 @@ def _steps(state: State, hooks: tuple[Hook, ...]) -> Iterator[State]:
         loss, context = task.loss(model, batch)
         state.loss, state.aux = loss.item(), float(torch.as_tensor(context.aux).detach())
         if not math.isfinite(state.loss + state.aux):  # before it reaches the weights
-            raise FloatingPointError(f"the loss is {state.loss} at step {step}: a learning rate below {state.lr:.2g}?")
+            hint = f": a learning rate below {state.lr:.2g}?" if state.lr else ", before anything was learned"
+            raise FloatingPointError(f"the loss is {state.loss} at step {step}{hint}")
         optimizer.zero_grad(set_to_none=True)
         (loss + context.aux).backward()
         state.grad_norm = float(nn.utils.clip_grad_norm_(trained, config.clip))

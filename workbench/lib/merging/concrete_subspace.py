@@ -96,8 +96,7 @@ class ConcreteMask(nn.Module):
         tasks: int | None = None,
     ):
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise InputError(f"temperature is {temperature} but must be above 0 and finite")
+        check_temperature(temperature)
         self.names, self.temperature, self.tasks = tuple(reference), temperature, tasks
         several = () if tasks is None else (tasks,)
         self.logits = nn.ParameterList(
@@ -134,6 +133,12 @@ class ConcreteMask(nn.Module):
     def density(self) -> dict[str, float]:
         """The share of each tensor's weights that is kept on average."""
         return {name: float(p.mean()) for name, p in self.probs().items()}
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise `InputError` for one at which nothing can be drawn."""
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature is {temperature} but must be above 0 and finite")
 
 
 class ConcreteModel(MergedModel):
@@ -233,6 +238,12 @@ class ConcreteSubspace(Merger):
         for name, value in (("mask_steps", mask_steps), ("steps", steps)):
             if value < 0:
                 raise InputError(f"{name} is {value} but must be at least 0")
+        for name, value in (("mask_lr", mask_lr), ("lr", lr)):
+            if not 0 < value <= 1:
+                raise InputError(f"{name} is {value} but must be above 0 and at most 1")
+        if inner_lr < 0:
+            raise InputError(f"inner_lr is {inner_lr} but must be at least 0")
+        check_temperature(temperature)
         self.batches, self.heads, self.granularity, self.init = batches, heads, granularity, init
         self.init_logit, self.temperature, self.hard, self.shared = init_logit, temperature, hard, shared
         self.mask_lr, self.mask_steps, self.inner_lr = mask_lr, mask_steps, inner_lr

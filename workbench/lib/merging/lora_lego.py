@@ -169,8 +169,10 @@ def clusters(pool: Float[Tensor, "N width"], k: int, seed: int = 0) -> Int64[Ten
     """The cluster of each piece by k-means, from k-means++ and `STARTS` starts, in float64. None is empty.
 
     Raises:
-        InputError: k is not from 1 to the number of different pieces.
+        InputError: k is not from 1 to the number of different pieces, or the seed not one of scikit-learn's.
     """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed} but must be at least 0 and below 2**32")
     distinct, same = pool.unique(dim=0, return_inverse=True)
     if not 1 <= k <= len(distinct):
         raise InputError(f"rank is {k} but must be from 1 to the number of different pieces, {len(distinct)}")

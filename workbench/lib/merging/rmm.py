@@ -198,6 +198,12 @@ class Reverted(Matrices):
             raise InputError(f"rank is {rank} but must be at least 1")
         self.task, self.rank, self.p = task, rank, p
 
+    def facts(self, vectors: TaskVectors) -> None:
+        if not 0 <= self.task < vectors.n:
+            raise InputError(f"task is {self.task} but must be from 0 to {vectors.n - 1}")
+        if not 0 <= self.p < vectors.n:
+            raise InputError(f"p is {self.p} but must be from 0 to experts - 1, {vectors.n - 1}")
+
     def matrix(self, tau: Float[Tensor, "n O I"], name: str, facts: None) -> Float[Tensor, "O I"]:
         rank = min(self.rank, *tau.shape[1:])
         kept = self.p if rank == self.rank else min(self.p, rank)

@@ -1,5 +1,6 @@
 """Merges from files to files: laid out as the base, in little memory, and whole or not there."""
 
+import copy
 import errno
 import gc
 import json
@@ -13,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import workbench
 from workbench import sealed
+from workbench.cli import main
 from workbench.errors import InputError
-from workbench.lib.core.merge import Pieces, make_merger, merge
-from workbench.lib.core.merge.adapters import LowRankDeltas
+from workbench.lib.core.merge import Pieces, TaskVectors, make_merger, merge, merged_state
+from workbench.lib.core.merge.adapters import LowRankDeltas, concatenate, read_deltas
 from workbench.lib.core.merge.files import open_models, write_model
 
 WEIGHTS = [0.25, 1.5]
@@ -116,6 +120,70 @@ def test_an_adapter_is_an_expert_whose_update_is_added(folders, tmp_path):
     expected = merge(base, [deltas.added_to(base), other], "task-arithmetic", weights=WEIGHTS)
     for name in ("embed.weight", "layer.1.weight", "layer.1.bias"):
         torch.testing.assert_close(read(tmp_path / "out")[name], expected[name])
+
+
+def test_folders_of_adapters_are_experts_of_a_base_in_memory_too(tmp_path):
+    """One rule for state dicts, modules, files and LoRA folders, of peft and our own."""
+    base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    model = copy.deepcopy(base)
+    adapted = workbench.adapt(model, "lora", targets="*", rank=2)
+    for p in adapted.parameters():
+        nn.init.normal_(p)
+    adapted.save(tmp_path / "own")
+    (own,) = read_deltas([tmp_path / "own"])
+    lora = LowRankDeltas({"0": (torch.randn(3, 4), torch.randn(6, 3), 0.5)})
+    lora.save(tmp_path / "peft")
+    expert = {name: value + 1 for name, value in base.state_dict().items()}
+    state = base.state_dict()
+    expected = TaskVectors(state, [own.added_to(state), lora.added_to(state), expert])
+    expected = merged_state(expected, make_merger("average", {}))
+    for given in (base, base.state_dict(), tmp_path / "base.safetensors", str(tmp_path / "base.safetensors")):
+        merged = workbench.merge(given, [str(tmp_path / "own"), tmp_path / "peft", expert], "average")
+        assert merged.keys() == expected.keys()
+        for name in merged:
+            torch.testing.assert_close(merged[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_an_adapter_made_on_other_weights_is_refused(tmp_path, capsys):
+    base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    other = copy.deepcopy(base)
+    other[2].bias.data[1] += 1
+    adapted = workbench.adapt(other, "lora", targets="*", rank=2)
+    adapted.save(tmp_path / "adapter")
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    (deltas,) = read_deltas([tmp_path / "adapter"])
+    for call in (
+        lambda: workbench.merge(base, [tmp_path / "adapter"], "average"),
+        lambda: open_models(tmp_path / "base.safetensors", [tmp_path / "adapter"]),
+        lambda: deltas.added_to(base.state_dict()),
+        lambda: concatenate([deltas, deltas], [0.5, 0.5]).added_to(base.state_dict()),
+    ):
+        with pytest.raises(InputError, match="was made on layers with other weights"):
+            call()
+    words = ["merge", str(tmp_path / "base.safetensors"), str(tmp_path / "adapter"), "--method", "average"]
+    for more in ([], ["--adapter"]):
+        assert main([*words, *more, "--out", str(tmp_path / "out")]) == 2
+        assert "was made on layers with other weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    adapted.remove()
+    assert workbench.merge(other, [tmp_path / "adapter"], "average")
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    words[1] = str(tmp_path / "other.safetensors")
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    sidecar = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
+    del sidecar["layers"]  # as it was written before: in which order the digest was made is not known
+    (tmp_path / "adapter" / "adapter.json").write_text(json.dumps(sidecar))
+    assert workbench.merge(base, [tmp_path / "adapter"], "average")
+
+
+def test_all_that_does_not_fit_is_said_at_once_of_adapters_and_models(folders, tmp_path):
+    for name, layer in (("one", "layer.7"), ("two", "layer.8")):
+        LowRankDeltas({layer: (torch.ones(1, 8), torch.ones(8, 1), 1.0)}).save(tmp_path / name)
+    state = read(folders[1])
+    del state["layer.1.bias"]
+    save_file(state, folders[1] / "model.safetensors")
+    with pytest.raises(InputError, match=r"layer\.7\.weight.*layer\.8\.weight.*has no layer\.1\.bias"):
+        open_models(folders[0], [tmp_path / "one", folders[1], tmp_path / "two"])
 
 
 def test_slices_of_an_update_are_its_parts(tmp_path):

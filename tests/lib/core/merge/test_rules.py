@@ -446,12 +446,65 @@ def test_heads_make_logits_of_what_the_merged_model_says():
         ("adamerging", {}, "adamerging needs batches"),
         ("adamerging", {"batches": [[], [], []]}, r"batches\[0\] is empty"),
         ("knots", {"tolerance": 1.0}, "tolerance is 1.0"),
+        ("average", {"weights": [0.1, 0.2, -0.3]}, "the sum 0, or next to it"),
+        ("fisher", {"batches": [1, 2, 3]}, r"batches\[0\] is a int but must be a list of batches"),
+        ("fisher", {"batches": [torch.randn(8, 6)] * 3}, r"batches\[0\] is a Tensor but must be a list of batches"),
+        ("fisher", {"batches": [[torch.zeros(0, 6)]] * 3}, "at least one sample"),
+        ("fisher", {"batches": [[torch.full((2, 6), float("nan"))]] * 3}, "no finite answer"),
+        (
+            "fisher",
+            {"batches": [[torch.ones(2, 6)]] * 3, "seed": 2**64},
+            "option seed of fisher is 18446744073709551616",
+        ),
+        ("regmean", {"batches": ["abc"] * 3}, r"batches\[0\] is a str"),
+        ("regmean", {"grams": [1, 2, 3]}, r"grams\[0\] must hold tensors by the names of layers"),
+        ("regmean", {"grams": [{"up": 1}] * 3}, r"grams\[0\] must hold tensors"),
+        ("regmean", {"grams": [{"up": -torch.eye(6)}] * 3}, "no sum of squares"),
+        ("adamerging", {"batches": [{"x": torch.ones(2, 6)}] * 3}, r"batches\[0\] is a dict"),
+        ("adamerging", {"batches": [[torch.zeros(0, 6)]] * 3}, r"batches\[0\] .* at least one with a row"),
+        ("adamerging", {"batches": [[]] * 3, "heads": [1, 2, 3]}, "heads .* must be a list, each a function or None"),
+        ("concrete", {"batches": [[]] * 3, "mask_lr": -1.0}, "mask_lr is -1.0 but must be above 0 and at most 1"),
+        ("concrete", {"batches": [[]] * 3, "inner_lr": -1.0}, "inner_lr is -1.0 but must be at least 0"),
+        ("concrete", {"batches": [[]] * 3, "temperature": 0.0}, "temperature is 0.0"),
+        ("rmm", {"task": 3, "include": "up.bias"}, "task is 3 but must be from 0 to 2"),
+        ("rmm", {"task": 0, "p": 3, "include": "up.bias"}, "p is 3 but must be from 0 to experts - 1, 2"),
+        ("lora-lego", {"seed": 2**40}, "seed is 1099511627776 but must be"),
     ],
 )
 def test_wrong_options_are_refused_by_name(method: str, options: dict, message: str):
     base, experts = nets()
     with pytest.raises(InputError, match=message):
         workbench.merge(base, experts, method, **options)
+
+
+def test_an_unknown_method_is_told_all_of_them():
+    with pytest.raises(InputError) as error:
+        workbench.merge({}, [], "none")
+    assert all(name in str(error.value) for name in mergers())
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging", "concrete"])
+def test_a_weight_that_is_not_finite_is_the_expert_s_before_data_is_run_through_it(method: str):
+    base, experts = nets()
+    experts[1].up.weight.data[0, 1] = float("nan")
+    with pytest.raises(InputError, match=r"up\.weight of experts\[1\] has 1 weights that are not finite"):
+        workbench.merge(base, experts, method, batches=batches())
+
+
+def test_only_the_ratios_of_fisher_s_weights_matter_however_small():
+    base, experts = nets()
+    fishers = [{name: torch.rand_like(p) for name, p in base.named_parameters()} for _ in experts]
+    expected = workbench.merge(base, experts, "fisher", fishers=fishers, weights=[1.0, 2.0, 0.5])
+    for power in (-1000, -300, 300, 900):
+        weights = [w * 2.0**power for w in (1.0, 2.0, 0.5)]
+        merged = workbench.merge(base, experts, "fisher", fishers=fishers, weights=weights)
+        assert all(torch.equal(merged[name], expected[name]) for name in merged)
+
+
+def test_regmean_averages_a_layer_that_no_input_has_reached():
+    base, experts = {"0.weight": torch.zeros(2, 3)}, [{"0.weight": torch.full((2, 3), float(i))} for i in (1, 3)]
+    merged = workbench.merge(base, experts, "regmean", grams=[{"0": torch.zeros(3, 3)}] * 2)
+    assert torch.equal(merged["0.weight"], torch.full((2, 3), 2.0))
 
 
 def test_what_needs_a_module_says_so():

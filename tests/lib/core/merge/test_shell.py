@@ -75,6 +75,9 @@ def test_adapters_become_weights_or_an_adapter(shell, tmp_path):
         ("base left one --method average --adapter --out out", "one"),
         ("base one --method average --exclude nothing --out out", "exclude 'nothing' is unknown"),
         ("base one --method average --out base/config.json/out", "cannot be written"),
+        ("base one --method task-arithmetic -p scale 1e300 --out out", "comes out of the merge"),
+        ("base left --method task-arithmetic -p scale 1e300 --adapter --out out", "not finite"),
+        ("base one --method regmean -p grams [1] --out out", "grams[0] must hold tensors"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(shell, tmp_path, words, message):

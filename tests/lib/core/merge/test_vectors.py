@@ -133,6 +133,8 @@ def test_many_mismatches_are_counted():
         ({"experts": state(1)}, "experts is a dict but must be a list"),
         ({"experts": [3]}, r"experts\[0\] is a int but must be a state dict, a module, or the path"),
         ({"experts": [{"embed": 1.0}]}, r"experts\[0\] must hold tensors by name, but 'embed' is a float"),
+        ({"experts": [{1: torch.zeros(3)}]}, r"experts\[0\] must hold tensors by name, but 1 is no name"),
+        ({"base": {}}, "base holds no tensors"),
         ({"experts": [{"embed": torch.zeros(3, device="meta")}]}, "'embed' is on the meta device"),
         ({"experts": [{"embed": torch.zeros(3, 3).to_sparse()}]}, "'embed' is torch.sparse_coo"),
         ({"include": "lyer.*"}, "include 'lyer.*' is unknown"),
@@ -175,6 +177,41 @@ class Tied(nn.Module):
         super().__init__()
         self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
         self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties", "dare", "pcb", "tsv-m"])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float16, 3e4),
+        (torch.float8_e4m3fn, 200.0),
+        (torch.bfloat16, 3e38),
+        (torch.float32, 3e38),
+        (torch.float64, 8e307),
+    ],
+)
+def test_a_merge_that_the_dtype_cannot_hold_is_refused(tmp_path: Path, method: str, dtype: torch.dtype, size: float):
+    """An infinite or NaN weight would be in the file, and nobody would know."""
+    base = {"w": torch.zeros(4, 4, dtype=dtype)}
+    experts = [{"w": torch.linspace(-size, size, 16, dtype=torch.float64).view(4, 4).to(dtype)}] * 2
+    merger = make_merger(method, {"scale": 50.0})
+    with pytest.raises(InputError, match=rf"w comes out of the merge with .* {dtype} cannot hold"):
+        workbench.merge(base, experts, method, scale=50.0)
+    with pytest.raises(InputError, match="comes out of the merge"):
+        write_merged(TaskVectors(base, experts), merger, tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="comes out of the merge"):
+        TaskVectors(base, experts).apply({"w": torch.full((4, 4), float("nan"))})
+    whole = workbench.merge(base, experts, "average")["w"]
+    assert torch.equal(whole.double(), experts[0]["w"].double())
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "pcb"])
+def test_weights_of_a_byte_are_merged_in_float32(method: str):
+    narrow = [{"w": torch.linspace(-i, i, 16).view(4, 4).to(torch.float8_e4m3fn)} for i in (1, 2, 3)]
+    wide = [{"w": model["w"].float()} for model in narrow]
+    found, expected = (workbench.merge(models[0], models[1:], method)["w"] for models in (narrow, wide))
+    assert found.dtype == torch.float8_e4m3fn and torch.equal(found.float(), expected.to(found.dtype).float())
 
 
 def test_tied_weights_are_merged_once_and_stay_tied(tmp_path: Path):

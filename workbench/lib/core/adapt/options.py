@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from workbench.errors import InputError, unknown
 
 WORDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", NoneType: "None"}
+WORDS |= {Callable: "a function"}
 
 
 def check_options(slug: str, kind: type, options: Mapping[str, Any]) -> None:
@@ -25,6 +26,8 @@ def check_options(slug: str, kind: type, options: Mapping[str, Any]) -> None:
             raise InputError(f"option {name} of {slug} is {value!r} but must be {_words(hints[name])}")
         if name == "dropout" and not 0 <= value < 1:
             raise InputError(f"option {name} of {slug} is {value!r} but must be at least 0 and below 1")
+        if name == "seed" and isinstance(value, int) and not 0 <= value < 2**63:
+            raise InputError(f"option {name} of {slug} is {value!r} but must be at least 0 and below 2**63")
 
 
 def _is_a(value: object, hint: Any) -> bool:
@@ -55,7 +58,7 @@ def _words(hint: Any) -> str:
     if kind is Literal:
         return " or ".join(map(repr, inside))
     if kind is Sequence:
-        return "a list" if inside[0] in (Any, Callable) else f"a list, each {_words(inside[0])}"
+        return "a list" if inside[0] is Any else f"a list, each {_words(inside[0])}"
     if kind is dict:
         return f"a dict, each value {_words(inside[1])}"
     return WORDS.get(kind, str(hint))

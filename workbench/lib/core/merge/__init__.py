@@ -6,12 +6,12 @@ from workbench.lib.core.merge.merger import (
     Merger,
     Pieces,
     make_merger,
-    merge,
     merged_pieces,
     merged_state,
     merger_class,
     mergers,
 )
+from workbench.lib.core.merge.models import merge
 from workbench.lib.core.merge.vectors import Place, TaskVectors
 
 __all__ = [

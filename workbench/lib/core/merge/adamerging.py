@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from workbench.errors import InputError
-from workbench.lib.core.merge.calibration import answer, evaluating, logits_of
+from workbench.lib.core.merge.calibration import answer, check_batches, evaluating, logits_of
 from workbench.lib.core.merge.merger import Merger, Update
 from workbench.lib.core.merge.vectors import TaskVectors
 from workbench.lib.core.routing import Context
@@ -99,7 +99,7 @@ class Unlabelled:
         manifest: of the data.
 
     Raises:
-        InputError: a task without batches.
+        InputError: a task without batches, or a batch without rows.
     """
 
     name, metric, unit, higher_is_better = "unlabelled", "entropy", "nats", False
@@ -107,9 +107,12 @@ class Unlabelled:
     def __init__(
         self, batches: Iterable[Iterable[Any]], domains: Sequence[str] | None = None, manifest: dict | None = None
     ):
+        batches = list(batches)
+        check_batches(batches)
         self.inputs = [list(own) for own in batches]
-        if [] in self.inputs:
-            raise InputError(f"batches[{self.inputs.index([])}] is empty but must hold at least one batch")
+        for i, own in enumerate(self.inputs):
+            if not own or not all(map(_rows, own)):
+                raise InputError(f"batches[{i}] is empty, or has an empty batch, but must hold at least one with a row")
         self.domains = tuple(domains or map(str, range(len(self.inputs))))
         self.manifest = manifest or {}
 

@@ -13,6 +13,8 @@ depends on the base's norms, biases, layers trained whole, adapters that change 
 Tensor letters: n adapters, r rank, I input width, O output width.
 """
 
+import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +31,8 @@ from workbench.lib.core.adapt.peft import read_folder, write_peft
 from workbench.lib.core.low_rank import LowRankExperts
 from workbench.lib.core.merge.linear import TaskArithmetic
 from workbench.lib.core.merge.merger import Merger, merged_state
-from workbench.lib.core.merge.vectors import TaskVectors
+from workbench.lib.core.merge.sources import Source, open_source
+from workbench.lib.core.merge.vectors import PIECE, TaskVectors, narrowed
 
 Factors = tuple[Tensor, Tensor, float]
 
@@ -45,6 +48,7 @@ class LowRankDeltas(Mapping[str, Factors]):
         transposed: whether the adapter says that weights of the base lie as (I, O), as in GPT-2. peft says it of the
             layer that it adapted last, so this is not of all where a model has both.
         turned: of a layer whether its own weight lies as (I, O), as far as it is known.
+        ordered: whether the layers are in the order in which "sha256" was made.
     """
 
     layers: dict[str, Factors]
@@ -52,6 +56,7 @@ class LowRankDeltas(Mapping[str, Factors]):
     base: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
     turned: dict[str, bool] = field(default_factory=dict)
+    ordered: bool = False
 
     def __getitem__(self, name: str) -> Factors:
         return self.layers[name]
@@ -99,12 +104,14 @@ class LowRankDeltas(Mapping[str, Factors]):
 
         Raises:
             InputError: weights that are missing or of other shapes, all of them named; or square weights of which
-                nothing says whether they lie as (O, I) or (I, O).
+                nothing says whether they lie as (O, I) or (I, O); or what `check_base` refuses; or sums that the type
+                of a weight cannot hold.
         """
-        merged = dict(state)
-        for key, placed in self.placed({key: value.shape for key, value in state.items()}).items():
+        merged, placements = dict(state), self.placed({key: value.shape for key, value in state.items()})
+        check_base(self, open_source(state, "state"), "the adapter")
+        for key, placed in placements.items():
             delta = placed.rows().view(state[key].shape)
-            merged[key] = (state[key].to(delta.dtype) + delta).to(state[key].dtype)
+            merged[key] = narrowed(state[key].to(delta.dtype) + delta, state[key].dtype, key)
         return merged
 
     def placed(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, "Placed"]:
@@ -192,6 +199,26 @@ def read_deltas(folders: Sequence[str | Path], model: nn.Module | None = None) -
     return deltas
 
 
+def check_base(deltas: LowRankDeltas, base: Source, label: str) -> None:
+    """Raise an `InputError` where it is known that an adapter was made on other weights than the base's.
+
+    It is of our own folders, but for layers that lie as (I, O) and packed experts, whose digest is of what they are
+    seen as.
+    """
+    known = dict(deltas.base).get("sha256")
+    if known is None or not deltas.ordered or deltas.packed or any(deltas.turned.values()):
+        return
+    digest = hashlib.sha256()
+    for name in (f"{layer}.{key}" for layer in deltas for key in ("weight", "bias")):
+        if name in base.specs:
+            shape, dtype = base.specs[name]
+            digest.update(f"{name} {dtype} {shape}".encode())
+            for start in range(0, math.prod(shape), PIECE):
+                digest.update(base.read(name, start, start + PIECE).cpu().contiguous().view(torch.uint8).numpy().data)
+    if digest.hexdigest() != known:
+        raise InputError(f"{label} was made on layers with other weights, or in another type, than {base.label} has")
+
+
 def _read_peft(folder: Path, model: nn.Module | None) -> LowRankDeltas:
     loras, config, names = read_folder(folder, model)
     # a packed parameter has no LoRA of its own name, only its experts have
@@ -216,9 +243,12 @@ def _read_own(folder: Path, model: nn.Module | None) -> LowRankDeltas:
         if (a.ndim, b.ndim, scale.ndim) != (3, 3, 1) or a.shape[1] != b.shape[2]:
             raise InputError(f"{folder} has A {tuple(a.shape)} and B {tuple(b.shape)} of unequal ranks at {name}")
         layers[name] = (a[0], b[0], float(scale[0]))
+    order = said.get("layers") or []
+    if ordered := set(order) == set(layers):  # of packed experts the digest is of the module that holds them
+        layers = {name: layers[name] for name in order}
     packed, turned = _packed(folder, layers, model), said.get("turned")
     known = _turned(layers, packed, model) if turned is None else {name: name in turned for name in layers}
-    return LowRankDeltas(layers, packed, (("sha256", said["base_sha256"]),), turned=known)
+    return LowRankDeltas(layers, packed, (("sha256", said["base_sha256"]),), turned=known, ordered=ordered)
 
 
 def _turned(layers: Mapping[str, Factors], packed: Sequence[str], model: nn.Module | None) -> dict[str, bool]:
@@ -288,11 +318,14 @@ def _weighed(deltas: Sequence[LowRankDeltas], weights: Sequence[float]) -> dict[
 
 
 def _like(deltas: Sequence[LowRankDeltas], layers: dict[str, Factors]) -> LowRankDeltas:
+    if endless := [name for name, (a, b, _) in layers.items() if not (a.isfinite().all() and b.isfinite().all())]:
+        raise InputError(f"{', '.join(endless)} comes out of the merge with numbers that are not finite")
     base = dict(pair for d in deltas for pair in d.base)
     if any(set(d) != set(layers) for d in deltas):
         base.pop("sha256", None)
     transposed, turned = any(d.transposed for d in deltas), {k: v for d in deltas for k, v in d.turned.items()}
-    return LowRankDeltas(layers, deltas[0].packed, tuple(base.items()), transposed, turned)
+    ordered = deltas[0].ordered and list(layers) == list(deltas[0])
+    return LowRankDeltas(layers, deltas[0].packed, tuple(base.items()), transposed, turned, ordered)
 
 
 def concatenate(deltas: Sequence[LowRankDeltas], weights: Sequence[float]) -> LowRankDeltas:

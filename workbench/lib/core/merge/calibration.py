@@ -4,7 +4,7 @@ A batch is a tensor (B, ...), or a tuple or dict of them, the model's arguments.
 an object that has them as `logits`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -83,7 +83,7 @@ def fisher_diagonal(
         seed: of the draws.
 
     Raises:
-        InputError: no sample in the batches.
+        InputError: no sample in the batches, or an answer that is not finite.
     """
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -105,6 +105,10 @@ def fisher_diagonal(
     with evaluating(model):
         for batch in batches:
             chance = logits_of(answer(model, batch)).softmax(-1)
+            if not len(chance):
+                continue
+            if not chance.isfinite().all():
+                raise InputError("batches hold inputs to which the model has no finite answer")
             drawn = torch.multinomial(chance.flatten(0, -2).cpu(), 1, generator=generator).view(chance.shape[:-1])
             drawn = nn.functional.one_hot(drawn, chance.shape[-1]).to(chance)
             found = vmap(squares, chunk_size=16 if labels == "sampled" else 1)(batch, drawn)
@@ -129,7 +133,7 @@ def of_experts(
 
     Raises:
         InputError: neither or both are given, there are not as many as experts, or an expert to be measured is no
-            module.
+            module or not finite.
     """
     if (given is None) == (batches is None):
         raise InputError(f"either {what} or batches must be given, one for each expert")
@@ -141,4 +145,14 @@ def of_experts(
     for source in vectors.experts:
         if source.model is None:
             raise InputError(f"{source.label} is no module, so that batches cannot be run through it; give {what}")
+    check_batches(batches)
+    for _ in vectors.pieces():  # a weight that is not finite is the expert's, and not of what is measured
+        pass
     return [measure(source.model, own) for source, own in zip(vectors.experts, batches, strict=True)]
+
+
+def check_batches(batches: Sequence[Any]) -> None:
+    """Raise an `InputError` unless each expert has a series of batches: not one batch, whose rows would be taken."""
+    for i, own in enumerate(batches):
+        if isinstance(own, Tensor | Mapping | str) or not isinstance(own, Iterable):
+            raise InputError(f"batches[{i}] is a {type(own).__name__} but must be a list of batches, or alike")

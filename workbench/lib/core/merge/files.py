@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,11 +21,11 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.lib.core.adapt.files import SIDECAR, read_object
 from workbench.lib.core.adapt.peft import CONFIG
-from workbench.lib.core.merge.adapters import LowRankDeltas, read_deltas
+from workbench.lib.core.merge.adapters import LowRankDeltas, check_base, read_deltas
 from workbench.lib.core.merge.merger import Merger
 from workbench.lib.core.merge.sinks import in_order, stored_specs, write_tensors
-from workbench.lib.core.merge.sources import Source, Stored
-from workbench.lib.core.merge.vectors import TaskVectors
+from workbench.lib.core.merge.sources import Source, Stored, open_source
+from workbench.lib.core.merge.vectors import TaskVectors, check_list
 from workbench.sealed import sealed_folder
 
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -42,47 +43,63 @@ class Added(Source):
         self.updates = deltas.placed({name: shape for name, (shape, _) in base.specs.items()})
         if tied := [name for name in self.updates if len(base.alike(name)) > 1]:
             raise InputError(f"{label} adapts {', '.join(tied)}, which the base has tied to other weights")
+        check_base(deltas, base, label)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """In float32 or better where there is an update, so that none is lost in the base's type."""
         here = self.base.read(name, start, stop)
         if name not in self.updates:
             return here
-        update = self.updates[name].rows(start, stop)
+        update = self.updates[name].rows(start, stop).to(here.device)
         return here.to(torch.promote_types(update.dtype, here.dtype)) + update
 
 
 def open_models(
-    base: str | Path,
-    experts: Sequence[str | Path],
+    base: Any,
+    experts: Sequence[Any],
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
 ) -> TaskVectors:
-    """What experts changed of a base, all of them files.
+    """What experts changed of a base, be they files or in memory.
 
     Args:
-        base: a safetensors file, or a folder of them.
+        base: a safetensors file, or a folder of them; or as `TaskVectors` takes it.
         experts: the same, or LoRA folders, as `read_deltas` takes them.
 
     Raises:
         InputError: all that is wrong with any of them.
     """
-    found, wrong = [], []
-    for path in map(Path, experts):
+    check_list(experts)
+    found, wrong = {}, []
+    for label, given in {"base": base, **{f"experts[{i}]": expert for i, expert in enumerate(experts)}}.items():
         try:
-            found.append(path if is_adapter(path) else open_model(path))
+            path = Path(given) if isinstance(given, str | Path) else None
+            adapter = path is not None and label != "base" and is_adapter(path)
+            found[label] = path if adapter else open_source(given, label) if path is None else open_model(path)
         except InputError as error:
             wrong.append(str(error))
-    try:
-        source = open_model(Path(base))
-    except InputError as error:
-        wrong.insert(0, str(error))
     if wrong:
         raise InputError("; ".join(wrong))
-    adapters = [path for path in found if isinstance(path, Path)]
-    deltas = iter(read_deltas(adapters) if adapters else [])
-    found = [Added(source, next(deltas), str(one)) if isinstance(one, Path) else one for one in found]
-    return TaskVectors(source, found, include, exclude)
+    source = found.pop("base")
+    try:
+        adapters = [path for path in found.values() if isinstance(path, Path)]
+        deltas = iter(read_deltas(adapters, source.model) if adapters else [])
+    except InputError as error:
+        deltas, wrong = iter([]), [str(error)]
+    for label, one in found.items():
+        try:
+            if isinstance(one, Path) and (update := next(deltas, None)) is not None:
+                found[label] = Added(source, update, str(one))
+        except InputError as error:
+            wrong.append(str(error))
+    models = [one for one in found.values() if isinstance(one, Source)]
+    try:
+        vectors = TaskVectors(source, models, include, exclude) if models else None
+    except InputError as error:
+        wrong.append(str(error))
+    if wrong:
+        raise InputError("; ".join(wrong))
+    return vectors
 
 
 def is_adapter(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Fisher merging: each weight of each expert counts by how much the expert's answers hang on it."""
 
 from collections.abc import Sequence
-from math import sqrt
+from math import frexp, ldexp, sqrt
 from typing import Any, Literal
 
 import torch
@@ -60,7 +60,8 @@ class Fisher(Pieces):
             raise InputError(f"weights are {weights} but must not be negative, and not all 0")
         if self.balance:
             weights = [w / (_norm(source, vectors) + self.floor) for w, source in zip(weights, sources, strict=True)]
-        return weights, sources
+        most = frexp(max(weights))[1]  # only their ratios matter: by a power of two they are the same, and in range
+        return [ldexp(weight, -most) for weight in weights], sources
 
     def _measured(self, model: nn.Module, batches: Any, vectors: TaskVectors) -> dict[str, Tensor]:
         """The diagonals of the parameters, and 0 for what is merged beside them: buffers are averaged."""

@@ -41,8 +41,8 @@ class TaskArithmetic(Pieces):
         """The factor of each task vector."""
         weights = weights_of(self.weights, vectors)
         total = sum(weights) if self.divide == "weights" else 1.0
-        if total == 0:
-            raise InputError(f"weights {weights} have the sum 0 but are to divide by it")
+        if abs(total) <= 1e-12 * sum(map(abs, weights)):
+            raise InputError(f"weights {weights} have the sum 0, or next to it, but are to divide by it")
         return [self.scale * weight / total for weight in weights]
 
     def piece(self, tau: Float[Tensor, "n p"], place: Place, facts: Any) -> Float[Tensor, " p"]:

@@ -15,7 +15,7 @@ Tensor letters: n experts, P merged weights, p weights of a piece, O x I a matri
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from workbench import catalogue
 from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.options import check_options
-from workbench.lib.core.merge.vectors import Place, TaskVectors
+from workbench.lib.core.merge.vectors import Place, TaskVectors, narrowed
 
 #: What comes with the core, as a module and a class.
 BUILT_IN = {
@@ -110,35 +110,6 @@ class Flat(Merger):
             yield place, merged[place.whole]
 
 
-def merge(
-    base: Any,
-    experts: Sequence[Any],
-    method: str,
-    *,
-    include: str | Sequence[str] = "*",
-    exclude: str | Sequence[str] = (),
-    **options: Any,
-) -> dict[str, Tensor]:
-    """One model of a base and of experts that were fine-tuned from it.
-
-    Args:
-        base, experts: each a state dict, a module, or the path of a safetensors file or of a folder of them. None of
-            them is changed.
-        method: one of `mergers()`.
-        include, exclude: glob patterns over the names of tensors; the others are the base's.
-        options: of the method; `inspect.signature(merger_class(method))` says which.
-
-    Returns:
-        A state dict with the base's names, order, dtypes and ties. Integers are the base's.
-
-    Raises:
-        InputError: an unknown method or option, a value that is not allowed, experts that do not fit the base (all
-            that does not fit at once), weights that are not finite.
-    """
-    merger = make_merger(method, options)
-    return merged_state(TaskVectors(base, experts, include, exclude), merger)
-
-
 @torch.no_grad()
 def merged_state(vectors: TaskVectors, merger: Merger) -> dict[str, Tensor]:
     """The merged model as a state dict, as `merge` returns it."""
@@ -157,10 +128,14 @@ def merged_state(vectors: TaskVectors, merger: Merger) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged_pieces(vectors: TaskVectors, merger: Merger) -> Update:
-    """The merged weights in the base's dtypes, piece by piece and tensor after tensor, for writing as it goes."""
+    """The merged weights in the base's dtypes, piece by piece and tensor after tensor, for writing as it goes.
+
+    Raises:
+        InputError: what comes out is not finite in the base's dtype.
+    """
     for place, update in merger.update(vectors):
         values = vectors.values(place)
-        yield place, (values + update.to(values.dtype)).to(vectors.dtypes[place.name])
+        yield place, narrowed(values + update.to(values.dtype), vectors.dtypes[place.name], place.name)
 
 
 def mergers() -> list[str]:
@@ -180,7 +155,7 @@ def merger_class(method: str) -> type[Merger]:
     names = mergers()
     found = [name for name in names if method == name] or [name for name in names if method in name.split("-")]
     if len(found) != 1 or found[0] in BUILT_IN:
-        raise unknown("method", method, names)
+        raise unknown("method", method, names, most=len(names))  # the shell's help promises all of them
     return import_module(catalogue.method(found[0]).module).MERGER
 
 

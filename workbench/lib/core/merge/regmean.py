@@ -1,6 +1,6 @@
 """RegMean: the matrix that answers each expert's inputs most like the expert."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ class RegMean(Matrices):
     def facts(self, vectors: TaskVectors) -> dict[str, Float[Tensor, "n I I"]]:
         """The G of all experts by the name of the weight."""
         found = of_experts(vectors, self.grams, self.batches, "grams", gram_matrices)
+        for i, own in enumerate(found):
+            if not isinstance(own, Mapping) or not all(isinstance(gram, Tensor) for gram in own.values()):
+                raise InputError(f"grams[{i}] must hold tensors by the names of layers")
         names = {f"{layer}.weight" if layer else "weight": layer for layer in found[0]}
         grams = {}
         for name, layer in names.items():
@@ -51,8 +54,8 @@ class RegMean(Matrices):
             for i, own in enumerate(found):
                 if layer not in own or own[layer].shape != (width, width):
                     raise InputError(f"grams[{i}] has no {layer!r} of shape {(width, width)}")
-                if not own[layer].isfinite().all():
-                    raise InputError(f"grams[{i}] has {layer!r} with values that are not finite")
+                if not own[layer].isfinite().all() or (own[layer].diagonal() < 0).any():
+                    raise InputError(f"grams[{i}] has {layer!r} with values that are not finite, or no sum of squares")
             grams[name] = torch.stack([own[layer].double() for own in found])
         if not grams:
             raise InputError("grams are of no layer whose weight is merged")
@@ -63,6 +66,8 @@ class RegMean(Matrices):
 
     def matrix(self, tau: Float[Tensor, "n O I"], name: str, facts: Any) -> Float[Tensor, "O I"]:
         grams = facts[name].to(tau.device)
+        if self.ridge > 0 and not grams.any():  # no input at all has been there
+            return tau.mean(0)
         eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
         grams = grams * (self.off_diagonal + (1 - self.off_diagonal) * eye)
         grams = grams + self.ridge * grams.diagonal(dim1=1, dim2=2).mean() * eye

@@ -58,7 +58,7 @@ class Held(Source):
         self.label = label
         if isinstance(given, nn.Module):
             self.model, given = given, given.state_dict()
-        wrong = [f"{name!r} is {problem}" for name, value in given.items() if (problem := _problem(value))]
+        wrong = [f"{name!r} is {problem}" for name, value in given.items() if (problem := _problem(name, value))]
         if wrong:
             raise InputError(f"{label} must hold tensors by name, but {', '.join(wrong[:8])}")
         first: dict[tuple, str] = {}
@@ -124,8 +124,10 @@ def open_source(given: Any, label: str) -> Source:
     )
 
 
-def _problem(value: object) -> str | None:
-    """Why it cannot be read as a tensor."""
+def _problem(name: object, value: object) -> str | None:
+    """Why it cannot be read as a tensor with a name."""
+    if not isinstance(name, str):
+        return "no name"
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     if value.device.type == "meta":

@@ -74,10 +74,7 @@ class TaskVectors:
         include: str | Sequence[str] = "*",
         exclude: str | Sequence[str] = (),
     ):
-        if isinstance(experts, str | Mapping) or not isinstance(experts, Sequence):
-            raise InputError(f"experts is a {type(experts).__name__} but must be a list of models")
-        if not experts:
-            raise InputError("experts is empty but must hold at least one model")
+        check_list(experts)
         self.base = open_source(base, "base")
         self.experts = [open_source(expert, f"experts[{i}]") for i, expert in enumerate(experts)]
         self.n = len(self.experts)
@@ -158,7 +155,7 @@ class TaskVectors:
             update: merged name -> (*shape).
 
         Raises:
-            InputError: a name that is not merged.
+            InputError: a name that is not merged; or what comes out is not finite in the base's dtype.
         """
         state, specs = {}, self.base.specs
         for name in update:
@@ -169,7 +166,7 @@ class TaskVectors:
                 state[name] = state[twin]
             elif name in update:
                 wide = _wide(self.base.whole(name))
-                state[name] = (wide + update[name].to(wide)).to(specs[name][1])
+                state[name] = narrowed(wide + update[name].to(wide), specs[name][1], name)
             else:
                 state[name] = self.base.whole(name).clone()
         return state
@@ -177,9 +174,10 @@ class TaskVectors:
     def operands(self, expert: int, names: Sequence[str]) -> "tuple[Operand, Operand | None]":
         """One expert and the base as the operators of `kernels` take them; or its task vector and None.
 
-        The latter where the tensors are of several types, of which an operator takes one.
+        The latter where the tensors are of several types, of which an operator takes one, or of a byte, of which none.
         """
-        mixed = len({self.dtypes[name] for name in names}) > 1
+        kinds = {self.dtypes[name] for name in names}
+        mixed = len(kinds) > 1 or any(kind.itemsize == 1 for kind in kinds)
         return Operand(self, self.experts[expert], names, mixed), None if mixed else Operand(self, self.base, names)
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
@@ -231,6 +229,26 @@ class Operand:
                 yield piece
 
 
+def check_list(experts: Any) -> None:
+    """Raise `InputError` unless it is a list with something in it."""
+    if isinstance(experts, str | Mapping) or not isinstance(experts, Sequence):
+        raise InputError(f"experts is a {type(experts).__name__} but must be a list of models")
+    if not experts:
+        raise InputError("experts is empty but must hold at least one model")
+
+
+def narrowed(merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Merged weights in a dtype; an `InputError` where it cannot hold them."""
+    if merged.numel():
+        low, high = merged.aminmax()
+        if not max(-low, high) <= torch.finfo(dtype).max:  # nor is NaN
+            raise InputError(
+                f"{name} comes out of the merge with weights of {float(low):.3g} to {float(high):.3g}, which {dtype} "
+                "cannot hold: a scale, a weight or 1 / density is too large, or a sum of weights next to 0"
+            )
+    return merged.to(dtype)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """In float32, float64 kept."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
@@ -246,6 +264,8 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 def _chosen(base: Source, experts: Sequence[Source], include: tuple[str, ...], exclude: tuple[str, ...]) -> list[str]:
     """The base's names that are included and not excluded."""
+    if not base.specs:
+        raise InputError(f"{base.label} holds no tensors, of which there must be some to merge")
     everywhere = list(dict.fromkeys(name for source in (base, *experts) for name in source.specs))
     for argument, patterns, names in (("include", include, list(base.specs)), ("exclude", exclude, everywhere)):
         for pattern in patterns:
