@@ -176,6 +176,9 @@ def test_wrong_input_is_named():
     for call, message in [
         (lambda: random_basis(c[None], SEED, (2,)), r"coefficients is of shape \(1, 3\) but must be \(k,\)"),
         (lambda: random_basis(c.long(), SEED, (2,)), "coefficients is torch.int64 but must be floating point"),
+        (lambda: random_basis(c.to(torch.float8_e5m2), SEED, (2,)), "coefficients is torch.float8_e5m2 .* two bytes"),
+        (lambda: random_basis_adjoint(c.to(torch.float8_e5m2), SEED, 2), "x is torch.float8_e5m2 .* two bytes"),
+        (lambda: uniform(SEED, 0, 4, torch.int64), "dtype is torch.int64 but must be floating point"),
         (lambda: random_basis_adjoint(c.long(), SEED, 2), "x is torch.int64 but must be floating point"),
         (lambda: random_basis(c, SEED.int(), (2,)), "seed is torch.int32 of shape .* must be one torch.int64 number"),
         (lambda: random_basis(c, SEED[None], (2,)), r"seed is torch.int64 of shape \(1,\)"),

@@ -94,6 +94,7 @@ def test_what_is_not_a_number_stays_in_its_row():
 
 def test_wrong_input_is_named(compiler):
     for call, message in [
+        (lambda: walsh_hadamard(torch.zeros(4).to(torch.float8_e5m2)), "x is torch.float8_e5m2 .* two bytes at least"),
         (lambda: walsh_hadamard(torch.zeros(2, 6)), r"x is torch.float32 of shape \(2, 6\) but must be floating point"),
         (lambda: walsh_hadamard(torch.zeros(2, 0)), "its last dimension a power of two"),
         (lambda: walsh_hadamard(torch.tensor(1.0)), r"of shape \(\)"),

@@ -79,6 +79,34 @@ def test_it_is_linear_and_its_adjoint_is_the_transpose(kind):
     assert torch.allclose(projection(v[0]), matrix @ v[0], atol=1e-12)
     assert torch.allclose(projection.adjoint(g), g @ matrix, atol=1e-12)
     assert torch.autograd.gradcheck(projection, v.requires_grad_())
+    assert torch.autograd.gradgradcheck(projection, v)
+
+
+@kinds
+def test_the_gradient_has_a_gradient_as_of_the_network_itself(kind):
+    """A Hessian times a vector in the subspace is P^T H P times it."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    model, v = SubspaceModel(copy.deepcopy(plain), 6, kind, seed=1), torch.randn(6).double()
+    matrix = model.projection.matrix()
+    flat = torch.cat([p.detach().flatten() for p in plain.parameters()])
+
+    def loss(theta):
+        parts = theta.split([p.numel() for p in plain.parameters()])
+        there = {n: t.view(p.shape) for (n, p), t in zip(plain.named_parameters(), parts, strict=True)}
+        return torch.func.functional_call(plain, there, (x,)).square().sum()
+
+    expected = matrix.T @ torch.autograd.functional.hessian(loss, flat) @ matrix @ v
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), model.vtheta, create_graph=True)
+    (found,) = torch.autograd.grad(gradient @ v, model.vtheta)
+    assert torch.allclose(found, expected, atol=1e-10)
+
+
+@kinds
+def test_a_vector_of_another_width_is_named(kind):
+    for v in (torch.ones(2, 4), torch.ones(2)):
+        with pytest.raises(InputError, match=r"v is of shape .* but must be \(\.\.\., 3\)"):
+            PROJECTIONS[kind](10, 3)(v)
 
 
 @kinds
@@ -340,6 +368,7 @@ def test_the_first_that_reaches_its_share_counts():
         ((0, 2), 1.0, 0.9, "from 1 or more"),
         ((1, 2), 0.0, 0.9, "baseline, criterion are 0.0, 0.9"),
         ((1, 2), math.nan, 0.9, "must be above 0"),
+        ((1, 2), math.inf, 0.9, "baseline, criterion are inf"),
         ((1, 2), 1.0, 1.1, "up to 1"),
     ],
 )

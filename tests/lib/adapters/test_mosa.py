@@ -377,6 +377,8 @@ def test_a_block_in_two_places_has_one_adapter():
 @pytest.mark.parametrize(
     ("build", "said"),
     [
+        (lambda: MoSAAdapter(4, 2, 2, scale=float("nan")), "dropout, scale are 0.1, nan but must be"),
+        (lambda: MoSAAdapter(4, 2, 2, dropout=1.0), "dropout, scale are 1.0, 0.1"),
         (lambda: random_partition((2, 2), 5), "experts is 5 but must be between 1 and 4"),
         (lambda: random_partition((40, 40), 300), "experts is 300 but must be between 1 and 256"),
         (lambda: random_partition((3, 9), 4, "column"), "experts is 4 but must be between 1 and 3"),

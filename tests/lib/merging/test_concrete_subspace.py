@@ -390,3 +390,9 @@ def test_a_base_that_is_no_module_says_so():
     base, experts = nets()
     with pytest.raises(InputError, match="base is no module"):
         workbench.merge(base.state_dict(), experts, "concrete", batches=batches())
+
+
+@pytest.mark.parametrize("options", [{"init_logit": float("nan")}, {"init_logit": float("inf")}, {"tasks": 0}])
+def test_a_mask_that_cannot_be_drawn_is_refused(options):
+    with pytest.raises(InputError, match="init_logit, tasks are"):
+        ConcreteMask({"w": torch.zeros(3)}, **options)

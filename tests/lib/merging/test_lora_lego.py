@@ -226,6 +226,7 @@ def test_full_experts_are_merged_by_their_updates():
     [
         (lambda: lego_merge([]), "loras have shapes none"),
         (lambda: lego_merge([lora(0), lora(1, d_in=5)]), "with the same I and O"),
+        (lambda: lego_merge([lora(0)], 1, seed=-1), "seed is -1 but must be at least 0"),
         (lambda: lego_merge([lora(0)], 0), "rank is 0 but must be from 1 to the number of different pieces, 4"),
         (
             lambda: lego_merge([lora(0), lora(0)], 5),
@@ -239,3 +240,10 @@ def test_full_experts_are_merged_by_their_updates():
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_no_more_pieces_are_kept_than_there_are_different_ones():
+    """Adapters that were never trained, say."""
+    nothing = torch.zeros(2, 5), torch.zeros(4, 2), 1.0
+    merged = lego_merge([nothing, nothing])
+    assert merged.a.shape == (1, 5) and not merged.a.any() and not merged.b.any()

@@ -300,6 +300,7 @@ def test_it_is_merged_from_the_shell(tmp_path, capsys):
         ({"clip": 0.5}, "clip is 0.5"),
         ({"inter": "tanh"}, "inter"),
         ({"lam": torch.ones(2)}, "one for each of 3 tasks"),
+        ({"lam": float("nan"), "inter": "sum_tanh"}, "lam is nan but must be finite"),
     ],
 )
 def test_options_out_of_range_are_refused(options, said):
@@ -307,7 +308,10 @@ def test_options_out_of_range_are_refused(options, said):
         pcb_merge(vectors(3, 50), **options)
 
 
-@pytest.mark.parametrize("tau", [torch.ones(3), torch.ones(2, 3, dtype=torch.int64), torch.ones(0, 3)])
+@pytest.mark.parametrize(
+    "tau",
+    [torch.ones(2, 3).to(torch.float8_e5m2), torch.ones(3), torch.ones(2, 3, dtype=torch.int64), torch.ones(0, 3)],
+)
 def test_what_is_no_matrix_of_floats_is_refused(tau):
     with pytest.raises(InputError, match="must be floats"):
         pcb_merge(tau)

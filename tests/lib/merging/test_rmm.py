@@ -211,6 +211,7 @@ def test_a_model_comes_back_by_merge():
         (lambda: Basis.fit(loras(), 5), "p is 5 but must be from 0 to the smaller of rank and tasks - 1, 4"),
         (lambda: Basis.fit(loras(3), 3), "p is 3 but .* 2"),
         (lambda: Basis.fit(loras(), -1), "p is -1"),
+        (lambda: pt_svd(torch.full((4, 5), float("nan")), 2), r"matrix \(4, 5\) has values that are not finite"),
         (lambda: Basis.fit([lora(0), lora(1, rank=3)], 1), "ranks 4, 3 but must have one rank"),
         (lambda: Basis.fit(loras(), 1).revert(N), "task is 6 but must be from 0 to 5"),
         (lambda: ReversibleMerge([], 0), "adapters have the layers none"),

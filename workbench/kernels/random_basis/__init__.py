@@ -55,8 +55,7 @@ def random_basis(
     Raises:
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
-    if not coefficients.is_floating_point():
-        raise InputError(f"coefficients is {coefficients.dtype} but must be floating point")
+    _check_kind("coefficients", coefficients.dtype)
     wide = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
     _check_sum(wide, seed, shape, start)
     chosen = dispatch.choose("random_basis", backend, wide.device, BACKENDS, wide.dtype, NATIVE)
@@ -70,8 +69,7 @@ def random_basis_adjoint(
 
     Args and errors are those of `random_basis`.
     """
-    if not x.is_floating_point():
-        raise InputError(f"x is {x.dtype} but must be floating point")
+    _check_kind("x", x.dtype)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     _check("x", wide, seed, x.shape, k, start)
     chosen = dispatch.choose("random_basis", backend, wide.device, BACKENDS, wide.dtype, NATIVE)
@@ -90,6 +88,7 @@ def uniform(
 
     They are made in float32, in which they are exact.
     """
+    _check_kind("dtype", dtype)
     one = torch.ones(1, device=seed.device)
     return random_basis(one, seed, (count,), start=start, backend=backend).to(dtype)
 
@@ -141,6 +140,11 @@ def _path(backend: str, given: Tensor):
     dispatch.admit("random_basis", backend, given.device, BACKENDS, given.dtype)
     chosen = dispatch.begin("random_basis", backend, NATIVE)
     return import_module(f"{__name__}.{'reference' if chosen == 'cpu' else chosen}")
+
+
+def _check_kind(name: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise InputError(f"{name} is {dtype} but must be floating point, of two bytes at least")
 
 
 def _check_sum(coefficients: Tensor, seed: Tensor, shape: Sequence[int], start: int) -> None:

@@ -66,7 +66,8 @@ _forward.register_autograd(_grads, setup_context=_setup)
 
 def _check(x: Tensor) -> None:
     length = x.shape[-1] if x.ndim else 0
-    if not x.is_floating_point() or length < 1 or length & (length - 1):
+    if not x.is_floating_point() or x.dtype.itemsize == 1 or length < 1 or length & (length - 1):
         raise InputError(
-            f"x is {x.dtype} of shape {tuple(x.shape)} but must be floating point, its last dimension a power of two"
+            f"x is {x.dtype} of shape {tuple(x.shape)} but must be floating point, of two bytes at least, its last "
+            "dimension a power of two"
         )

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from workbench.catalogue import Method
@@ -79,7 +78,13 @@ class SubspaceProjection(nn.Module):
         self._set()
 
     def forward(self, v: Float[Tensor, "*batch dims"]) -> Float[Tensor, "*batch size"]:
-        """P v."""
+        """P v, differentiable in v any number of times.
+
+        Raises:
+            InputError: v has another width.
+        """
+        if v.shape[-1] != self.dims:
+            raise InputError(f"v is of shape {tuple(v.shape)} but must be (..., {self.dims})")
         return _Product.apply(v, self)
 
     def product(self, v: Tensor) -> Tensor:
@@ -199,9 +204,19 @@ class _Product(torch.autograd.Function):
         return projection.product(v)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
-        return ctx.projection.adjoint(gradient), None
+        return _Adjoint.apply(gradient, ctx.projection), None
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g, projection):
+        ctx.projection = projection
+        return projection.adjoint(g)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Product.apply(gradient, ctx.projection), None
 
 
 def normal(seed: Tensor, start: int, count: int) -> Float[Tensor, " count"]:
@@ -318,6 +333,6 @@ def measure_intrinsic_dimension(
     dims = tuple(dims)
     if not dims or list(dims) != sorted(set(dims)) or dims[0] < 1:
         raise InputError(f"dims are {dims} but must ascend, from 1 or more")
-    if not baseline > 0 or not 0 < criterion <= 1:
+    if not 0 < baseline < math.inf or not 0 < criterion <= 1:
         raise InputError(f"baseline, criterion are {baseline}, {criterion} but must be above 0, and the latter up to 1")
     return IntrinsicDimension(dims, tuple(float(score(d)) for d in dims), criterion * baseline)

@@ -27,6 +27,7 @@ optimiser of its own.
 Tensor letters: D width, b bottleneck, E experts, I input width, O output width, B batch, C classes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -214,6 +215,10 @@ class MoSAAdapter(nn.Module):
         for name, value in (("dim", dim), ("bottleneck", bottleneck)):
             if value < 1:
                 raise InputError(f"{name} is {value} but must be at least 1")
+        if not 0 <= dropout < 1 or not abs(scale) < math.inf:
+            raise InputError(
+                f"dropout, scale are {dropout}, {scale} but must be from 0 to below 1, and a finite number"
+            )
         down, up = (1 if share == name else experts for name in ("down", "up"))
         self.norm = nn.LayerNorm(dim)
         self.down = SparseExpertLinear(dim, bottleneck, down, mode=mode, generator=generator)

@@ -107,6 +107,8 @@ class NOLAFactors(MadeFactors):
         cache: bool = False,
     ):
         super().__init__(d_in, d_out, rank, alpha)
+        if k_b is not None and k_b < 1:
+            raise InputError(f"k_b is {k_b} but must be at least 1")
         self.a = RandomMixture((rank, d_in), k, cache)
         self.b = RandomMixture((d_out, rank), k if k_b is None else k_b, cache)
 

@@ -85,7 +85,7 @@ class ConcreteMask(nn.Module):
         tasks: n for a mask of each task's own, (n, *shape): no part of the method, for comparison. None for one.
 
     Raises:
-        InputError: a temperature that is not above 0.
+        InputError: a temperature that is not above 0, logits that are not finite, or tasks of which there are none.
     """
 
     def __init__(
@@ -97,6 +97,8 @@ class ConcreteMask(nn.Module):
     ):
         super().__init__()
         check_temperature(temperature)
+        if not math.isfinite(init_logit) or (tasks is not None and tasks < 1):
+            raise InputError(f"init_logit, tasks are {init_logit}, {tasks} but must be finite and at least 1")
         self.names, self.temperature, self.tasks = tuple(reference), temperature, tasks
         several = () if tasks is None else (tasks,)
         self.logits = nn.ParameterList(

@@ -98,7 +98,7 @@ def lego_merge(
 
     Args:
         loras: (A (r, I), B (O, r), scale) each.
-        rank: k; default the largest rank among them.
+        rank: k; default the largest rank among them, or as many as there are different pieces.
         reweight_params: give each mean the mean length of its members.
         reweight_output: gamma = sqrt(mean r / k) instead of 1.
         canonical: see the head of this file.
@@ -113,7 +113,7 @@ def lego_merge(
     if canonical:
         pool = canonical_units(pool, d_in)
     ranks = [len(a) for a, _, _ in loras]
-    k = max(ranks) if rank is None else rank
+    k = min(max(ranks), len(pool.unique(dim=0))) if rank is None else rank
     label = clusters(pool, k, seed)
     member = torch.nn.functional.one_hot(label, k).to(pool.dtype)
     count = member.sum(0)

@@ -140,7 +140,7 @@ def pcb_merge(
         lam: lambda, one for all tasks or one each, (n,).
 
     Raises:
-        InputError: as `pcb_scores`, or lam is neither one number nor one a task.
+        InputError: as `pcb_scores`, or lam is neither one finite number nor one a task.
     """
     _check(inter, clip, ratio)
     wide = _checked(tau)
@@ -149,6 +149,8 @@ def pcb_merge(
         raise InputError(
             f"lam has shape {tuple(lam.shape)} but must be one number, or one for each of {len(tau)} tasks"
         )
+    if not lam.isfinite().all():
+        raise InputError(f"lam is {lam.tolist()} but must be finite")
     lam = lam.expand(len(tau))
     if inter == IN_C and len(tau) <= MODELS:
         clip, drop = _clip_ranks(tau.shape[1], clip), _rank(tau.shape[1], 1 - ratio)
@@ -233,8 +235,10 @@ def _check(inter: str, clip: float, ratio: float = 1.0) -> None:
 
 def _checked(tau: Tensor) -> Vectors:
     """In float32, or float64 as it is."""
-    if tau.ndim != 2 or 0 in tau.shape or not tau.is_floating_point():
-        raise InputError(f"tau is {tau.dtype} of shape {tuple(tau.shape)} but must be floats (tasks, weights)")
+    if tau.ndim != 2 or 0 in tau.shape or not tau.is_floating_point() or tau.dtype.itemsize == 1:
+        raise InputError(
+            f"tau is {tau.dtype} of shape {tuple(tau.shape)} but must be floats of two bytes at least (tasks, weights)"
+        )
     if not tau.isfinite().all():
         raise InputError("tau has values that are not finite; a task vector must be finite")
     return tau.detach().to(torch.promote_types(tau.dtype, torch.float32))

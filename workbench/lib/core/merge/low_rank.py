@@ -26,12 +26,12 @@ def thin_svd(matrix: Float[Tensor, "rows columns"], rank: int | None = None) -> 
     matrix has the same factors on every machine and alike matrices have alike ones.
 
     Raises:
-        InputError: `rank` is not from 1 to the smaller width.
+        InputError: `rank` is not from 1 to the smaller width, or the matrix is not finite.
     """
     least = min(matrix.shape)
     if rank is not None and not 1 <= rank <= least:
         raise InputError(f"rank is {rank} but must be between 1 and the smaller width, {least}")
-    u, s, v = torch.linalg.svd(_wide(matrix), full_matrices=False)
+    u, s, v = torch.linalg.svd(_finite(matrix), full_matrices=False)
     sign = _signs(u)
     return (u * sign)[:, :rank], s[:rank], (sign[:, None] * v)[:rank]
 
@@ -81,7 +81,7 @@ def joint_svd(
 
 def polar(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """The nearest matrix with orthonormal columns, or rows where there are fewer of them: U V^T of its SVD."""
-    u, _, v = torch.linalg.svd(_wide(matrix), full_matrices=False)
+    u, _, v = torch.linalg.svd(_finite(matrix), full_matrices=False)
     return u @ v
 
 
@@ -154,6 +154,12 @@ def check_together(loras: Sequence[Factors]) -> None:
 def _signs(u: Tensor) -> Tensor:
     """+1 or -1 for each column: the sign of its largest entry."""
     return torch.where(u.gather(0, u.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0).to(u.dtype)
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    if not matrix.isfinite().all():
+        raise InputError(f"matrix {tuple(matrix.shape)} has values that are not finite, of which there is no SVD")
+    return _wide(matrix)
 
 
 def _wide(x: Tensor) -> Tensor:
