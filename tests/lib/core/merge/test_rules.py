@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import workbench
@@ -37,6 +38,10 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.down(self.up(x).relu()))
+
+
+LEARNED = ("regmean", "adamerging", "concrete-subspace")
+"""Methods that are of layers, or of modules."""
 
 
 def nets(n: int = N, dtype: torch.dtype = torch.float32, spread: float = 0.1) -> tuple[Net, list[Net]]:
@@ -499,6 +504,37 @@ def test_only_the_ratios_of_fisher_s_weights_matter_however_small():
         weights = [w * 2.0**power for w in (1.0, 2.0, 0.5)]
         merged = workbench.merge(base, experts, "fisher", fishers=fishers, weights=weights)
         assert all(torch.equal(merged[name], expected[name]) for name in merged)
+
+
+def test_fisher_finds_tied_weights_by_any_of_their_names(tmp_path: Path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            return self.head(self.embed(i).tanh()).mean(1)
+
+    torch.manual_seed(0)
+    base, experts = Tied(), [Tied() for _ in range(2)]
+    data = [[torch.randint(6, (5, 3))] for _ in experts]
+    expected = workbench.merge(base, experts, "fisher", batches=data)
+    for name in ("embed.weight", "head.weight"):
+        save_file({name: base.head.weight.detach()}, tmp_path / "base.safetensors")
+        merged = workbench.merge(tmp_path / "base.safetensors", experts, "fisher", batches=data)
+        assert list(merged) == [name] and torch.equal(merged[name], expected["embed.weight"])
+    plain = workbench.merge(base, experts, "average")["embed.weight"]
+    assert not torch.allclose(expected["embed.weight"], plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [name for name in mergers() if name not in LEARNED])
+@pytest.mark.parametrize("shape", [(0, 3), (5,), ()])
+def test_models_without_a_matrix_or_without_a_weight_are_merged(method: str, shape: tuple):
+    states = [{"w": torch.arange(math.prod(shape), dtype=torch.float32).view(shape) * i} for i in range(3)]
+    options = {"fisher": {"fishers": states[1:]}, "rmm": {"task": 0}}.get(method, {})
+    merged = workbench.merge(states[0], states[1:], method, **options)["w"]
+    assert merged.shape == shape and merged.isfinite().all()
 
 
 def test_regmean_averages_a_layer_that_no_input_has_reached():

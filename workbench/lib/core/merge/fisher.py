@@ -65,8 +65,14 @@ class Fisher(Pieces):
 
     def _measured(self, model: nn.Module, batches: Any, vectors: TaskVectors) -> dict[str, Tensor]:
         """The diagonals of the parameters, and 0 for what is merged beside them: buffers are averaged."""
-        found = fisher_diagonal(model, batches, self.labels, self.seed)
-        return {name: found[name] if name in found else torch.zeros(vectors.shapes[name]) for name in vectors.names}
+        found, source = fisher_diagonal(model, batches, self.labels, self.seed), open_source(model, "the expert")
+
+        def of(name: str) -> Tensor:
+            # a file may have tied weights under another of their names than the module
+            own = (found[own] for own in source.alike(vectors.name_in(source, name)) if own in found)
+            return next(own, torch.zeros(vectors.shapes[name]))
+
+        return {name: of(name) for name in vectors.names}
 
     def piece(self, tau: Float[Tensor, "n p"], place: Place, facts: Any) -> Float[Tensor, " p"]:
         weights, sources = facts

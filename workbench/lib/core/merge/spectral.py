@@ -75,7 +75,7 @@ class Knots(Matrices):
         return self.ties.scale * tau.mean(0)
 
     def _thresholds(self, blocks: list[Tensor], n: int) -> list[float]:
-        if self.ties.density == 1:
+        if self.ties.density == 1 or not blocks:
             return [0.0] * n
         k = kept_count(self.ties.density, sum(block[0].numel() for block in blocks), self.ties.least)
         return [magnitude_threshold([block[i] for block in blocks], k) for i in range(n)]

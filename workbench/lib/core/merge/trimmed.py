@@ -33,11 +33,13 @@ def kept_count(density: float, size: int, least: int) -> int:
 
 
 def threshold(vectors: TaskVectors, expert: int, names: Sequence[str], k: int) -> float:
-    """The k-th largest magnitude of one task vector among all weights of these tensors, exactly.
+    """The k-th largest magnitude of one task vector of all weights of these tensors, exactly; 0 of none.
 
     Raises:
         InputError: a weight is NaN.
     """
+    if not any(vectors.sizes[name] for name in names):
+        return 0.0
     return magnitudes_at(vectors, expert, names, lambda size: [size - k])[0]
 
 
