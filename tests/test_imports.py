@@ -26,7 +26,7 @@ FLOORS = (
     ("studies",),
     tuple(f"studies.{family}" for family in FAMILIES),
     ("live",),
-    ("doctor", "notebook", "verdicts"),
+    ("doctor", "merging", "notebook", "verdicts"),
     ("cli",),
     ("__main__",),
 )

@@ -14,6 +14,7 @@ import pytest
 from torch import nn
 
 from tests.live.synthetic import write_synthetic_run
+from workbench.lib import data
 from workbench.lib.core.adapt import adapt
 from workbench.live.store import Run
 from workbench.live.watch import watch
@@ -28,8 +29,8 @@ PLOTS = "plots => plots.map(plot => ({title: plot.layout.title.text, data: plot.
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
+def home(tmp_path_factory: pytest.TempPathFactory, furnish) -> Path:
+    folder = furnish(tmp_path_factory.mktemp("person") / "home")
     for name, seed in (("first", 1), ("second", 2)):
         write_synthetic_run(folder / "runs" / name, 211, n_layers=2, seed=seed)
     return folder
@@ -328,12 +329,44 @@ def test_the_page_of_verdicts_is_an_app_too(visit, theme):
     assert inside.locator("html").get_attribute("data-theme") == theme
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_of_merges_follows_its_knobs(visit, until, theme):
+    data.get("mnist-5k")
+    page = visit(f"merging?size=smoke&method=average&theme={theme}", plots=0)
+    page.locator(".chip.finished").wait_for()
+    page.wait_for_function(f"() => ({DRAWN}) == 6")
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
+    until(lambda: papers(page) == {{"light": "#ffffff", "dark": "#161b21"}[theme]})
+    for plot in plots(page).values():
+        assert plot["layout"]["title"]["text"] and plot["data"]
+    before = {trace["name"]: trace["y"] for trace in plots(page)["Who reads what at λ = 1.00?"]["data"]}
+    assert before.keys() == {"base", "merged", "own expert"}
+
+    slider = page.locator(".noUi-base:visible").first.bounding_box()  # an average has no other
+    page.mouse.click(slider["x"] + 1, slider["y"] + slider["height"] / 2)
+    page.get_by_text("Who reads what at λ = 0.00?").wait_for()
+    until(lambda: plots(page)["Who reads what at λ = 0.00?"]["data"][1]["y"] == before["base"])
+
+    assert page.locator(".noUi-base:visible").count() == 1
+    page.get_by_label("Method").select_option("pcb-merging")
+    page.get_by_text("ratio 0.20").first.wait_for()
+    until(lambda: page.locator(".noUi-base:visible").count() == 2)
+    assert "method=pcb-merging" in page.url and "size=smoke" in page.url
+    page.locator(".chip.finished").wait_for()
+    until(lambda: "pcb-merging" in plots(page)["How far along the merged update?"]["layout"]["title"]["text"])
+
+
+def test_a_merge_that_is_none_is_named(visit):
+    page = visit("merging?size=smoke&method=tys", plots=0)
+    page.get_by_text("method 'tys' is unknown").wait_for()
+
+
 def test_the_index_lists_the_apps(visit, site, context):
     page = context.new_page()
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(site)
     links = page.locator("nav a").evaluate_all("links => links.map(link => link.href)")
-    assert links == [site + app for app in sorted([*APPS, "verdicts"])]
+    assert links == [site + app for app in sorted([*APPS, "merging", "verdicts"])]
     assert all(url.startswith((site, "data:")) for url in asked)
     page.close()

@@ -22,6 +22,9 @@ def test_cosines_are_those_of_the_pairs_that_have_one_and_their_mean():
     ]
     assert [round(x) for x in pairs.x] == [0, 0, 0, 1]
     np.testing.assert_allclose(mean.y, [0.4 / 3, 0.5])
+    assert (
+        "3 pairs of tasks in each layer</span>" in merging.task_cosines(COSINES, TASKS, subtitle="").layout.title.text
+    )
 
 
 def test_a_layer_that_no_task_changed_has_no_cosine():
@@ -64,6 +67,8 @@ def test_the_best_scale_is_the_best_of_the_mean():
     np.testing.assert_allclose(figure.data[-1].y, [0.5, 0.75, 0.5])
     assert "0.750 at λ = 0.5" in figure.layout.title.text
     assert [shape.y0 for shape in figure.layout.shapes] == [1, 0.5]
+    mark = merging.against_scale([0.0, 0.5, 1.0], kept, chosen=0.7).layout.shapes[-1]
+    assert (mark.x0, mark.x1) == (0.7, 0.7)
 
 
 def test_methods_by_tasks_have_their_mean_beside_them():

@@ -31,6 +31,7 @@ def task_cosines(
     *,
     theme: str = "light",
     title: str = "Do the tasks pull a layer the same way?",
+    subtitle: str = "0: they change other things · below: against each other",
 ) -> go.Figure:
     """Cosines of the task vectors of every pair of tasks, layer by layer.
 
@@ -44,7 +45,7 @@ def task_cosines(
     figure = blank(
         theme,
         title,
-        f"{len(pairs)} pairs of tasks in each layer · 0: they change other things · below: against each other",
+        " · ".join(filter(None, (f"{len(pairs)} pairs of tasks in each layer", text(subtitle)))),
         x="layer",
         y="cosine of task vectors",
     )
@@ -185,13 +186,14 @@ def against_scale(
     kept: Mapping[str, Sequence[float]],
     *,
     base: float | None = None,
+    chosen: float | None = None,
     theme: str = "light",
     title: str = "How far along the merged update?",
     subtitle: str = "base + λ · update",
 ) -> go.Figure:
     """Normalised accuracy of every task over λ (S,), the mean over tasks drawn thick, its best λ marked.
 
-    1 is what a task's own expert has; ``base`` is the mean that the base has.
+    1 is what a task's own expert has; ``base`` is the mean that the base has, ``chosen`` a λ to mark.
     """
     colours = theme_named(theme)
     scales, mean = np.asarray(scales, dtype=float), np.mean([list(values) for values in kept.values()], axis=0)
@@ -224,6 +226,8 @@ def against_scale(
     null_line(figure, theme, 1, "own expert")
     if base is not None:
         null_line(figure, theme, base, "base")
+    if chosen is not None:
+        figure.add_vline(x=chosen, line={"color": colours.accent, "width": 1.2})
     return figure
 
 
