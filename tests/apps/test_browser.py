@@ -332,9 +332,8 @@ def test_the_page_of_verdicts_is_an_app_too(visit, theme):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_page_of_merges_follows_its_knobs(visit, until, theme):
     data.get("mnist-5k")
-    page = visit(f"merging?size=smoke&method=average&theme={theme}", plots=0)
+    page = visit(f"merging?size=smoke&method=average&theme={theme}", plots=6)
     page.locator(".chip.finished").wait_for()
-    page.wait_for_function(f"() => ({DRAWN}) == 6")
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
     until(lambda: papers(page) == {{"light": "#ffffff", "dark": "#161b21"}[theme]})
     for plot in plots(page).values():
@@ -346,19 +345,21 @@ def test_the_page_of_merges_follows_its_knobs(visit, until, theme):
     page.mouse.click(slider["x"] + 1, slider["y"] + slider["height"] / 2)
     page.get_by_text("Who reads what at λ = 0.00?").wait_for()
     until(lambda: plots(page)["Who reads what at λ = 0.00?"]["data"][1]["y"] == before["base"])
+    assert before["merged"] != before["base"]
 
     assert page.locator(".noUi-base:visible").count() == 1
     page.get_by_label("Method").select_option("pcb-merging")
     page.get_by_text("ratio 0.20").first.wait_for()
     until(lambda: page.locator(".noUi-base:visible").count() == 2)
     assert "method=pcb-merging" in page.url and "size=smoke" in page.url
-    page.locator(".chip.finished").wait_for()
-    until(lambda: "pcb-merging" in plots(page)["How far along the merged update?"]["layout"]["title"]["text"])
+    page.get_by_text("pcb-merging · best mean").wait_for()
 
 
 def test_a_merge_that_is_none_is_named(visit):
-    page = visit("merging?size=smoke&method=tys", plots=0)
-    page.get_by_text("method 'tys' is unknown").wait_for()
+    page = visit("merging?size=smoke&method=tis", plots=6)
+    page.get_by_text("method 'tis' is unknown; did you mean 'ties'").wait_for()
+    page.get_by_label("Method").select_option("ties")
+    page.get_by_text("is unknown").wait_for(state="detached")
 
 
 def test_the_index_lists_the_apps(visit, site, context):

@@ -92,7 +92,7 @@ def test_what_is_measured_is_what_workbench_merge_gives(opened, models, scales, 
     assert found.curve[0].tolist() == opened.before.tolist() == accuracies(base.state_dict())
     spectrum = torch.linalg.svdvals((merged[LAYER] - base.state_dict()[LAYER]).double())
     np.testing.assert_array_equal(found.spectrum, spectrum.numpy())
-    assert found.whole and tuple(found.curve) == scales
+    assert tuple(found.curve) == scales
 
 
 def test_lambda_is_the_scale_of_the_method(opened, models):
@@ -107,10 +107,10 @@ def test_lambda_is_the_scale_of_the_method(opened, models):
 
 def test_the_curve_comes_a_lambda_at_a_time_and_once(opened, monkeypatch, scales):
     choice = Choice("dare", 0.35, 1.0, LAYER)
-    assert [len(found.curve) for found in opened.measure(choice)] == list(range(len(scales) + 1))
+    assert [tuple(found.curve) for found in opened.measure(choice)] == [(1,), (0, 1), (0, 0.5, 1), scales]
     monkeypatch.setattr(opened, "_accuracy", None)  # would raise if anything were measured again
-    *_, found = opened.measure(Choice("dare", 0.35, 2.0, LAYER))
-    assert found.whole and found.accuracies.tolist() == found.curve[2].tolist()
+    (found,) = opened.measure(Choice("dare", 0.35, 2.0, LAYER))
+    assert tuple(found.curve) == scales and found.accuracies.tolist() == found.curve[2].tolist()
 
 
 def test_a_layer_is_that_of_the_experts(opened, models):
@@ -148,6 +148,19 @@ def test_another_lambda_changes_what_hangs_on_it_and_nothing_else(page, until):
     np.testing.assert_array_equal(curve.data[-1].y, before["curve"].data[-1].y)  # the same merge
     np.testing.assert_allclose(drawn(page, "spectra").data[-1].y, 0.5 * np.array(before["spectra"].data[-1].y))
     assert drawn(page, "cosines") is before["cosines"] and drawn(page, "conflict") is before["conflict"]
+
+
+def test_what_was_shown_stands_until_there_is_something_newer(page, until):
+    before, going = drawn(page, "curve"), threading.Event()
+    begin(going.wait() and [] for _ in range(1))  # another page is served
+    for scale in (0.5, 1.0, 0.5):
+        page.scale.value = scale
+        page.poll()
+    assert not page.settled and 'class="chip running"' in page.status.object
+    assert drawn(page, "curve") is before and page.measured.choice.scale == 1
+    going.set()
+    follow(page, until)
+    assert drawn(page, "curve").layout.shapes[-1].x0 == 0.5
 
 
 def test_another_method_has_its_own_share_and_figures(page, until):
@@ -218,12 +231,16 @@ def test_without_the_images_the_page_says_how_to_get_them_and_the_next_one_tries
 
 
 def test_a_fault_is_said_on_the_page_and_in_the_log(beds, until, caplog):
+    shown = threading.Event()  # before that it would be opened anew for the page
+
     def broken(size: str):
         yield "network 1 of 9, the base"
+        shown.wait()
         raise ZeroDivisionError("of <nothing>")
 
     bed_of("smoke", broken)
     page = MergingPage("smoke")
+    shown.set()
 
     def told() -> bool:
         page.poll()

@@ -73,7 +73,7 @@ class Choice:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """What the experts changed of one matrix: by task singular values (k,), and overlaps (n, n) of `rank` directions.
 
@@ -86,7 +86,7 @@ class Layer:
     dim: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """What became of a choice.
 
@@ -94,7 +94,7 @@ class Measured:
         layer: of the experts.
         spectrum: singular values (k,) of the merge's own change of the layer, lambda times the update.
         accuracies: of each task, at the chosen lambda.
-        curve: lambda -> the same there; it grows from one to the next, and is `whole` in the end.
+        curve: lambda, rising -> the same there; it has one more each time, and in the end all `SCALES`.
     """
 
     choice: Choice
@@ -102,10 +102,6 @@ class Measured:
     spectrum: np.ndarray
     accuracies: np.ndarray
     curve: Mapping[float, np.ndarray]
-
-    @property
-    def whole(self) -> bool:
-        return len(self.curve) == len(SCALES)
 
 
 class Merges:
@@ -134,14 +130,16 @@ class Merges:
         self._merged: tuple[tuple, dict[str, torch.Tensor]] | None = None  # the last one alone
 
     def measure(self, choice: Choice) -> Iterator[Measured]:
-        """First what belongs to the chosen lambda, then the curve, one lambda after the other."""
+        """First what belongs to the chosen lambda, with as much of the curve as is known, then all of the curve."""
         layer, change = self.layer(choice.layer), self.merged(choice)[choice.layer] - self._base[choice.layer]
         spectrum = choice.scale * _spectrum(change)
-        here, curve = self.accuracies(choice, choice.scale), {}
+        here, known = self.accuracies(choice, choice.scale), _merge_of(choice)
+        curve = {scale: self._found[*known, scale] for scale in SCALES if (*known, scale) in self._found}
         yield Measured(choice, layer, spectrum, here, curve)
         for scale in SCALES:
-            curve = curve | {scale: self.accuracies(choice, scale)}
-            yield Measured(choice, layer, spectrum, here, curve)
+            if scale not in curve:
+                curve = dict(sorted((*curve.items(), (scale, self.accuracies(choice, scale)))))
+                yield Measured(choice, layer, spectrum, here, curve)
 
     def merged(self, choice: Choice) -> dict[str, torch.Tensor]:
         """The merge at lambda 1, as `workbench.merge` returns it."""

@@ -81,6 +81,7 @@ class MergingPage(pn.viewable.Viewer):
             "overlap": Card("Subspace overlap", HOW["overlap"], span=4, height=HEIGHT),
         }
         self._job: Job[Measured] | None = None
+        self.measured: Measured | None = None  # of what is chosen, or until it is known, of what was chosen before
         self._choose_method()
         self._choose_size()
         self._root = self._compose()
@@ -98,11 +99,6 @@ class MergingPage(pn.viewable.Viewer):
     def bed(self) -> Merges | None:
         """The bed, once it is open."""
         return self._bed.latest if isinstance(self._bed.latest, Merges) else None
-
-    @property
-    def measured(self) -> Measured | None:
-        """What is known so far of what is chosen."""
-        return self._job and self._job.latest
 
     @property
     def settled(self) -> bool:
@@ -125,6 +121,7 @@ class MergingPage(pn.viewable.Viewer):
             if (wanted := self._wanted()) != self._choice:
                 self.close()
                 self._choice, self._job = wanted, begin(self.bed.measure(wanted))
+            self.measured = self._job.latest or self.measured
         if all(card.settled for card in self.cards.values()):  # a slow browser is sent no more than it can draw
             self._draw()
         self.status.object = self._status()
@@ -136,7 +133,7 @@ class MergingPage(pn.viewable.Viewer):
     def _choose_size(self) -> None:
         self.close()
         self._bed, self._job, self._choice, self._told = bed_of(self.size.value), None, None, ""
-        self.layer.options = {}
+        self.measured, self.layer.options = None, {}
 
     def _choose_method(self) -> None:
         self._told, share = "", methods()[self.method.value]
@@ -193,7 +190,7 @@ class MergingPage(pn.viewable.Viewer):
             if bed is None or (of is None and name not in OF_EXPERTS):
                 why = self._wrong or (MEASURING if bed else TRAINING)
                 card.update(why, lambda why=why: [Nothing(why)], None)
-            else:
+            elif name != "curve" or found.curve or not card.figures:  # that of before stands until there is a point
                 draw = getattr(self, f"_{name}")
                 card.update((bed, of, self.theme), lambda draw=draw, of=of: [draw(bed, of)], None)
 

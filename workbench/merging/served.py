@@ -4,10 +4,11 @@ from urllib.parse import urlencode
 
 import panel as pn
 
-from workbench.errors import InputError
+from workbench.errors import InputError, unknown
 from workbench.live import guard
 from workbench.live.views import style
 from workbench.live.views.plot import Plot
+from workbench.merging.measure import SIZES, methods
 from workbench.merging.page import MergingPage
 
 
@@ -24,11 +25,13 @@ def serve_page() -> MergingPage | None:
         asked = guard.asked()
     except InputError as error:
         wrong = str(error)
-    theme = "dark" if asked.get("theme") == "dark" else "light"
-    try:
-        page = MergingPage(asked.get("size", "small"), asked.get("method", "average"), theme=theme)
-    except InputError as error:
-        page, wrong = MergingPage(theme=theme), str(error)
+    given = {}
+    for name, known in (("size", SIZES), ("method", methods())):
+        if asked.get(name) in known:
+            given[name] = asked[name]
+        elif name in asked:
+            wrong = str(unknown(name, asked[name], known))
+    page = MergingPage(**given, theme="dark" if asked.get("theme") == "dark" else "light")
     page.tell(wrong)
 
     def keep_address(*_) -> None:
