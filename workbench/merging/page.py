@@ -118,10 +118,14 @@ class MergingPage(pn.viewable.Viewer):
                 matrices = self.bed.matrices
                 options = dict(zip(short_names(matrices), matrices, strict=True))
                 self.layer.param.update(options=options, value=matrices[-1])
-            if (wanted := self._wanted()) != self._choice:
+            job, wanted = self._job, self._wanted()
+            # what is begun may come to its first result, or a slider that is dragged would show nothing on its way
+            over = job is None or job.done
+            if job is not None and job.latest is not None:
+                self.measured, over = job.latest, True
+            if over and wanted != self._choice:
                 self.close()
                 self._choice, self._job = wanted, begin(self.bed.measure(wanted))
-            self.measured = self._job.latest or self.measured
         if all(card.settled for card in self.cards.values()):  # a slow browser is sent no more than it can draw
             self._draw()
         self.status.object = self._status()
