@@ -358,6 +358,7 @@ def test_the_page_of_merges_follows_its_knobs(visit, until, theme):
 def test_a_merge_that_is_none_is_named(visit):
     page = visit("merging?size=smoke&method=tis", plots=6)
     page.get_by_text("method 'tis' is unknown; did you mean 'ties'").wait_for()
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
     page.get_by_label("Method").select_option("ties")
     page.get_by_text("is unknown").wait_for(state="detached")
 

@@ -179,7 +179,8 @@ class MergingPage(pn.viewable.Viewer):
         if not self._wrong:
             word = {"running": "working", "finished": "measured"}[chip]
             lines.append(html(f'<span class="chip {chip}">{word}</span><span>{{said}}</span>', said=said))
-        return html('<div class="status">{lines}</div>', lines=joined(lines))
+        wrapped = '<div class="status" style="flex-wrap: wrap; white-space: normal">{lines}</div>'  # errors are long
+        return html(wrapped, lines=joined(lines))
 
     @property
     def _wrong(self) -> str:
