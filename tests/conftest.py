@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
 )
 
+
+# Begun in the background by a script, the tests, and what they start, would have interrupts ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No example is judged by its time, which is that of a busy machine, and every run tries the same ones.
 settings.register_profile("workbench", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
