@@ -22,8 +22,9 @@ Tensor letters: D parameters, d dimensions of the subspace, L the next power of 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -246,7 +247,7 @@ class SubspaceModel(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         self.model = model.requires_grad_(False)
-        kind = next(iter(parameters.values())).to(torch.promote_types(*_widest(parameters.values())))
+        kind = next(iter(parameters.values())).to(_widest(parameters.values()))
         size = sum(p.numel() for p in parameters.values())
         self.projection = PROJECTIONS[projection](size, dims, seed).to(kind.device, kind.dtype)
         self.vtheta = nn.Parameter(kind.new_zeros(dims))
@@ -274,11 +275,9 @@ class SubspaceModel(nn.Module):
                 yield name, self.vtheta, lambda v, name=name: self.change(v)[name].flatten(1)
 
 
-def _widest(parameters) -> tuple[torch.dtype, torch.dtype]:
-    widest = torch.float32
-    for p in parameters:
-        widest = torch.promote_types(widest, p.dtype)
-    return widest, torch.float32
+def _widest(parameters: Iterable[Tensor]) -> torch.dtype:
+    """The type of the widest, at least float32."""
+    return reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
 
 
 @dataclass(frozen=True)

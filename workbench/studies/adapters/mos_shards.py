@@ -7,7 +7,7 @@ seed. Arms are compared at equal trained numbers, not at equal rank.
 
 from workbench.beds import shifted_digits as bed
 from workbench.lib.adapters.mos_shards import METHOD
-from workbench.studies.adapters.sweep import RATES, edges, swept_row
+from workbench.studies.adapters.sweep import RATES, adapted_row, edges
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
@@ -44,10 +44,7 @@ PRESETS = {
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    slug, options = ARMS[arm]
-    return swept_row(
-        arm, seed, lambda rate: bed.adapt_and_train(slug, options, settings, seed, rate), settings["rates"]
-    )
+    return adapted_row(arm, seed, settings, *ARMS[arm])
 
 
 def judge(rows: Rows, settings: Settings) -> Judgement:

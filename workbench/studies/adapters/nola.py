@@ -6,7 +6,7 @@ rate of the shared sweep. The rates go higher than those of the variants, as NOL
 
 from workbench.beds import shifted_digits as bed
 from workbench.lib.adapters.nola import METHOD
-from workbench.studies.adapters.sweep import edges, swept_row
+from workbench.studies.adapters.sweep import adapted_row, edges
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
@@ -42,10 +42,7 @@ PRESETS = {
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    slug, options = ARMS[arm]
-    return swept_row(
-        arm, seed, lambda rate: bed.adapt_and_train(slug, options, settings, seed, rate), settings["rates"]
-    )
+    return adapted_row(arm, seed, settings, *ARMS[arm])
 
 
 def judge(rows: Rows, settings: Settings) -> Judgement:

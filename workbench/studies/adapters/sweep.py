@@ -7,14 +7,17 @@ is in the differences over seeds, where it belongs. Where the best rate is the f
 outside, and the arm may be undersold: `edges` says so of every arm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
 
+from workbench.beds import shifted_digits
 from workbench.errors import InputError
+from workbench.lib.core.adapt import Adapted
 from workbench.lib.core.train import State
+from workbench.studies.core import Settings
 from workbench.studies.rows import Row, Rows, training_budget
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -110,6 +113,15 @@ def swept_row(
     budget, steps = training_budget(adapted.model, state.task, state.config.batch_size), state.step * len(swept.rates)
     found = swept.extra() | {"trained": adapted.report()["trained"]} | extra
     return Row(arm, seed, budget.params, budget.active_params, budget.flops * steps, steps, swept.metric, found)
+
+
+def adapted_row(arm: str, seed: int, settings: Settings, slug: str, options: Mapping[str, Any]) -> Row:
+    """The row of a system, at its options, on the bed that adapter studies share; at the rates of the settings."""
+
+    def train(rate: float) -> tuple[Adapted, State]:
+        return shifted_digits.adapt_and_train(slug, options, settings, seed, rate)
+
+    return swept_row(arm, seed, train, settings["rates"])
 
 
 def edges(rows: Rows) -> str:
