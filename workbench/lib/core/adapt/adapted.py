@@ -167,7 +167,7 @@ class Adapted:
     def replace(self, before: nn.Module, after: nn.Module) -> None:
         """Put `after` everywhere the module `before` is, until `remove`."""
         self._replaced.append((before, after))
-        _replace(self.model, before, after)
+        replace_module(self.model, before, after)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters of what was put in, by their name in the model, each once."""
@@ -245,14 +245,14 @@ class Adapted:
     def bare(self) -> Iterator[None]:
         """The model as it is without the adaptation, to save or load its own weights inside."""
         for before, after in reversed(self._replaced):
-            _replace(self.model, after, before)
+            replace_module(self.model, after, before)
         self._is_bare = True
         try:
             yield
         finally:
             self._is_bare = False
             for before, after in self._replaced:
-                _replace(self.model, before, after)
+                replace_module(self.model, before, after)
 
     def merge_back(self, untie: bool = False) -> nn.Module:
         """Fold every update into the layer it belongs to, and take the adapters off: the same function, no overhead.
@@ -298,7 +298,7 @@ class Adapted:
     def remove(self) -> nn.Module:
         """Put the layers that were there back, trainable as before; apart from `merge_back`, bit for bit."""
         for before, after in reversed(self._replaced):
-            _replace(self.model, after, before)
+            replace_module(self.model, after, before)
         for hook in self._hooks:
             hook.remove()
         if isinstance(vars(self.model).get("generate"), Generate):
@@ -382,7 +382,7 @@ def _merged(layer: AdaptedLayer) -> Tensor:
         return (layer.base.weight + layer.fixed_update()).to(layer.base.weight.dtype)
 
 
-def _replace(model: nn.Module, before: nn.Module, after: nn.Module) -> None:
+def replace_module(model: nn.Module, before: nn.Module, after: nn.Module) -> None:
     """Put `after` wherever `before` is in the model, except inside `after` itself."""
     skip = set(after.modules())
     for parent in list(model.modules()):

@@ -61,12 +61,12 @@ def adapt(model: nn.Module, slug: str = "lora", targets: str | Sequence[str] = "
 
 
 def _adapt(model: nn.Module, slug: str, targets: str | Sequence[str], options: dict[str, Any]) -> Adapted:
-    _check_model(model)
+    check_model(model)
     adapter, options = make_adapter(slug, options)
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     if not patterns:
         raise InputError("targets is empty but must hold at least one pattern")
-    found, left_out = _match(model, patterns)
+    found, left_out = find_targets(model, patterns)
     adapted = Adapted(model, adapter, patterns, options)
     adapted.left_out = left_out
     try:
@@ -79,7 +79,7 @@ def _adapt(model: nn.Module, slug: str, targets: str | Sequence[str], options: d
     return adapted
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Raise `InputError` for a model that is adapted already, or whose modules have names that are not its own."""
     if (slug_there := adapted_with(model)) is not None:
         raise InputError(f"model is adapted with {slug_there!r} already; remove() that first")
@@ -171,10 +171,10 @@ def match_targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Mod
         InputError: a pattern matches nothing of the kind. One that matches a single module of another kind is told what
             kind that is, one that matches nothing the nearest names.
     """
-    return _match(model, patterns)[0]
+    return find_targets(model, patterns)[0]
 
 
-def _match(model: nn.Module, patterns: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def find_targets(model: nn.Module, patterns: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """What matches, and what matches by its name and cannot be adapted, with the reason."""
     modules = {name: module for name, module in model.named_modules() if name}
     allowed, other = {}, {}
