@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from workbench.errors import InputError, unknown
 from workbench.lib.measures import routing
 from workbench.lib.measures.coactivation import CoactivationMatrix, coactivation, pair_sums, selection_mask
 from workbench.lib.measures.conflict import ConflictStats, conflict_stats, gramians
+from workbench.lib.measures.gradients import Gradients, Groups, check_groups, gradients, of_member, size
 from workbench.lib.measures.transition import transition_probability
-
-Member = nn.Parameter | tuple[nn.Parameter, int]
 
 
 @dataclass
@@ -204,19 +203,13 @@ class ConflictMeter:
     """Gradient conflict between tasks on groups of parameters; groups may overlap (a layer is part of the trunk).
 
     Args:
-        groups: members of each group, by name. A member is a parameter, or (parameter, i) for its slice i along the
-            first dimension: one expert of a packed bank.
+        groups: members of each group, by name; see `measures.gradients`.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[Member]]):
-        if not groups or not all(groups.values()):
-            raise InputError(f"groups is {list(groups)} but must name at least one parameter in each")
-        self.groups = {
-            name: [m if isinstance(m, tuple) else (m, None) for m in group] for name, group in groups.items()
-        }
-        self.n_parameters = {
-            name: sum((p if i is None else p[i]).numel() for p, i in group) for name, group in self.groups.items()
-        }
+    def __init__(self, groups: Groups):
+        check_groups(groups)
+        self.groups = {name: list(group) for name, group in groups.items()}
+        self.n_parameters = {name: size(group) for name, group in self.groups.items()}
 
     def gramians(self, losses: Mapping[str, Callable[[int], Tensor]]) -> dict[str, Float64[Tensor, "3 tasks tasks"]]:
         """[G1, G2, X] of every group; one backward pass per task and half, `.grad` stays untouched.
@@ -225,22 +218,16 @@ class ConflictMeter:
             losses: by task, a function of the half (0 or 1) that returns the task's own mean loss on that half batch.
                 The halves must be independent samples.
         """
-        parameters = list({id(p): p for group in self.groups.values() for p, _ in group}.values())
-        halves: list[list[dict[int, Tensor | None]]] = [[], []]
-        for half, tasks in enumerate(halves):
-            for loss in losses.values():
-                found = torch.autograd.grad(loss(half), parameters, allow_unused=True)
-                tasks.append({id(p): g for p, g in zip(parameters, found, strict=True)})
-        result = {}
-        for name, group in self.groups.items():
-            first, second = ([[_member(task[id(p)], i) for p, i in group] for task in tasks] for tasks in halves)
-            result[name] = gramians(first, second)
-        return result
+        halves: list[list[Gradients]] = [
+            [gradients(lambda loss=loss, half=half: loss(half), self.groups) for loss in losses.values()]
+            for half in range(2)
+        ]
+        return {
+            name: gramians(*([[of_member(member, task) for member in group] for task in tasks] for tasks in halves))
+            for name, group in self.groups.items()
+        }
 
     def measure(self, losses: Mapping[str, Callable[[int], Tensor]]) -> dict[str, ConflictStats]:
         """Conflict of every group; the tasks are in the order of `losses`."""
         return {name: conflict_stats(g, self.n_parameters[name]) for name, g in self.gramians(losses).items()}
 
-
-def _member(gradient: Tensor | None, index: int | None) -> Tensor | None:
-    return gradient if gradient is None or index is None else gradient[index]

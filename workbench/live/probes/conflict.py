@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from workbench.lib.core.observe import quiet
 from workbench.lib.core.task import Task
-from workbench.lib.measures.meters import ConflictMeter, Member
+from workbench.lib.measures.gradients import Member
+from workbench.lib.measures.meters import ConflictMeter
 from workbench.live.records import CONFLICT
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from workbench.lib.core.low_rank import LowRankExperts, MadeFactors
 from workbench.lib.core.routing import Context, Routing
-from workbench.lib.measures.meters import Member
+from workbench.lib.measures.gradients import Member, size
 from workbench.live.probes.blocks import Block, blocks, modules, plain, unread
 
 __all__ = ["Block", "Inputs", "LowRank", "Matrix", "blocks", "groups", "matrices", "size", "unread"]
@@ -42,11 +42,6 @@ def groups(model: nn.Module, found: list[Block]) -> dict[str, list[Member]]:
             else:
                 result.setdefault(group, []).append(parameter)
     return result
-
-
-def size(group: list[Member]) -> int:
-    """Number of parameters in a group."""
-    return sum((member if isinstance(member, nn.Parameter) else member[0][member[1]]).numel() for member in group)
 
 
 def _group(name: str, found: list[Block]) -> str:
