@@ -18,6 +18,7 @@ WIDTH = 128
 GROUPS = ("embedding", "attention", "router", "experts", "head")
 CADENCE = {"routing": 10, "structure": 50, "conflict": 100, "evaluation": 500}  # steps
 CAPACITY_FACTOR = 1.25
+RANK = 16  # at first, of layers that shrink
 
 
 def write_synthetic_run(
@@ -55,6 +56,7 @@ def synthetic_meta(
             "layers": [{"name": layer, "n_experts": n_experts, "top_k": top_k} for layer in _layers(n_layers)],
             "groups": {group: 1000 * (i + 1) for i, group in enumerate(GROUPS)},
             "matrices": _matrices(n_layers, n_experts),
+            "forms": {layer: {"rank": [], "importance": [1, RANK], "overlap": [3, 3]} for layer in _layers(n_layers)},
             "domains": list(domains),
             "vocabulary": "bytes",
             "parameters": 15_000,
@@ -98,6 +100,10 @@ def synthetic_steps(
                 scalars |= {f"router/{name}/{what}": value for what, value in layer.sharpness().items()}
                 tensors |= {f"{key}/{name}": value for key, value in layer.loads(batch).items()}
                 tensors[f"dropped/{name}"] = layer.dropped()
+            for i, name in enumerate(names):
+                rank, importance = _form(step, i)
+                scalars[f"form/{name}/rank"] = rank
+                tensors |= {f"form_table/{name}/importance": importance, f"form_table/{name}/overlap": _overlap(step)}
             if step % CADENCE["structure"] == 0:
                 tensors |= _structure(names, layers)
                 tensors |= _spectra(rng, n_layers, n_experts, step)
@@ -204,6 +210,17 @@ def _spectra(rng: np.random.Generator, n_layers: int, n_experts: int, step: int)
             values = scale * growth * rank**-decay * np.exp(0.05 * rng.standard_normal(rank.size))
             found[f"spectrum/{what}/{name}"] = -np.sort(-values).astype(np.float32)
     return found
+
+
+def _form(step: int, layer: int) -> tuple[int, np.ndarray]:
+    """The rank that is left of a layer, and the importances (1, RANK) of its components, 0 for those that were cut."""
+    rank = max(RANK // (1 + step // (40 + 20 * layer)), 2)
+    return rank, np.where(np.arange(RANK) < rank, 0.8 ** np.arange(RANK), 0).astype(np.float32)[None]
+
+
+def _overlap(step: int) -> np.ndarray:
+    """The overlap (3, 3) of the masks of three tasks, which part."""
+    return np.where(np.eye(3) > 0, 1, 0.9 / (1 + step / 100)).astype(np.float32)
 
 
 def _conflict(rng: np.random.Generator, n_domains: int, group: int) -> np.ndarray:

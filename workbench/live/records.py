@@ -3,7 +3,8 @@
 A name is a pattern filled in: `LOAD.name("blocks.0.ffn")` is "load/blocks.0.ffn". Writers make names here, and readers
 ask here what a name is (`find`). A scalar is a float64; a tensor has a numpy dtype and a shape in these letters:
 
-    E experts, E' experts of the next layer, D domains, V token ids, n singular values (the shorter side of the matrix)
+    E experts, E' experts of the next layer, D domains, V token ids, n singular values (the shorter side of the matrix),
+    m rows and k columns of a table
 
 What is due at the cadence "routing" is recorded where "structure" is due as well.
 """
@@ -92,6 +93,14 @@ SPECTRUM = Record(
     "spectrum/{of}/{matrix}", "structure", "singular values, largest first, of the weight, the step's update of it or "
     "its gradient; of a large matrix the largest only", "float32", ("n",),
 )  # fmt: skip
+FORM = Record(
+    "form/{layer}/{what}", "routing", "a number that a layer tells of its form, which changes while it trains: a rank, "
+    "a stage",
+)  # fmt: skip
+FORM_TABLE = Record(
+    "form_table/{layer}/{what}", "routing", "the same of a vector, as one row, or of a matrix: importances, an overlap",
+    "float32", ("m", "k"),
+)  # fmt: skip
 CONFLICT = Record(
     "conflict/{group}", "conflict", "Gram matrices of the domains' gradients of a group of parameters, of two half "
     "batches: within the first, within the second, across", "float64", (3, "D", "D"),
@@ -116,7 +125,7 @@ VALIDATION = Record("valid/{metric}", EVALUATION, 'a metric on validation data; 
 RECORDS = (
     *(LOSS, STEP_SECONDS, LEARNING_RATE, GRAD_NORM, AUX, TRAIN, PROBE_SECONDS, STORE_SECONDS),
     *(SUPPORT, PROBABILITY_SUPPORT, CONFIDENCE, ENTROPY),
-    *(*LOADS, DROPPED, COACTIVATION, TRANSITION, SPECTRUM, CONFLICT, TOKENS),
+    *(*LOADS, DROPPED, COACTIVATION, TRANSITION, SPECTRUM, FORM, FORM_TABLE, CONFLICT, TOKENS),
     *map(on_validation, LOADS),
     VALIDATION,
 )

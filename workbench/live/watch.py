@@ -35,6 +35,7 @@ from workbench.lib.core.task import Task
 from workbench.live.probes import find
 from workbench.live.probes.blocks import Reader
 from workbench.live.probes.conflict import ConflictProbe, undisturbed
+from workbench.live.probes.form import FormProbe
 from workbench.live.probes.routing import RoutingProbe
 from workbench.live.probes.spectra import SpectrumProbe
 from workbench.live.provenance import revision, versions
@@ -51,7 +52,7 @@ class Cadence:
     """Steps between two records of a kind; 0 for none. Every kind is recorded at the first step, too.
 
     Attributes:
-        routing: load, importance, load by domain, drops, confidence of the routers.
+        routing: load, importance, load by domain, drops, confidence of the routers; the form of layers that tell it.
         structure: co-activation, transitions, singular spectra.
         conflict: gradient conflict between domains, and the token ids of every expert.
     """
@@ -209,8 +210,8 @@ def _writer(folder: Path, entries: dict[str, Any], more: dict[str, Any], resume:
 
 def _difference(past: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first thing in which the descriptions of two models differ, in words."""
-    for part in ("layers", "matrices", "groups", "domains"):
-        before, after = (_by_name(described[part]) for described in (past, now))
+    for part in ("layers", "matrices", "groups", "domains", "forms"):
+        before, after = (_by_name(described.get(part) or {}) for described in (past, now))
         for name in [*before, *after]:
             if before.get(name) != after.get(name):
                 was, is_ = (found.get(name, "not there") for found in (before, after))
@@ -235,6 +236,10 @@ def describe(
         "groups": {name: find.size(group) for name, group in find.groups(model, found).items()},
         "matrices": {matrix.name: list(matrix.shape) for matrix in matrices},
         "low_rank": [matrix.name for matrix in matrices if isinstance(matrix, find.LowRank)],
+        "forms": {
+            layer: {what: list(shape) for what, shape in shapes.items()}
+            for layer, shapes in FormProbe(model).shapes.items()
+        },
         "domains": list(task.domains) if task else [],
         "adaptation": adapted and {"slug": adapted.adapter.slug, "options": adapted.options, **adapted.report()},
         "vocabulary": "bytes" if getattr(task, "vocab", None) == 256 else None,
@@ -286,6 +291,7 @@ class Watch:
         self.domains = task.domains if task else ()
         self.routing = RoutingProbe(model, self.blocks, len(self.domains), getattr(task, "vocab", None))
         self.spectra = SpectrumProbe(find.matrices(model, self.blocks))
+        self.form = FormProbe(model)
         pairs = len(self.domains) > 1 and cadence.conflict and self.groups
         self.conflict = ConflictProbe(model, task, self.groups, conflict_rows) if pairs else None
         self.writer: RunWriter | None = None
@@ -295,6 +301,7 @@ class Watch:
         self._store_seconds = 0.0
         self._unreviewed = {"routing", "gradient"}
         self._missing: set[str] = set()
+        self._doubted: set[str] = set()  # layers whose form is none, once said
         self._compile_anew()
 
     def attach(self, writer: RunWriter, own: bool, next_step: int) -> None:
@@ -321,6 +328,8 @@ class Watch:
         self._look_for_replaced(step)
         if cadence.due("routing", step) or cadence.due("structure", step):
             scalars, tensors = self.routing.take(structure=cadence.due("structure", step))
+            numbers, tables = self.form.take()
+            scalars, tensors = scalars | numbers, tensors | tables
         if cadence.due("structure", step):
             tensors |= self.spectra.take(self._seed(step, 2))
         self._review(step, tensors)
@@ -390,6 +399,8 @@ class Watch:
         layers = f"{len(sizes)} mixtures of experts ({' to '.join(ends)}; {'; '.join(dict.fromkeys(sizes))})"
         matrices = len(self.spectra.dense) + len(self.spectra.low_rank)
         text = f"{layers if sizes else 'no mixture of experts'}, {matrices} matrices"
+        if self.form.shapes:
+            text += f", {len(self.form.shapes)} layers that tell their form"
         if self.conflict:
             text += f", {len(self.domains)} domains"
         if unread := find.unread(self.model, self.blocks):
@@ -425,6 +436,7 @@ class Watch:
         """Say what has left the model; it is not measured any more."""
         routing = self.cadence.due("routing", step) or self.cadence.due("structure", step)
         gone = [block.name for block in self.routing.gone(self.model)] if routing else []
+        gone += self.form.gone(self.model) if routing else []
         gone += self.spectra.gone(self.model) if self.cadence.due("structure", step) else []
         if fresh := [name for name in gone if name not in self._missing]:
             self._missing.update(fresh)
@@ -436,6 +448,9 @@ class Watch:
 
     def _review(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
         """Say what was not seen where it was first due."""
+        for layer in self.form.doubts.keys() - self._doubted:
+            self._doubted.add(layer)
+            self._warn(step, f"{layer or 'the model'}: {self.form.doubts[layer]}; it is recorded no more")
         routing = self.cadence.due("routing", step) or self.cadence.due("structure", step)
         if routing and "routing" in self._unreviewed:
             self._unreviewed.remove("routing")

@@ -337,6 +337,41 @@ def test_before_the_first_record_there_is_no_spectrum(growing):
     np.testing.assert_allclose(figure(view, "spectrum").data[1].y, weight / weight[0], rtol=1e-6)
 
 
+# -- the form of layers that change
+
+
+def test_the_ranks_of_all_layers_fall_over_time_and_the_chosen_table_follows_the_step(run, other):
+    view = SpectraView(run, other)
+    assert view.cards["form"].visible and view.cards["table"].visible
+    assert not view.form.number.visible and view.form.table.visible  # one number, several tables
+    lines = figure(view, "form", 1).data
+    assert [line.name for line in lines] == ["0", "1", "2"]
+    steps, ranks = other.scalars("form/blocks.2.ffn/rank")
+    assert list(lines[2].x) == list(steps) and list(lines[2].y) == list(ranks) and ranks[-1] < ranks[0]
+    history = figure(view, "table").data[0]
+    np.testing.assert_array_equal(history.z, run.tensors("form_table/blocks.0.ffn/importance")[1][:, 0].T)
+
+    view.form.table.value = ("blocks.1.ffn", "overlap")
+    view.selection.step = 55
+    table = figure(view, "table").data[0]
+    np.testing.assert_allclose(table.z, run.tensor("form_table/blocks.1.ffn/overlap", 50)[1])
+    assert list(table.x) == list(run.meta["model"]["domains"])  # a table of domains by domains
+    assert figure(view, "table", 0).data[0].zmax == figure(view, "table", 1).data[0].zmax
+
+
+def test_a_model_whose_form_stays_has_no_cards_for_it(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    with watch(model, tmp_path / "run", cadence={"structure": 1}) as watching:
+        model(torch.ones(2, 4)).sum().backward()
+        watching.step()
+    view = SpectraView(Run(tmp_path / "run"))
+    assert view.cards["spectrum"].visible
+    for card in ("form", "table"):
+        assert not view.cards[card].visible
+        assert "no layer of this model tells a form" in str(view.cards[card].contents[0])
+
+
 # -- conflict
 
 

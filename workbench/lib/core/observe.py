@@ -1,11 +1,11 @@
-"""Modules that say what they route where, and the observers who listen."""
+"""Modules that say what they route where, or what form they have taken, and the observers who listen or ask."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from workbench.lib.core.routing import Context, Routing
@@ -75,6 +75,22 @@ def observing(modules: Iterable[nn.Module], keep: Callable[..., Any] = _decision
     finally:
         for handle in handles:
             handle.remove()
+
+
+@runtime_checkable
+class Changing(Protocol):
+    """A module whose form changes while it trains: its rank, its mask, its stage.
+
+    It is asked at a cadence by whoever watches the model; where nobody does, nothing is computed. What it says is
+    recorded and drawn over time (`live.probes.form`), layer beside layer.
+    """
+
+    def form_now(self) -> Mapping[str, float | Tensor]:
+        """What the form is at this moment, by name: the same names and shapes at every call, NaN where undefined.
+
+        A number (a rank, a stage, a share of what is active), a vector (n,) (importances, a mask; 0 for what was cut)
+        or a matrix (m, n) (an overlap of tasks). Asking changes nothing: no random number is drawn, no state is kept.
+        """
 
 
 @contextmanager

@@ -34,6 +34,15 @@ class Card(pn.viewable.Viewer):
         )
 
     @property
+    def visible(self) -> bool:
+        """Whether it has a place on the page."""
+        return self._column.visible
+
+    @visible.setter
+    def visible(self, visible: bool) -> None:
+        self._column.visible = visible
+
+    @property
     def figures(self) -> list[go.Figure]:
         """The figures on show, at most one for each run."""
         return [content for content in self.contents if isinstance(content, go.Figure)]

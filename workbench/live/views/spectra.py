@@ -1,4 +1,4 @@
-"""Singular spectra of weights, updates and gradients, with effective and stable rank over time."""
+"""Singular spectra of weights, updates and gradients, their ranks over time, and the form of layers that changes."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from workbench.lib.measures.spectra import SpectrumResult, measures
 from workbench.live.records import SPECTRUM
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
+from workbench.live.views.form import FormCards
 from workbench.live.views.markup import Markup, html, table
 from workbench.live.views.readings import Nothing, Readings, counterpart, present, stamped
 from workbench.live.views.view import View
@@ -101,20 +102,22 @@ class History(NamedTuple):
 
 
 class SpectraView(View):
-    """Spectra of a chosen matrix against a random one of its shape, and its ranks and norm over time."""
+    """Spectra of a chosen matrix against a random one of its shape, its ranks and norm over time, and layers' forms."""
 
     title = "Spectra"
 
     def make_cards(self) -> dict[str, Card]:
         self.matrix = widget(pn.widgets.Select, 330, label="Matrix", options=[])
         self.matrix.param.watch(lambda _: self.refresh(), "value")
-        self.controls = [self.matrix]
+        self.form = FormCards(self)
+        self.controls = [self.matrix, *self.form.controls]
         return {
             "spectrum": Card("Singular spectrum", HOW["spectrum"], span=7, height=300),
             "numbers": Card("Measures at this step", HOW["numbers"], span=5, height=300),
             "effective_rank": Card("Effective rank", HOW["effective_rank"], span=4, height=262),
             "stable_rank": Card("Stable rank", HOW["stable_rank"], span=4, height=262),
             "rms_norm": Card("RMS operator norm", HOW["rms_norm"], span=4, height=262),
+            **self.form.cards,
         }
 
     def draw(self, shown: list[Readings]) -> None:
@@ -131,6 +134,7 @@ class SpectraView(View):
         rows = stamped(found, lambda data: data.rows(step))
         self.put("spectrum", lambda: self._spectra(found), rows, self.matrix.value)
         self.put("numbers", lambda: self.each(found, self._numbers), rows, self.matrix.value)
+        self.form.draw(shown)
 
     def _spectra(self, found: list) -> list:
         now = [data if isinstance(data, Nothing) else data.at(self.selection.step) for data in found]
