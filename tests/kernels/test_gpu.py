@@ -11,6 +11,7 @@ from workbench.kernels import (
     gather_sum,
     magnitude_threshold,
     moe_mlp,
+    newton_schulz,
     pcb_merge,
     random_basis,
     random_basis_adjoint,
@@ -185,3 +186,12 @@ def test_walsh_hadamard(length):
     check("walsh_hadamard", lambda backend, x: walsh_hadamard(x, backend=backend), draw(3, length))
     wide = draw(3, length).float()
     assert torch.equal(walsh_hadamard(wide).cpu(), walsh_hadamard(wide.cpu(), backend="reference"))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (100, 100), (3, 129, 500), (700, 260)])
+def test_newton_schulz(shape):
+    """In bfloat16 as close to the meaning as torch's own products come, where not a singular value is small."""
+    check("newton_schulz", lambda backend, x: newton_schulz(x, backend=backend), draw(*shape), differentiable=False)
+    wide = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    exact = newton_schulz(wide.double())
+    assert (newton_schulz(wide.cuda()).cpu() - exact).abs().max() < 1e-4

@@ -11,6 +11,7 @@ from workbench.kernels.block_sparse_attention import block_gate_topk, block_spar
 from workbench.kernels.gather_sum import gather_sum
 from workbench.kernels.low_rank import low_rank
 from workbench.kernels.moe_mlp import moe_mlp
+from workbench.kernels.newton_schulz import newton_schulz
 from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
 from workbench.kernels.random_basis import random_basis, random_basis_adjoint
@@ -29,6 +30,7 @@ __all__ = [
     "low_rank",
     "magnitude_threshold",
     "moe_mlp",
+    "newton_schulz",
     "pcb_merge",
     "random_basis",
     "random_basis_adjoint",

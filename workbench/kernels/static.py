@@ -35,6 +35,7 @@ OPERATORS = (
     "trim_elect_merge",
     "pcb_merge",
     "walsh_hadamard",
+    "newton_schulz",
 )
 """The operators with a Triton path."""
 
