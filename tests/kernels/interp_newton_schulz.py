@@ -56,4 +56,6 @@ def test_what_is_not_a_number_stays_in_its_matrix():
 def test_float64_is_refused_and_the_registration_holds():
     with pytest.raises(InputError, match=r"x is torch.float64; it must be float32"):
         newton_schulz(draw(3, 3, dtype=torch.float64), backend="triton")
-    torch.library.opcheck(torch.ops.workbench.newton_schulz.default, (draw(4, 6), 2, list(COEFFICIENTS), "triton"))
+    torch.library.opcheck(
+        torch.ops.workbench.newton_schulz.default, (draw(4, 6), 2, list(COEFFICIENTS), True, "triton")
+    )

@@ -38,6 +38,19 @@ def test_it_is_the_quintic_of_the_singular_values_between_the_singular_vectors(p
     assert single.dtype == torch.float32 and torch.allclose(single.double(), exact, atol=1e-5)
 
 
+@paths
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps_that_follow_others(path, shape):
+    """Without normalisation two steps and three are five; and with other coefficients they end at the polar factor."""
+    x = draw(*shape, dtype=torch.float64)
+    two, kept = (newton_schulz(x, steps=2, backend=path) for _ in range(2))
+    five = newton_schulz(two, steps=3, normalise=False, backend=path)
+    assert torch.equal(two, kept) and torch.allclose(five, newton_schulz(x), atol=1e-12)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    polished = newton_schulz(five, steps=3, coefficients=(15 / 8, -10 / 8, 3 / 8), normalise=False, backend=path)
+    assert torch.allclose(polished, u @ vh, atol=1e-6)
+
+
 def test_the_range_of_singular_values_on_a_grid():
     """A diagonal matrix has its singular values in sight: from 0 to 1 times its norm, by way of a large one beside."""
     s = torch.cat([torch.linspace(0, 1, 4001, dtype=torch.float64), torch.logspace(-7, 0, 500, dtype=torch.float64)])
@@ -106,7 +119,7 @@ def test_in_bfloat16_it_is_as_close_to_the_meaning_as_torch_is(shape, seed):
 @paths
 def test_registration_compilation_and_what_it_costs(path):
     x = draw(3, 6, 4)
-    torch.library.opcheck(torch.ops.workbench.newton_schulz.default, (x, 5, list(COEFFICIENTS), path))
+    torch.library.opcheck(torch.ops.workbench.newton_schulz.default, (x, 5, list(COEFFICIENTS), True, path))
     compiled = torch.compile(lambda x: newton_schulz(x, backend=path), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), newton_schulz(x, backend=path))
     assert not newton_schulz(x.requires_grad_(), backend=path).requires_grad
@@ -124,7 +137,10 @@ def test_wrong_input_is_named():
         (lambda: newton_schulz(torch.zeros(4, 4), coefficients=(1.5, -0.5)), "must be three numbers"),
         (lambda: newton_schulz(torch.zeros(4, 4), backend="cuda"), "backend of newton_schulz 'cuda' is unknown"),
         (lambda: newton_schulz(torch.zeros(4, 4), backend="triton"), "they must be on a GPU"),
-        (lambda: torch.ops.workbench.newton_schulz(torch.zeros(4), 5, [1.0, 0.0, 0.0], "cpu"), "must be matrices"),
+        (
+            lambda: torch.ops.workbench.newton_schulz(torch.zeros(4), 5, [1.0, 0.0, 0.0], True, "cpu"),
+            "must be matrices",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             call()

@@ -4,7 +4,7 @@ Paths: "reference", "cpu" and "triton", each a module with
 
     newton_schulz(x, steps, coefficients) -> like x
 
-x (B, n, m) contiguous, n <= m, of Frobenius norm 1 or 0. What is written between products is of the type of x on all
+x (B, n, m) contiguous, n <= m, which stays as it is. What is written between products is of the type of x on all
 paths, sums are as wide as the device's own products have them; so the paths agree up to rounding.
 """
 
@@ -31,6 +31,7 @@ def newton_schulz(
     *,
     steps: int = 5,
     coefficients: Sequence[float] = COEFFICIENTS,
+    normalise: bool = True,
     backend: str | None = None,
 ) -> Float[Tensor, "*batch rows columns"]:
     """U p(...p(S)) V^T for x = U S V^T, with p(s) = a s + b s^3 + c s^5 applied `steps` times to S / ||S||_F.
@@ -43,6 +44,7 @@ def newton_schulz(
             NaN or infinity becomes NaN.
         steps: at least 1.
         coefficients: (a, b, c).
+        normalise: False takes the singular values as they are, not over the norm: for steps that follow others.
         backend: one of `BACKENDS`; None chooses by device.
 
     Returns:
@@ -57,11 +59,11 @@ def newton_schulz(
         if backend is not None:
             raise InputError("backend is 'triton' but x is torch.float64; it must be float32, bfloat16 or float16")
         chosen = "reference"
-    return _forward(x.detach(), steps, [float(value) for value in coefficients], chosen)
+    return _forward(x.detach(), steps, [float(value) for value in coefficients], normalise, chosen)
 
 
 @torch.library.custom_op("workbench::newton_schulz", mutates_args=())
-def _forward(x: Tensor, steps: int, coefficients: Sequence[float], backend: str) -> Tensor:
+def _forward(x: Tensor, steps: int, coefficients: Sequence[float], normalise: bool, backend: str) -> Tensor:
     _check(x, steps, coefficients)
     dispatch.admit("newton_schulz", backend, x.device, BACKENDS, x.dtype)
     dispatch.begin("newton_schulz", backend)
@@ -70,13 +72,14 @@ def _forward(x: Tensor, steps: int, coefficients: Sequence[float], backend: str)
     tall = x.shape[-2] > x.shape[-1]
     wide = (x.mT if tall else x).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
     path = import_module(f"{__name__}.{backend}")
-    out = path.newton_schulz(_normalised(wide).to(x.dtype), steps, coefficients)
+    start = _normalised(wide).to(x.dtype) if normalise else wide.contiguous()
+    out = path.newton_schulz(start, steps, coefficients)
     out = out.view(*x.shape[:-2], *wide.shape[-2:])
     return (out.mT if tall else out).contiguous()
 
 
 @_forward.register_fake
-def _(x, steps, coefficients, backend):
+def _(x, steps, coefficients, normalise, backend):
     return x.new_empty(x.shape)
 
 
