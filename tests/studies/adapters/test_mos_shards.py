@@ -7,8 +7,8 @@ import pytest
 from workbench.beds import shifted_digits as bed
 from workbench.lib.core.adapt import adapt
 from workbench.studies.adapters.mos_shards import ARMS, judge
-from workbench.studies.adapters.sweep import Swept
 from workbench.studies.rows import Row, Rows
+from workbench.studies.sweep import Swept
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.002, -0.002, 0.001)

@@ -19,8 +19,8 @@ from workbench.studies.adapters.mosa import (
     WHOLE,
     judge,
 )
-from workbench.studies.adapters.sweep import Swept
 from workbench.studies.rows import Row, Rows
+from workbench.studies.sweep import Swept
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 NOISE = (0.0, 0.002, -0.002, 0.001)

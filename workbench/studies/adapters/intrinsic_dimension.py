@@ -27,9 +27,9 @@ from workbench.lib.core.routing import Context
 from workbench.lib.core.task import EVALUATION_BATCH, Batch, Classification
 from workbench.lib.core.train import TrainConfig, make_optimizer, train
 from workbench.lib.data.types import Arrays
-from workbench.studies.adapters.sweep import Scores, edges, sweep
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, training_budget
+from workbench.studies.sweep import Scores, edges, sweep
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 BATCH = 128

@@ -11,9 +11,10 @@ from workbench.beds import shifted_digits as bed
 from workbench.lib.adapters.lora_variants import FITTED, METHOD
 from workbench.lib.core.adapt import Adapted, adapt
 from workbench.lib.core.train import State, TrainConfig, train
-from workbench.studies.adapters.sweep import RATES, edges, rate_range, swept_row
+from workbench.studies.adapters.sweep import RATES, swept_row
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows
+from workbench.studies.sweep import edges, rate_range
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 RANK = 8

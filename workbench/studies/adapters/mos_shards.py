@@ -7,9 +7,10 @@ seed. Arms are compared at equal trained numbers, not at equal rank.
 
 from workbench.beds import shifted_digits as bed
 from workbench.lib.adapters.mos_shards import METHOD
-from workbench.studies.adapters.sweep import RATES, adapted_row, edges
+from workbench.studies.adapters.sweep import RATES, adapted_row
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows
+from workbench.studies.sweep import edges
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 #: Arm -> system and options; 2304 trained numbers at e = 1, 4608 at e = 2.

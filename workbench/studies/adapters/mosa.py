@@ -13,9 +13,10 @@ import torch
 from workbench.beds import shifted_digits as bed
 from workbench.lib.adapters.mosa import METHOD, MoSA, TwoPasses
 from workbench.lib.core.train import State, TrainConfig, train
-from workbench.studies.adapters.sweep import edges, swept_row
+from workbench.studies.adapters.sweep import swept_row
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows
+from workbench.studies.sweep import edges
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 RATES = (8e-3, 4e-2, 2e-1, 8e-1)

@@ -6,9 +6,10 @@ rate of the shared sweep. The rates go higher than those of the variants, as NOL
 
 from workbench.beds import shifted_digits as bed
 from workbench.lib.adapters.nola import METHOD
-from workbench.studies.adapters.sweep import adapted_row, edges
+from workbench.studies.adapters.sweep import adapted_row
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows
+from workbench.studies.sweep import edges
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
