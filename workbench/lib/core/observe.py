@@ -19,10 +19,13 @@ class Announcing(nn.Module):
     Attributes:
         n_experts: E, the number of places a token can be sent to.
         top_k: K where every token is sent to exactly K of them, else None.
+        depths: of a module that a model applies several times in one forward pass, the depths at which it does, in
+            order. Each is then a layer of its own to the live views, as long as the passes share one `Context`.
     """
 
     n_experts: int
     top_k: int | None
+    depths: tuple[int, ...] = ()
 
     def __init__(self):
         super().__init__()
@@ -40,7 +43,9 @@ class Announcing(nn.Module):
         return bool(self._observers)
 
     def announce(self, routing: Routing, context: Context) -> None:
-        """Tell all observers."""
+        """Tell all observers; `context.passed[self]` is then the number of this decision in the pass, from 1."""
+        if self._observers:
+            context.passed[self] = context.passed.get(self, 0) + 1
         for observer in tuple(self._observers.values()):
             observer(self, routing, context)
 

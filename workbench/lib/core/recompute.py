@@ -27,6 +27,8 @@ from workbench.errors import InputError
 from workbench.lib.core.routing import Context
 
 SAMPLED = 64
+SHARED = ("aux", "calls", "passed", "notes")
+"""What a context has for all of its pass: no part of what one call is told."""
 NEAR = 0.05  # relative; what is not computed alike twice differs by rounding only
 
 
@@ -158,7 +160,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _told(call: Call) -> list[Any]:
-    context = [getattr(call.context, f.name) for f in fields(Context) if f.name not in ("aux", "calls")]
+    context = [getattr(call.context, f.name) for f in fields(Context) if f.name not in SHARED]
     own = {name: value for name, value in call.own.items() if name != "counted"}  # which follows from the input
     return tree_leaves((context, own), is_leaf=lambda value: value is None)
 

@@ -145,6 +145,8 @@ class Context:
         state: the previous router's state (recurrent routers); None at the first MoE layer.
         aux: sum over layers of the weighted auxiliary losses; add it to the task loss before `backward`.
         calls: the calls of each layer in this pass, for checkpoints that repeat them; see `lib.core.recompute`.
+        passed: how often each module has announced a decision in this pass, for those that are applied several times.
+        notes: what modules write down for the rest of this pass, and for a checkpoint that repeats it, each its own.
     """
 
     token_ids: Int64[Tensor, " tokens"] | None = None
@@ -155,6 +157,8 @@ class Context:
     state: Tensor | None = None
     aux: Tensor | float = 0.0
     calls: dict[Any, list] = field(default_factory=dict, repr=False)
+    passed: dict[Any, int] = field(default_factory=dict, repr=False)
+    notes: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 @runtime_checkable
