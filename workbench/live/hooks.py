@@ -59,7 +59,7 @@ class Control(Hook):
             self.controller.channel.event(self.first + state.step, "note", text)
 
 
-BALANCE = ("lbl", "band", "top1", "balance")
+BALANCE = ("lbl", "band", "top1", "balance", "pool")
 """What a router calls the loss that keeps its load even."""
 
 

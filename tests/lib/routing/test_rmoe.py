@@ -13,14 +13,13 @@ from torch.nn import functional as F
 from workbench.errors import InputError
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.experts import GLU, GLUExperts
-from workbench.lib.core.models import DecoderLM
+from workbench.lib.core.models import DecoderLM, ResidualStack
 from workbench.lib.core.moe import MoELayer, moe_layers
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Context
 from workbench.lib.core.train import TrainConfig, make_optimizer
 from workbench.lib.routing.rmoe import (
     RecurrentRouter,
-    RecurrentStack,
     example,
     matched_width,
     recurrent_cell,
@@ -197,7 +196,7 @@ def test_variants_of_one_seed_start_from_the_same_weights():
 
 def test_state_flow_equals_the_jacobian():
     made = routers(dtype=torch.float32)
-    stack = RecurrentStack(MoELayer(r, GLUExperts(E, D, 8)) for r in made)
+    stack = ResidualStack(MoELayer(r, GLUExperts(E, D, 8)) for r in made)
     x, seen = tokens(4, dtype=torch.float32), []
     hooks = [r.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())) for r in made]
     flow = router_state_flow(stack, x)

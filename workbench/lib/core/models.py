@@ -3,7 +3,7 @@
 Tensor letters: B batch, T time (or patches), D model width, V vocabulary, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float, Int64
@@ -34,6 +34,20 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "batch time dim"], context: Context) -> Float[Tensor, "batch time dim"]:
         x = x + self.attention(self.attention_norm(x), context)
         return x + self.ffn(self.ffn_norm(x), context)
+
+
+class ResidualStack(nn.Module):
+    """Layers one after the other, x + layer(norm(x)), in one context: (..., D) -> (..., D)."""
+
+    def __init__(self, layers: Iterable[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch dim"]:
+        context = context if context is not None else Context()
+        for layer in self.layers:
+            x = x + layer(F.rms_norm(x, x.shape[-1:]), context)
+        return x
 
 
 class DecoderLM(nn.Module):

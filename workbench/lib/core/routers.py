@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from workbench.errors import InputError
-from workbench.lib.core.balance import LossFreeBias, balance_losses, check_coefficients
+from workbench.lib.core.balance import BALANCE_LOSSES, LossFreeBias, balance_losses, check_coefficients
 from workbench.lib.core.routing import Context, Routing
 
 
@@ -92,7 +92,12 @@ class TopKRouter(nn.Module):
         if self.top_k > 1 if self.renormalize is None else self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         routing = Routing.fixed(indices, weights, self.n_experts, probs=probs, logits=logits)
-        routing.losses = balance_losses(routing, self.coefficients, mask)
+        return self.balanced(routing, mask)
+
+    def balanced(self, routing: Routing, mask: Bool[Tensor, " tokens"] | None) -> Routing:
+        """The routing with its balance losses, counted by the bias where there is one."""
+        names = [name for name in self.coefficients if name in BALANCE_LOSSES]  # others are those of the layer
+        routing.losses = balance_losses(routing, names, mask)
         if self.bias is not None and self.training:
             self.bias.count(routing, mask)
         return routing

@@ -18,8 +18,6 @@ are the information of the earlier decisions and a gradient path between the rou
 Tensor letters: N tokens, D model width, E experts, K active experts per token, L MoE layers, p router width.
 """
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.experts import GLUExperts
+from workbench.lib.core.models import ResidualStack
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import TopKRouter, check_tokens
@@ -49,7 +48,7 @@ CELLS = ("gru", "rnn", "none")
 def example() -> nn.Module:
     """Two MoE layers, one after the other, whose routers share one cell."""
     routers = recurrent_routers(2, d_model=32, n_experts=4, top_k=2, d_router=8)
-    return RecurrentStack(MoELayer(router, GLUExperts(4, 32, 32)) for router in routers)
+    return ResidualStack(MoELayer(router, GLUExperts(4, 32, 32)) for router in routers)
 
 
 def recurrent_cell(kind: str, d_router: int) -> nn.Module | None:
@@ -170,20 +169,6 @@ def matched_width(n_layers: int, d_model: int, n_experts: int, d_router: int) ->
     """
     per_layer = d_router * (d_model + n_experts)
     return round((per_layer + 6 * d_router * (d_router + 1) / n_layers) / (d_model + n_experts))
-
-
-class RecurrentStack(nn.Module):
-    """MoE layers one after the other, x + layer(norm(x)), with the state handed on: (..., D) -> (..., D)."""
-
-    def __init__(self, layers: Iterable[MoELayer]):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Float[Tensor, "*batch dim"], context: Context | None = None) -> Float[Tensor, "*batch dim"]:
-        context = context if context is not None else Context()
-        for layer in self.layers:
-            x = x + layer(nn.functional.rms_norm(x, x.shape[-1:]), context)
-        return x
 
 
 def router_state_flow(model: nn.Module, inputs: Tensor) -> Float[Tensor, "layers layers"]:

@@ -1,0 +1,1 @@
+"""Sharing: parameters used at several depths. One file per system."""
