@@ -181,7 +181,7 @@ def test_settings_of_another_version_are_refused(tmp_path: Path):
     ("values", "said"),
     [
         ({"study": "mixlra"}, "'mixlra' is unknown; did you mean 'mixlora'"),
-        ({"study": "widenet"}, "'widenet' is planned"),
+        ({"study": "hecate"}, "'hecate' is planned"),
         ({"study": "mixlora", "arm": "mixlor"}, "'mixlor' is unknown; did you mean 'mixlora'"),
         ({"study": "mixlora", "preset": "smal"}, "preset 'smal' is unknown; did you mean 'small'"),
         ({"study": "mixlora", "seed": -1}, "seed is -1 but must be"),

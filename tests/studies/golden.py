@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 DRAWN = {"subsets"}
 """Measures that count different draws: one draw falls the other way where a sum is rounded in another order."""
 
-TEXT = {"rmoe", "equifinality", "sigma-moe-tiny", "sonicmoe", "moba", "moa", "flexmore", "sub-moe"}
+TEXT = {"rmoe", "equifinality", "sigma-moe-tiny", "sonicmoe", "moba", "moa", "flexmore", "sub-moe", "unipool"}
 """The studies that learn the text of this Python."""
 
 

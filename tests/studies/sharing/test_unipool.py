@@ -35,7 +35,7 @@ def test_reproduced_if_the_pool_is_better_and_the_smaller_one_no_worse():
     result = judged()
     assert result.verdict == REPRODUCED
     assert result.effect == pytest.approx(-0.03, abs=0.003) and result.ci[1] < 0
-    assert result.details["unipool_minus_tied"]["effect"] == pytest.approx(-0.04, abs=0.003)
+    assert result.details["unipool_minus_tied"]["mean"] == pytest.approx(-0.04, abs=0.003)
     json.dumps(result.details)
 
 

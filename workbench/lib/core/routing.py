@@ -85,6 +85,11 @@ class Routing:
         return tokens.repeat_interleave(self.active_counts, output_size=self.expert.numel())
 
     @property
+    def first(self) -> Int64[Tensor, " tokens"]:
+        """(N,) the expert of the largest weight of each token; only where K is fixed."""
+        return self.indices.gather(1, self.weights.argmax(1, keepdim=True)).squeeze(1)
+
+    @property
     def counts(self) -> Int64[Tensor, " experts"]:
         """(E,) pairs per expert, before any capacity limit."""
         return torch.bincount(self.expert, minlength=self.n_experts)

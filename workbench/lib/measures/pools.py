@@ -1,7 +1,10 @@
-"""How several layers use one pool of experts, from the layer x expert traffic matrix (the diagnostics of UniPool)."""
+"""How several layers, or one at several depths, use one pool of experts.
+
+From the layer x expert traffic matrix (the diagnostics of UniPool), or from the first expert of every token in each.
+"""
 
 import torch
-from jaxtyping import Bool, Float64, Num
+from jaxtyping import Bool, Float64, Int, Num
 from torch import Tensor
 
 from workbench.errors import InputError
@@ -23,6 +26,17 @@ def top_set_jaccard(traffic: Num[Tensor, "layers experts"], top: int = 16) -> Fl
 def top_set_union(traffic: Num[Tensor, "layers experts"], top: int = 16) -> Float64[Tensor, ""]:
     """Share of the pool that is among the `top` most used experts of at least one layer; top/E .. min(1, L top/E)."""
     return _top_sets(traffic, top).any(0).double().mean()
+
+
+def first_agreement(first: Int[Tensor, "layers tokens"]) -> Float64[Tensor, "layers layers"]:
+    """Share of the tokens whose first expert is the same in two layers; 0 .. 1, and 1 on the diagonal."""
+    return (first[:, None] == first).double().mean(-1)
+
+
+def chance_agreement(first: Int[Tensor, "layers tokens"], n_experts: int) -> Float64[Tensor, "layers layers"]:
+    """Its null: what it would be of layers with the same loads that choose independently, sum_e f_a(e) f_b(e)."""
+    loads = torch.nn.functional.one_hot(first.long(), n_experts).double().mean(1)
+    return loads @ loads.T
 
 
 def _top_sets(traffic: Num[Tensor, "layers experts"], top: int) -> Bool[Tensor, "layers experts"]:
