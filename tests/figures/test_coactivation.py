@@ -48,3 +48,15 @@ def test_transitions_name_both_layers_and_centre_at_independence():
 def test_many_experts_get_few_labels():
     figure = coactivation.coactivation_matrix(np.ones((64, 64)))
     assert len(figure.layout.xaxis.tickvals) <= 16
+
+
+def test_agreement_is_drawn_above_chance():
+    share = np.array([[1.0, 0.5, 0.2], [0.5, 1, 1], [0.2, 1, 1]])
+    chance = np.array([[0.3, 0.25, 0.4], [0.25, 0.4, 1], [0.4, 1, 1]])
+    figure = coactivation.agreement_matrix(share, chance, ["0", "1", "2"], title="Agreement")
+    (cells,) = figure.data
+    expected = np.array([[np.nan, 1 / 3, -1 / 3], [1 / 3, np.nan, np.nan], [-1 / 3, np.nan, np.nan]])
+    np.testing.assert_allclose(cells.z, expected, rtol=1e-6)
+    assert cells.zmin == pytest.approx(-1 / 3) and cells.zmax == 1
+    assert list(cells.customdata[0][1]) == ["0", "1", 0.5, 0.25]
+    assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2"]

@@ -18,6 +18,7 @@ WIDTH = 128
 GROUPS = ("embedding", "attention", "router", "experts", "head")
 CADENCE = {"routing": 10, "structure": 50, "conflict": 100, "evaluation": 500}  # steps
 CAPACITY_FACTOR = 1.25
+POOL = "blocks.0.ffn.experts"
 RANK = 16  # at first, of layers that shrink
 
 
@@ -56,6 +57,7 @@ def synthetic_meta(
             "layers": [{"name": layer, "n_experts": n_experts, "top_k": top_k} for layer in _layers(n_layers)],
             "groups": {group: 1000 * (i + 1) for i, group in enumerate(GROUPS)},
             "matrices": _matrices(n_layers, n_experts),
+            "pools": {POOL: _layers(n_layers)} if n_layers > 1 else {},
             "forms": {layer: {"rank": [], "importance": [1, RANK], "overlap": [3, 3]} for layer in _layers(n_layers)},
             "domains": list(domains),
             "vocabulary": "bytes",
@@ -197,7 +199,19 @@ def _structure(names: list[str], layers: list[_Layer]) -> dict[str, np.ndarray]:
             found[f"coactivation/{name}"] = (layer.mask.T @ layer.mask).astype(np.uint32)
         if i + 1 < len(layers):
             found[f"transition/{name}"] = (layer.mask.T @ layers[i + 1].mask).astype(np.uint32)
+    if len(layers) > 1:
+        first = np.stack([_first(layer) for layer in layers])  # (L, N)
+        loads = np.stack([np.bincount(row, minlength=layers[0].n_experts) for row in first])
+        same, n = (first[:, None] == first).sum(-1), first.shape[1]
+        counts = np.stack([same, loads @ loads.T / n, np.full_like(same, n)])
+        found[f"agreement/{POOL}"] = counts.round().astype(np.uint32)
     return found
+
+
+def _first(layer: _Layer) -> np.ndarray:
+    """(N,) the likeliest of the chosen."""
+    best = np.take_along_axis(layer.p, layer.chosen, axis=1).argmax(axis=1)
+    return np.take_along_axis(layer.chosen, best[:, None], axis=1)[:, 0]
 
 
 def _spectra(rng: np.random.Generator, n_layers: int, n_experts: int, step: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from workbench.catalogue import PACKAGE
 from workbench.live import records
 from workbench.live.recipe import Recipe
 from workbench.live.records import (
+    AGREEMENT,
     FORM,
     FORM_TABLE,
     LOAD,
@@ -48,6 +49,8 @@ def test_every_series_is_recorded_as_described(run: Run):
         assert run.dtype(name) == record.dtype, name
         if record.dtype:
             n = {"n": min(meta["matrices"][record.of(name)[1]])} if record == SPECTRUM else {}
+            if record == AGREEMENT:
+                n = {"L": len(meta["pools"][record.of(name)[0]])}
             if record == FORM_TABLE:
                 layer, what = record.of(name)
                 n = dict(zip("mk", meta["forms"][layer][what], strict=True))
@@ -66,7 +69,7 @@ def test_every_series_is_recorded_when_described(run: Run):
 
 
 def test_every_description_is_of_something_that_is_recorded(run: Run):
-    unchanging = {FORM, FORM_TABLE} if run.meta["recipe"].get("name") != "synthetic" else set()
+    unchanging = {FORM, FORM_TABLE, AGREEMENT} if run.meta["recipe"].get("name") != "synthetic" else set()
     assert {find(name) for name in run.names()} == set(RECORDS) - {TRAIN} - unchanging
 
 

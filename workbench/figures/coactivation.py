@@ -1,4 +1,4 @@
-"""Which experts are chosen together: ordered matrices of one layer, and transitions from one layer to the next."""
+"""Which experts are chosen together: in one layer, from one layer to the next, and in layers that share them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,6 +107,38 @@ def transition_matrix(
         bar=colour_bar({0: "0", 1: "1 null", high: f"≥ {high:.2g}"}),
         hover="expert %{customdata[0]} → %{customdata[1]}<br>lift <b>%{z:.3f}</b><extra></extra>",
     )
+
+
+def agreement_matrix(
+    share: np.ndarray, chance: np.ndarray, layers: Sequence[str], *, theme: str = "light", title: str | None = None
+) -> go.Figure:
+    """Whether layers that share their experts choose the same: ``share`` (L, L) of tokens whose first expert is.
+
+    Drawn is (share - chance) / (1 - chance), with ``chance`` (L, L) what independent choices with the same loads give:
+    0 is independence and 1 that all tokens have the same expert. Grey is undefined: a layer with itself, and layers
+    that can only agree.
+    """
+    share, chance = (np.asarray(values, dtype=np.float64) for values in (share, chance))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = off_diagonal(np.where(chance < 1, (share - chance) / (1 - chance), np.nan))
+    low = float(np.nanmin(values, initial=-0.25))
+    figure = _square(
+        values,
+        list(layers),
+        list(layers),
+        theme=theme,
+        title=title or "Agreement between depths",
+        subtitle="tokens with the same first expert, above chance · 0 = independent, 1 = always the same",
+        axes=("layer", "layer"),
+        scale=(low, 0.0, 1.0),
+        bar=colour_bar({low: f"{low:.2g}", 0: "0 null", 1: "1"}),
+        hover="layers %{customdata[0]} and %{customdata[1]}<br>above chance <b>%{z:.3f}</b><br>"
+        "same first expert %{customdata[2]:.1%}, by chance %{customdata[3]:.1%}<extra></extra>",
+    )
+    (cells,) = figure.data
+    names = np.asarray(cells.customdata, dtype=object)
+    cells.customdata = np.concatenate([names, share[..., None], chance[..., None]], axis=-1)
+    return figure
 
 
 def _square(

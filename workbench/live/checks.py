@@ -92,6 +92,7 @@ _MODEL = {
     "groups": _name_to(_or_none(_is_whole)),
     "matrices": _name_to(_is_shape),
     "low_rank": _are(_is_text),
+    "pools": _name_to(_are(_is_text)),
     "forms": _name_to(_name_to(lambda shape: shape == [] or _is_shape(shape))),
     "domains": _are(_is_text),
     "adaptation": _is_adaptation,
@@ -107,7 +108,7 @@ _META = {
     "data": (lambda value: isinstance(value, dict), "data sets by name"),
     "model": (
         _is_model,
-        "layers (name, n_experts, top_k), groups, matrices, low_rank, forms, domains, adaptation and vocabulary",
+        "layers (name, n_experts, top_k), groups, matrices, low_rank, pools, forms, domains, adaptation and vocabulary",
     ),
     "weights_sha256": (_or_none(_is_text), "text"),
 }

@@ -4,7 +4,7 @@ A name is a pattern filled in: `LOAD.name("blocks.0.ffn")` is "load/blocks.0.ffn
 ask here what a name is (`find`). A scalar is a float64; a tensor has a numpy dtype and a shape in these letters:
 
     E experts, E' experts of the next layer, D domains, V token ids, n singular values (the shorter side of the matrix),
-    m rows and k columns of a table
+    m rows and k columns of a table, L layers that use one pool of experts
 
 What is due at the cadence "routing" is recorded where "structure" is due as well.
 """
@@ -89,6 +89,10 @@ COACTIVATION = Record(
 TRANSITION = Record(
     "transition/{layer}", "structure", "tokens by expert here and expert in the next layer", "uint32", ("E", "E'")
 )
+AGREEMENT = Record(
+    "agreement/{pool}", "structure", "of two layers that use the same experts: tokens whose first expert is the same, "
+    "such tokens if the layers chose independently, and tokens compared", "uint32", (3, "L", "L"),
+)  # fmt: skip
 SPECTRUM = Record(
     "spectrum/{of}/{matrix}", "structure", "singular values, largest first, of the weight, the step's update of it or "
     "its gradient; of a large matrix the largest only", "float32", ("n",),
@@ -125,7 +129,7 @@ VALIDATION = Record("valid/{metric}", EVALUATION, 'a metric on validation data; 
 RECORDS = (
     *(LOSS, STEP_SECONDS, LEARNING_RATE, GRAD_NORM, AUX, TRAIN, PROBE_SECONDS, STORE_SECONDS),
     *(SUPPORT, PROBABILITY_SUPPORT, CONFIDENCE, ENTROPY),
-    *(*LOADS, DROPPED, COACTIVATION, TRANSITION, SPECTRUM, FORM, FORM_TABLE, CONFLICT, TOKENS),
+    *(*LOADS, DROPPED, COACTIVATION, TRANSITION, AGREEMENT, SPECTRUM, FORM, FORM_TABLE, CONFLICT, TOKENS),
     *map(on_validation, LOADS),
     VALIDATION,
 )

@@ -236,6 +236,7 @@ def describe(
         "groups": {name: find.size(group) for name, group in find.groups(model, found).items()},
         "matrices": {matrix.name: list(matrix.shape) for matrix in matrices},
         "low_rank": [matrix.name for matrix in matrices if isinstance(matrix, find.LowRank)],
+        "pools": {name: [block.name for block in users] for name, users in find.pools(found).items()},
         "forms": {
             layer: {what: list(shape) for what, shape in shapes.items()}
             for layer, shapes in FormProbe(model).shapes.items()

@@ -531,3 +531,16 @@ def test_a_report_that_is_none_is_refused(tmp_path, wrong):
     RunWriter.create(tmp_path / "right", {"kind": "watch", "model": {"adaptation": report}}).close()
     with pytest.raises(ValueError, match="meta 'model' is"):
         RunWriter.create(tmp_path / "wrong", {"kind": "watch", "model": {"adaptation": report | wrong}})
+
+
+def test_agreement_is_of_the_pool_of_the_selected_layer(run, tmp_path):
+    view = CoactivationView(run)
+    same, chance, n = run.tensors("agreement/blocks.0.ffn.experts")[1].sum(axis=0).astype(np.float64)
+    (cells,) = figure(view, "agreement").data
+    expected = (same / n - chance / n) / (1 - chance / n)
+    apart = ~np.eye(3, dtype=bool)
+    np.testing.assert_allclose(cells.z[apart], expected[apart], rtol=1e-5)
+    assert view.cards["agreement"].visible and figure(view, "agreement").layout.xaxis.ticktext == ("0", "1", "2")
+    with watch(nn.Linear(4, 4), tmp_path / "plain") as watched:
+        watched.step(loss=1.0)
+    assert not CoactivationView(tmp_path / "plain").cards["agreement"].visible

@@ -55,12 +55,13 @@ class Block:
     """One mixture-of-experts block of a model.
 
     Attributes:
-        name: of the block in the model.
+        name: of the block in the model; of one depth of a module that a model applies at several, "name@depth".
         router: name of its router inside the block; "" for a block that decides by itself, or whose router is unknown.
         n_experts, top_k: E, and K or None where it varies or is not known.
         experts: the experts that are called with the decision, where they are.
         reader: what reads the decision, where `routers` said so.
         members: the experts one by one, where each is a module.
+        depth: at which a module is applied that is applied at several; None where there is one.
     """
 
     name: str
@@ -71,6 +72,12 @@ class Block:
     experts: nn.Module | None = field(repr=False, default=None)
     reader: Reader | None = field(repr=False, default=None)
     members: tuple[nn.Module, ...] = field(repr=False, default=())
+    depth: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The name of the module in the model."""
+        return self.name if self.depth is None else self.name.removesuffix(f"@{self.depth}")
 
     def observe(self, observer: Observer, wanted: Callable[["Block"], bool]) -> Callable[[], None]:
         """Call `observer(block, routing, context)` after each `wanted` decision, until the returned function is called.
@@ -80,7 +87,15 @@ class Block:
         if isinstance(self.module, Announcing):
 
             def seen(module: Announcing, routing: Routing, context: Context) -> None:
-                if module is self.module and wanted(self):
+                if module is not self.module or not wanted(self):
+                    return
+                if self.depth is None:
+                    observer(self, routing, context)
+                    return
+                depths, number = module.depths, context.passed[module]
+                if number > len(depths):
+                    observer(self, f"its pass number {number} in one forward: it has the depths {depths}", context)
+                elif depths[number - 1] == self.depth:
                     observer(self, routing, context)
 
             return self.module.observe(seen).remove
@@ -168,7 +183,9 @@ def blocks(model: nn.Module, routers: Mapping[str, tuple[int, Reader]] | None = 
         parent = name.rpartition(".")[0]
         if isinstance(module, Announcing):
             router = "router" if isinstance(getattr(module, "router", None), nn.Module) else ""
-            found[name] = Block(name, module, router, module.n_experts, module.top_k)
+            for depth in module.depths or (None,):
+                own = name if depth is None else f"{name}@{depth}"
+                found[own] = Block(own, module, router, module.n_experts, module.top_k, depth=depth)
         elif name in told:
             n_experts, reader = told[name]
             block = Block(parent, known[parent], name.removeprefix(f"{parent}."), n_experts, None, reader=reader)
@@ -179,7 +196,23 @@ def blocks(model: nn.Module, routers: Mapping[str, tuple[int, Reader]] | None = 
             router = name.removeprefix(f"{parent}.") if parent else name
             n_experts, top_k = _integer(COUNTS, module), _integer(CHOICES, module)
             found[name] = Block(parent, known[parent], router, n_experts, top_k)
-    return list(found.values())
+    return _in_order_of_depth(list(found.values()))
+
+
+def _in_order_of_depth(found: list[Block]) -> list[Block]:
+    """Those of several depths in the order in which tokens pass them, in the places that they have."""
+    ordered = iter(sorted((block for block in found if block.depth is not None), key=lambda block: block.depth))
+    return [block if block.depth is None else next(ordered) for block in found]
+
+
+def pools(found: list[Block]) -> dict[str, list[Block]]:
+    """The blocks that use the same experts, where there are several, by the name of the experts."""
+    held: dict[nn.Module, list[Block]] = {}
+    for block in found:
+        experts = getattr(block.module, "experts", None)
+        if isinstance(block.module, Announcing) and isinstance(experts, nn.Module):
+            held.setdefault(experts, []).append(block)
+    return {_name(users[0].path, "experts"): users for users in held.values() if len(users) > 1}
 
 
 def unread(model: nn.Module, found: list[Block]) -> list[str]:
@@ -190,7 +223,7 @@ def unread(model: nn.Module, found: list[Block]) -> list[str]:
         banks = [child for each, child in module.named_children() if _is_bank(each)]
         if not mixed and not any((_integer(COUNTS, bank) or _length(bank)) != 1 for bank in banks):
             continue
-        ours = any(_within(name, block.name) or _within(block.name, name) for block in found)
+        ours = any(_within(name, block.path) or _within(block.path, name) for block in found)
         if not ours and not isinstance(module, Announcing) and not any(_within(name, outer) for outer in names):
             names.append(name)
     return names

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from workbench.lib.core.low_rank import LowRankExperts, MadeFactors
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.gradients import Member, size
-from workbench.live.probes.blocks import Block, blocks, modules, plain, unread
+from workbench.live.probes.blocks import Block, blocks, modules, plain, pools, unread
 
-__all__ = ["Block", "Inputs", "LowRank", "Matrix", "blocks", "groups", "matrices", "size", "unread"]
+__all__ = ["Block", "Inputs", "LowRank", "Matrix", "blocks", "groups", "matrices", "pools", "size", "unread"]
 
 MOST_EXPERTS = 16
 """Experts of a bank of low-rank experts up to which each of them is a group of parameters of its own."""
@@ -46,19 +46,19 @@ def groups(model: nn.Module, found: list[Block]) -> dict[str, list[Member]]:
 
 def _group(name: str, found: list[Block]) -> str:
     for block in found:
-        inside = name.removeprefix(f"{block.name}." if block.name else "")
-        if inside != name or not block.name:
+        inside = name.removeprefix(f"{block.path}." if block.path else "")
+        if inside != name or not block.path:
             if not block.router:
-                return block.name or "trunk"
+                return block.path or "trunk"
             parts = {block.router: "router", "experts": "experts"}
             part = next((what for prefix, what in parts.items() if inside.startswith(f"{prefix}.")), "shared")
-            return f"{block.name}.{part}".lstrip(".")
+            return f"{block.path}.{part}".lstrip(".")
     numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
     if numbered is None:
         return "trunk"
     layer = numbered.group()
     return (
-        f"{layer}.attention" if any(block.router and block.name.startswith(f"{layer}.") for block in found) else layer
+        f"{layer}.attention" if any(block.router and block.path.startswith(f"{layer}.") for block in found) else layer
     )
 
 
@@ -236,7 +236,7 @@ class Inputs:
 
     def without_padding(self, block: Block, routing: Routing, context: Context) -> tuple[Routing, Context]:
         """The routing of the tokens that are no padding, and their ids, where the batch is known to be these tokens."""
-        decoder = self.two_sided and "decoder" in block.name.split(".")
+        decoder = self.two_sided and "decoder" in block.path.split(".")
         ids, real = self.sides.get("decoder_" if decoder else "", (None, None))
         ids = ids if ids is not None and ids.numel() == routing.n_tokens else context.token_ids
         if real is None or real.numel() != routing.n_tokens or bool(real.all()):

@@ -11,8 +11,9 @@ from workbench.lib.core.recompute import recomputing
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.meters import RoutingMeter
 from workbench.lib.measures.routing import counts_by_class, effective_support_size
-from workbench.live.probes.find import Block, Inputs
+from workbench.live.probes.find import Block, Inputs, pools
 from workbench.live.records import (
+    AGREEMENT,
     COACTIVATION,
     CONFIDENCE,
     DROPPED,
@@ -43,6 +44,7 @@ class _Tally:
         self.load = {block.name: torch.zeros(block.n_experts, dtype=torch.int64) for block in found}
         self.by_domain = {block.name: torch.zeros(n_domains, block.n_experts, dtype=torch.int64) for block in found}
         self.support: dict[str, tuple[float, int]] = {}  # by series: sum over tokens and their number
+        self.pools = [_Agreement(name, users) for name, users in pools(found).items()]
         self.tokens = 0
 
     def add(self, block: Block, routing: Routing, domain: Tensor | None) -> None:
@@ -54,6 +56,8 @@ class _Tally:
         else:
             kept = None if routing.kept is None else _mask(routing, routing.kept)
             self.meter.update(block.name, routing.mask(), routing.probs, kept)
+        for pool in self.pools:
+            pool.add(block, routing)
         served = routing.weights if routing.top_k is not None and routing.kept is None else routing.dense()
         self._add_support(SUPPORT.name(block.name), served)
         if routing.probs is not None:
@@ -85,6 +89,37 @@ class _Tally:
         if self.by_domain[name].any():
             found[LOAD_BY_DOMAIN] = _uint32(self.by_domain[name])
         return found
+
+
+class _Agreement:
+    """How often the first expert of a token is the same in two of the layers that use one pool of experts.
+
+    Layers are compared in one forward pass, and where they see the same number of tokens.
+
+    Attributes:
+        counts: (3, L, L) of `records.AGREEMENT`.
+    """
+
+    def __init__(self, name: str, users: list[Block]):
+        self.name, self.place = name, {block.name: place for place, block in enumerate(users)}
+        self.counts = torch.zeros(3, len(users), len(users), dtype=torch.float64)
+        self._first: dict[int, Tensor] = {}  # of this pass
+
+    def add(self, block: Block, routing: Routing) -> None:
+        here = self.place.get(block.name)
+        if here is None or routing.top_k is None:
+            return
+        if here in self._first:  # the next pass
+            self._first.clear()
+        mine = self._first[here] = routing.first
+        loads = torch.bincount(mine, minlength=routing.n_experts).double()
+        for there, other in self._first.items():
+            if len(other) == len(mine):
+                by_chance = loads @ torch.bincount(other, minlength=routing.n_experts).double() / max(1, len(mine))
+                found = torch.stack([(mine == other).sum().double(), by_chance, loads.sum()]).cpu()
+                self.counts[:, here, there] += found
+                if there != here:
+                    self.counts[:, there, here] += found
 
 
 class RoutingProbe:
@@ -157,6 +192,9 @@ class RoutingProbe:
                 tensors[COACTIVATION.name(name)] = _uint32(counts.pairs)
             if structure and i + 1 < len(self.found) and counts.transition.any():
                 tensors[TRANSITION.name(name)] = _uint32(counts.transition)
+        if structure:
+            seen = [pool for pool in tally.pools if pool.counts.any()]
+            tensors |= {AGREEMENT.name(pool.name): _uint32(pool.counts.round()) for pool in seen}
         return scalars, tensors
 
     def take_tokens(self) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Expert co-activation: which experts work together, in one layer and from one layer to the next."""
+"""Expert co-activation: which experts work together, in one layer, over layers, and in layers that share them."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from workbench.figures import coactivation as figures
 from workbench.figures.theme import short_names
 from workbench.lib.measures.coactivation import CoactivationMatrix, cluster_order, coactivation, top_pairs
 from workbench.lib.measures.transition import transition_lift
-from workbench.live.records import COACTIVATION, TRANSITION
+from workbench.live.records import AGREEMENT, COACTIVATION, TRANSITION
 from workbench.live.views.bar import layer_select, widget
 from workbench.live.views.card import Card
 from workbench.live.views.markup import Markup, table
@@ -28,6 +28,10 @@ HOW = {
     "until you ask for a new one.",
     "transition": "Of the tokens of expert i in this layer, how many more than expected go to expert j in the next "
     "one. 1 (neutral) means that the two layers route independently; orange cells are paths through the network.",
+    "agreement": "Layers that share their experts, or the depths at which one layer is applied: how many more tokens "
+    "than by chance have the same first expert in both. 0 (neutral) means that they choose independently, 1 that every "
+    "token goes to the same expert again; chance is what their loads give. A shared router that does this at all "
+    "depths has learned nothing from depth.",
     "pairs": "The strongest pairs of the matrix, with the number of tokens that both took in the records summed. "
     "With few tokens a large value is easily chance: sum more records.",
 }
@@ -43,7 +47,7 @@ class Together(NamedTuple):
 
 
 class CoactivationView(View):
-    """Ordered co-activation matrix of a layer, its top pairs, and transitions to the next layer."""
+    """Ordered co-activation matrix of a layer, its top pairs, transitions to the next, and agreement in a pool."""
 
     title = "Co-activation"
 
@@ -63,6 +67,7 @@ class CoactivationView(View):
             "matrix": Card("Co-activation", HOW["matrix"], span=5, height=520),
             "transition": Card("Transitions to the next layer", HOW["transition"], span=4, height=520),
             "pairs": Card("Top pairs", HOW["pairs"], span=3, height=520),
+            "agreement": Card("Agreement between depths", HOW["agreement"], span=5, height=420),
         }
 
     def order_anew(self) -> None:
@@ -80,6 +85,27 @@ class CoactivationView(View):
         self.put("pairs", lambda: self.each(found, self._pairs), here, kind, window)
         there = self.stamps(lambda run: run.at(TRANSITION.name(run.layer(chosen).name), step)[0])
         self.put("transition", self._transitions, there, window)
+        self.cards["agreement"].visible = any(run.model.get("pools") for run in shown)
+        pools = self.read(self._agreement)
+        stamps = stamped(pools, lambda data: data[0])
+        self.put("agreement", lambda: self.each(pools, self._agreement_figure), stamps, window)
+
+    def _agreement(self, run: Readings) -> tuple[int, list[str], np.ndarray]:
+        """The step, the layers (L,) of the selected layer's pool, and the counts (3, L, L) of the window."""
+        layer = run.layer(self.selection.layer).name
+        pools = run.model.get("pools") or {}
+        name = next((name for name, layers in pools.items() if layer in layers), None)
+        if name is None:
+            raise Nothing("this layer shares its experts with no other")
+        step, counts = run.window(AGREEMENT.name(name), self.selection.step, self.window.value)
+        return step, pools[name], counts
+
+    def _agreement_figure(self, run: Readings, data: tuple[int, list[str], np.ndarray]):
+        _, layers, counts = data
+        with np.errstate(invalid="ignore"):
+            share, chance = counts[:2] / counts[2]  # NaN where no tokens were compared
+        title = f"Agreement between depths{self.suffix(run)}"
+        return figures.agreement_matrix(share, chance, short_names(layers), theme=self.selection.theme, title=title)
 
     def _transitions(self) -> list:
         chosen = self.selection.layer
