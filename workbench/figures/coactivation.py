@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.figures.theme import blank, colour_bar, diverging, theme_named
+from workbench.figures.theme import blank, colour_bar, diverging, text, theme_named
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ def agreement_matrix(
     share, chance = (np.asarray(values, dtype=np.float64) for values in (share, chance))
     with np.errstate(divide="ignore", invalid="ignore"):
         values = off_diagonal(np.where(chance < 1, (share - chance) / (1 - chance), np.nan))
-    low = float(np.nanmin(values, initial=-0.25))
+    low, names = float(np.nanmin(values, initial=-0.25)), [text(layer) for layer in layers]
     figure = _square(
         values,
-        list(layers),
-        list(layers),
+        names,
+        names,
         theme=theme,
         title=title or "Agreement between depths",
         subtitle="tokens with the same first expert, above chance · 0 = independent, 1 = always the same",
@@ -136,8 +136,8 @@ def agreement_matrix(
         "same first expert %{customdata[2]:.1%}, by chance %{customdata[3]:.1%}<extra></extra>",
     )
     (cells,) = figure.data
-    names = np.asarray(cells.customdata, dtype=object)
-    cells.customdata = np.concatenate([names, share[..., None], chance[..., None]], axis=-1)
+    pairs = np.asarray(cells.customdata, dtype=object)
+    cells.customdata = np.concatenate([pairs, share[..., None], chance[..., None]], axis=-1)
     return figure
 
 
