@@ -128,7 +128,7 @@ def agreement_matrix(
         names,
         theme=theme,
         title=title or "Agreement between depths",
-        subtitle="tokens with the same first expert, above chance · 0 = independent, 1 = always the same",
+        subtitle="same first expert, above chance · 0 = independent, 1 = always",
         axes=("layer", "layer"),
         scale=(low, 0.0, 1.0),
         bar=colour_bar({low: f"{low:.2g}", 0: "0 null", 1: "1"}),
