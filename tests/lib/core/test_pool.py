@@ -1,10 +1,16 @@
+"""A pool is held by many layers and is one: for optimisers, gradients, files, and copies."""
+
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from workbench.errors import InputError
 from workbench.lib.core.experts import GLUExperts, MLPExperts
@@ -122,6 +128,26 @@ def test_weights_are_assigned_and_kept_with_their_graph():
     bare.load_state_dict(model.state_dict(), strict=True, assign=True)
     assert bare.blocks[3].ffn.experts.bank.down is bare.blocks[0].ffn.experts.bank.down
     assert torch.equal(loss_of(bare), loss_of(model))
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield
+    distributed.destroy_process_group()
+
+
+def test_a_sharded_model_has_the_pool_once(alone):
+    model, whole = stack(), stack()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    state = model.state_dict()
+    assert list(state) == list(whole.state_dict()) and all(isinstance(value, DTensor) for value in state.values())
+    loss_of(model).backward()
+    loss_of(whole).backward()
+    for (name, mine), (_, its) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), its.grad, msg=name)
+    model.load_state_dict(state, strict=True)
 
 
 def test_a_pool_alone_is_a_bank():

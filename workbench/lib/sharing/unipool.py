@@ -115,7 +115,7 @@ class NormRouter(TopKRouter):
         super().__init__(n_experts, top_k, renormalize=False, **options)
         self.eps, self.init = eps, init
         self.projection = nn.Linear(d_model, n_experts, bias=False)
-        self.gamma = nn.Parameter(torch.ones(()))
+        self.gamma = nn.Parameter(torch.ones(1))  # FSDP2 takes no scalar
         nn.init.normal_(self.projection.weight, std=0.02)
 
     def scores(self, x: Float[Tensor, "tokens dim"], context: Context) -> Float[Tensor, "tokens experts"]:
