@@ -138,9 +138,12 @@ def alone() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def test_a_sharded_model_has_the_pool_once(alone):
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_sharded_model_has_the_pool_once(by_layer: bool, alone):
     model, whole = stack(), stack()
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    units = [model.blocks[0].ffn.experts, *model.blocks, model] if by_layer else [model]
+    for unit in units:
+        fully_shard(unit, mesh=init_device_mesh("cpu", (1,)))
     state = model.state_dict()
     assert list(state) == list(whole.state_dict()) and all(isinstance(value, DTensor) for value in state.values())
     loss_of(model).backward()

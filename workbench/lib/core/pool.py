@@ -22,7 +22,8 @@ from workbench.lib.core.routing import Experts, Routing
 class ExpertPool(nn.Module):
     """A bank of M experts for any number of layers; itself an `Experts`.
 
-    A state dict of a model with it, and so a safetensors file, has the pool once: see `stored_once`.
+    A state dict of a model with it, and so a safetensors file, has the pool once: see `stored_once`. Under FSDP2, where
+    layers are units, the pool is one of its own and the first: `fully_shard(pool)`, then the layers.
 
     Args:
         bank: the experts, e.g. `GLUExperts`.
