@@ -31,7 +31,7 @@ KILLER = Path(__file__).parent / "kill_and_resume.py"
 SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny")
 READY = [row.slug for row in catalogue.methods(status="ready")]
 STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging"}  # no arm trains
-UNROUTED = {"adapters", "merging"}  # families in which no token is sent anywhere
+UNROUTED = {"adapters", "low_rank", "merging"}  # families in which no token is sent anywhere
 
 
 class Crash(Exception):

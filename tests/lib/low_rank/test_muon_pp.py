@@ -273,7 +273,7 @@ def test_coordinates_are_what_they_are_said_to_be():
     for call, said in [
         (lambda: coordinates((8,)), r"widths are \(8,\) but must be at least two"),
         (lambda: coordinates((8, 4)), "ascending"),
-        (lambda: coord_check(None, None, (8, 16), steps=0), "steps is 0"),
+        (lambda: coord_check(coordinates, coordinates, (8, 16), steps=0), "steps is 0"),
         (lambda: found.slopes("sise"), "what 'sise' is unknown; did you mean 'size'"),
     ]:
         with pytest.raises(InputError, match=said):

@@ -230,4 +230,3 @@ class ConflictMeter:
     def measure(self, losses: Mapping[str, Callable[[int], Tensor]]) -> dict[str, ConflictStats]:
         """Conflict of every group; the tasks are in the order of `losses`."""
         return {name: conflict_stats(g, self.n_parameters[name]) for name, g in self.gramians(losses).items()}
-
