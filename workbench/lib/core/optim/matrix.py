@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from workbench.errors import InputError
-from workbench.lib.core.optim.sharded import parted, whole
+from workbench.lib.core.optim.sharded import finite, parted, whole
 
 MAX_SIDE = 32_000
 """A longer side is that of an embedding or a head."""
@@ -166,12 +166,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for p in given:
             if p.grad.is_sparse or p.grad.is_complex():
                 raise InputError(f"the gradient of a parameter {tuple(p.shape)} is sparse or complex and must not be")
-        norms = torch._foreach_norm([p.grad for p in given], math.inf) if given else []
-        finite = torch.stack([whole(norm).to(norms[0].device) for norm in norms]).isfinite().tolist() if norms else []
-        if not all(finite):
-            first = given[finite.index(False)]
+        if not all(sound := finite([p.grad for p in given])):
+            first = given[sound.index(False)]
             raise FloatingPointError(
-                f"the gradients of {finite.count(False)} of {len(given)} parameters are not finite, the first of shape "
+                f"the gradients of {sound.count(False)} of {len(given)} parameters are not finite, the first of shape "
                 f"{tuple(first.shape)}: no step was made"
             )
 
