@@ -226,7 +226,10 @@ def test_every_view_that_applies_to_a_study_is_fed(slug: str, tmp_path: Path):
     described = run.meta["model"]
     routes, domains = described["layers"], described["domains"]
     several = any(layer["top_k"] != 1 for layer in routes)
-    always = {Overview: ("loss", "rank"), SpectraView: ("spectrum", "numbers", "effective_rank", "rms_norm")}
+    always = {
+        Overview: ("loss", "rank"),
+        SpectraView: ("spectrum", "numbers", "effective_rank", "rms_norm", "update_norm"),
+    }
     always[LossView] = ("loss", "valid", "lr", "grad_norm", *(("aux",) if routes else ()))
     wanted = always | {
         ImbalanceView: ("load", "balance", "layers", "support") if routes else (),

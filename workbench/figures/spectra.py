@@ -90,6 +90,9 @@ MEASURES = {
     "rms_norm": SpectralMeasure(
         "RMS operator norm", "σ₁ √(in ÷ out) · band = 0.5–2 × first weight", "RMS gain (log)", True
     ),
+    "update_norm": SpectralMeasure(
+        "Size of a step", "RMS norm of the update ÷ rate · band = 0.5–2 × first", "RMS gain ÷ rate (log)", True
+    ),
 }
 
 

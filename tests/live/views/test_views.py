@@ -313,6 +313,42 @@ def test_ranks_of_the_chosen_matrix_over_time(run):
     assert names == ["weight at first", "weight", "update", "gradient", "Marchenko–Pastur"]
 
 
+def test_the_size_of_a_step_is_its_norm_over_the_rate(run, other):
+    view = SpectraView(run, other)
+    view.matrix.value = "blocks.0.attention.qkv"
+    steps, values = run.tensors("spectrum/update/blocks.0.attention.qkv")
+    rates = run.scalars("train/lr")[1][steps]
+    out, inside = run.meta["model"]["matrices"]["blocks.0.attention.qkv"]
+    expected = double(values)[:, 0].numpy() * (inside / out) ** 0.5 / rates
+    shown = figure(view, "update_norm")
+    assert list(shown.data[0].x) == list(steps) and [line.name for line in shown.data] == ["update"]
+    np.testing.assert_allclose(shown.data[0].y, expected, rtol=1e-5)
+    band = shown.layout.shapes[0]
+    np.testing.assert_allclose((band.y0, band.y1), (expected[0] / 2, 2 * expected[0]), rtol=1e-5)
+    assert shown.layout.yaxis.range == figure(view, "update_norm", 1).layout.yaxis.range
+
+
+def test_a_run_that_does_not_say_its_rate_has_no_size_of_a_step(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, tmp_path / "run", cadence={"structure": 1}) as watching:
+        for _ in range(2):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            watching.step(loss=1.0)
+    said = SpectraView(Run(tmp_path / "run")).cards["update_norm"].contents[0]
+    assert "does not say its learning rate: hand it over" in str(said)
+    with watch(model, tmp_path / "other", cadence={"structure": 1}) as watching:
+        for lr in (0.0, 0.5, 0.5):
+            optimizer.param_groups[0]["lr"] = lr
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            watching.step(loss=1.0, lr=lr)
+    line = figure(SpectraView(Run(tmp_path / "other")), "update_norm").data[0]
+    assert list(np.isfinite(line.y)) == [False, True, True]  # where the rate is 0 there is no size
+
+
 def test_the_heavy_tail_exponent_only_where_it_may_be_read(run):
     view = SpectraView(run)
 

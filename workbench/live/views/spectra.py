@@ -11,7 +11,7 @@ from workbench.figures import spectra as figures
 from workbench.lib.measures.power_law import RELIABLE_FROM, fit_power_law
 from workbench.lib.measures.random_matrix import marchenko_pastur_spectrum, null_measures, outliers
 from workbench.lib.measures.spectra import SpectrumResult, measures
-from workbench.live.records import SPECTRUM
+from workbench.live.records import LEARNING_RATE, SPECTRUM
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
 from workbench.live.views.form import FormCards
@@ -33,6 +33,10 @@ HOW = {
     "rms_norm": "The largest factor by which the matrix scales the root mean square of its input. Ranks are blind to "
     "scale, this is not. For training that transfers across widths it should stay of order 1: the band is half to "
     "twice the weight at its first record. An update is the change that one step really made, decay included.",
+    "update_norm": "The RMS operator norm of one step's change, decay included, divided by the learning rate of that "
+    "step: what the optimiser makes of a gradient, whatever the schedule. Under the spectral condition (muP) it is of "
+    "order 1 in every layer, at every width and all the time. Muon++ holds it between 0.68 and 1.2; that of AdamW "
+    "grows with the width and falls as gradients come to disagree. The band is half to twice its first record.",
     "numbers": "Everything at the step on show, with the value of a random matrix of the same shape as the null. The "
     "heavy-tail exponent α is given only from n = 128 up: below that even exact power laws scatter over the whole "
     "range of interest. D is the distance between tail and fit (0 perfect), m the number of values in the tail. "
@@ -117,6 +121,7 @@ class SpectraView(View):
             "effective_rank": Card("Effective rank", HOW["effective_rank"], span=4, height=262),
             "stable_rank": Card("Stable rank", HOW["stable_rank"], span=4, height=262),
             "rms_norm": Card("RMS operator norm", HOW["rms_norm"], span=4, height=262),
+            "update_norm": Card("Size of a step", HOW["update_norm"], span=4, height=262),
             **self.form.cards,
         }
 
@@ -130,6 +135,7 @@ class SpectraView(View):
         for rank in ("effective_rank", "stable_rank"):
             self.put(rank, lambda rank=rank: rank_contents(self, found, rank), stamps, self.matrix.value)
         self.put("rms_norm", lambda: self._norms(found), stamps, self.matrix.value)
+        self.put("update_norm", lambda: self._steps(shown, found), stamps, self.matrix.value)
         step = self.selection.step
         rows = stamped(found, lambda data: data.rows(step))
         self.put("spectrum", lambda: self._spectra(found), rows, self.matrix.value)
@@ -170,6 +176,28 @@ class SpectraView(View):
                 measure="rms_norm",
                 band=(0.5 * start, 2 * start) if np.isfinite(start) else None,
                 title=f"RMS operator norm{self.suffix(run)}",
+                limits=limits,
+                **self.look,
+            )
+
+        return self.each(lines, build)
+
+    def _steps(self, shown: list[Readings], found: list) -> list:
+        lines = [
+            data if isinstance(data, Nothing) else step_sizes(run, data) for run, data in zip(shown, found, strict=True)
+        ]
+        values = [v[np.isfinite(v)] for line in present(lines) for _, v in line.values()]
+        values = np.concatenate(values) if values else np.empty(0)
+        limits = (float(values.min() / 2.6), float(values.max() * 2.6)) if len(values) else None
+
+        def build(run: Readings, line: dict):
+            first = line["update"][1]
+            first = first[np.isfinite(first)][:1]
+            return figures.rank_lines(
+                line,
+                measure="update_norm",
+                band=(0.5 * first[0], 2 * first[0]) if len(first) else None,
+                title=f"{figures.MEASURES['update_norm'].title}{self.suffix(run)}",
                 limits=limits,
                 **self.look,
             )
@@ -218,6 +246,22 @@ def history(run: Readings, matrix: str | None) -> History:
     if not series:
         run.tensors(SPECTRUM.name("weight", matrix))  # raises the Nothing that says when one is due
     return History(matrix, series, tuple(shapes[matrix]), matrix in (run.model.get("low_rank") or ()))
+
+
+def step_sizes(run: Readings, data: History) -> dict[str, tuple[np.ndarray, np.ndarray]] | Nothing:
+    """RMS operator norm of the updates of a matrix over the learning rate of their steps; NaN where that is 0.
+
+    The rate is the run's: a group of parameters with a rate of its own is off by a factor that stays.
+    """
+    if "update" not in data.series:
+        return Nothing("this run records no updates of this matrix")
+    at, rates = run.scalars(LEARNING_RATE.name())
+    if not len(at):
+        return Nothing("this run does not say its learning rate: hand it over, step(loss=..., lr=...)")
+    steps, norms = data.measure("rms_operator_norm")["update"]
+    rate = np.interp(steps, at, rates)  # of a long run not every step is read
+    sizes = np.divide(norms, rate, out=np.full(len(steps), np.nan), where=rate > 0)
+    return {"update": (steps, np.where(sizes > 0, sizes, np.nan))}
 
 
 def rank_contents(view: View, found: list, measure: str) -> list:
