@@ -91,7 +91,7 @@ MEASURES = {
         "RMS operator norm", "σ₁ √(in ÷ out) · band = 0.5–2 × first weight", "RMS gain (log)", True
     ),
     "update_norm": SpectralMeasure(
-        "Size of a step", "RMS norm of the update ÷ rate · band = 0.5–2 × first", "RMS gain ÷ rate (log)", True
+        "Size of a step", "RMS norm ÷ rate · band = 0.5–2 × first", "RMS gain ÷ rate (log)", True
     ),
 }
 

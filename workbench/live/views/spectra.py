@@ -118,10 +118,10 @@ class SpectraView(View):
         return {
             "spectrum": Card("Singular spectrum", HOW["spectrum"], span=7, height=300),
             "numbers": Card("Measures at this step", HOW["numbers"], span=5, height=300),
-            "effective_rank": Card("Effective rank", HOW["effective_rank"], span=4, height=262),
-            "stable_rank": Card("Stable rank", HOW["stable_rank"], span=4, height=262),
-            "rms_norm": Card("RMS operator norm", HOW["rms_norm"], span=4, height=262),
-            "update_norm": Card("Size of a step", HOW["update_norm"], span=4, height=262),
+            "effective_rank": Card("Effective rank", HOW["effective_rank"], span=3, height=262),
+            "stable_rank": Card("Stable rank", HOW["stable_rank"], span=3, height=262),
+            "rms_norm": Card("RMS operator norm", HOW["rms_norm"], span=3, height=262),
+            "update_norm": Card("Size of a step", HOW["update_norm"], span=3, height=262),
             **self.form.cards,
         }
 
