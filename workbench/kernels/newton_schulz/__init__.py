@@ -93,7 +93,8 @@ def _flops(x, steps, *_, **__) -> int:
 def _normalised(x: Tensor) -> Tensor:
     """x over its Frobenius norm, contiguous; 0 where x is 0. The square of no tiny or huge number is taken."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = x.abs().amax((-2, -1), keepdim=True)
+    least, most = x.flatten(-2).aminmax(dim=-1)
+    largest = torch.maximum(most, -least)[..., None, None]
     x = x / largest.masked_fill(largest == 0, 1)
     return x.div_(torch.linalg.matrix_norm(x, keepdim=True).clamp_(min=1)).contiguous()
 

@@ -1,6 +1,5 @@
 """Parameters that several processes hold in parts (DTensor, FSDP2): whole for the step, and in parts again after it."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -30,8 +29,9 @@ def finite(tensors: Sequence[Tensor]) -> list[bool]:
     held = [i for i, part in enumerate(parts) if part.numel()]  # of a matrix of one row most processes hold none
     wrong = torch.zeros(len(parts), device=parts[0].device if parts else None)
     if held:
-        norms = torch._foreach_norm([parts[i] for i in held], math.inf)
-        wrong[held] = 1 - torch.stack([norm.to(wrong) for norm in norms]).isfinite().to(wrong)
+        norms = torch.stack([norm.to(wrong) for norm in torch._foreach_norm([parts[i] for i in held])])
+        for i, sound in zip(held, norms.isfinite().tolist(), strict=True):
+            wrong[i] = 0 if sound else 1 - int(parts[i].isfinite().all())  # the norm of huge numbers is infinite
     for mesh in {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}:
         for dimension in range(mesh.ndim):
             dist.all_reduce(wrong, dist.ReduceOp.MAX, mesh.get_group(dimension))
