@@ -7,6 +7,9 @@ from torch import Tensor
 from workbench.kernels import (
     RoutePlan,
     block_sparse_attention,
+    column_topk,
+    dct2_rows,
+    dct3_rows,
     dispatch,
     gather_sum,
     magnitude_threshold,
@@ -195,3 +198,17 @@ def test_newton_schulz(shape):
     wide = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     exact = newton_schulz(wide.double())
     assert (newton_schulz(wide.cuda()).cpu() - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("m", [48, 1000, 4096])
+def test_cosine_transforms(m):
+    check("dct_rows", lambda backend, x: dct2_rows(x, backend=backend), draw(70, m))
+    check("dct_rows", lambda backend, x: dct3_rows(x, backend=backend), draw(70, m))
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_columns_of_the_largest_norm(norm):
+    x = draw(2, 700, 300).float()
+    for ours, exact in zip(column_topk(x, 40, norm=norm), column_topk(x.double().cpu(), 40, norm=norm), strict=True):
+        assert torch.equal(ours.cpu(), exact.to(ours.dtype))
+    assert dispatch.last_backend("column_topk") == "reference"  # the last was the exact one, on the processor

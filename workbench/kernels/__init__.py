@@ -8,6 +8,8 @@ the operator itself, registered with torch, checks its arguments and chooses the
 # Imported here and not on demand: an operator has the name of its folder, and a folder that is imported before its
 # operator is asked for would stand here in its place.
 from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
+from workbench.kernels.column_topk import column_topk, gather_columns
+from workbench.kernels.dct import dct2_rows, dct3_rows, dct_basis
 from workbench.kernels.gather_sum import gather_sum
 from workbench.kernels.low_rank import low_rank
 from workbench.kernels.moe_mlp import moe_mlp
@@ -26,6 +28,11 @@ __all__ = [
     "RoutePlan",
     "block_gate_topk",
     "block_sparse_attention",
+    "column_topk",
+    "dct2_rows",
+    "dct3_rows",
+    "dct_basis",
+    "gather_columns",
     "gather_sum",
     "low_rank",
     "magnitude_threshold",

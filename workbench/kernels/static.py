@@ -36,6 +36,8 @@ OPERATORS = (
     "pcb_merge",
     "walsh_hadamard",
     "newton_schulz",
+    "dct",
+    "column_topk",
 )
 """The operators with a Triton path."""
 

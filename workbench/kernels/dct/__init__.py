@@ -2,7 +2,8 @@
 
     y = x C,  C_jk = sqrt(2 / m) cos(pi k (2 j + 1) / (2 m)),  column 0 divided by sqrt(2);  C^T C = I
 
-Paths: "reference" (the product with C) and "cpu" (by whichever is faster at the size: C, or an FFT), each a module with
+Paths: "reference" and "triton", the product with C, and "cpu", that or an FFT by what is faster at the size; each a
+module with
 
     dct_rows(x, inverse) -> x C, or x C^T
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.kernels import dispatch
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def dct2_rows(x: Float[Tensor, "*batch m"], *, backend: str | None = None) -> Float[Tensor, "*batch m"]:

@@ -1,0 +1,95 @@
+"""The k columns of a matrix of the largest norm, and what is in them.
+
+Paths: "reference" and "triton", each a module with
+
+    column_norms(x, norm) -> (B, m) sum |x| or sum x^2 over the rows
+    gather_columns(x, index) -> (B, n, k)
+
+x (B, n, m) contiguous, index (B, k) int32. Sums are in float32 or wider.
+"""
+
+from importlib import import_module
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.kernels import dispatch
+
+BACKENDS = ("reference", "triton")
+
+
+def column_topk(
+    x: Float[Tensor, "*batch n m"], k: int, *, norm: int = 2, backend: str | None = None
+) -> tuple[Int[Tensor, "*batch k"], Float[Tensor, "*batch n k"]]:
+    """The k columns of the largest norm, in ascending order.
+
+    Args:
+        x: matrices. What is not finite in one may be chosen from it before what is.
+        k: from 1 to m.
+        norm: 1 or 2.
+        backend: one of `BACKENDS`; None chooses by device.
+
+    Returns:
+        index (*batch, k) int32, and the columns. Not differentiable: it is for optimisers.
+
+    Raises:
+        InputError: names the argument that does not fit, or the backend that cannot do this.
+    """
+    _check(x, k, norm)
+    return _forward(x.detach(), k, norm, dispatch.choose("column_topk", backend, x.device, BACKENDS))
+
+
+def gather_columns(
+    x: Float[Tensor, "*batch n m"], index: Int[Tensor, "*batch k"], *, backend: str | None = None
+) -> Float[Tensor, "*batch n k"]:
+    """The columns `index` of matrices, which are not checked to be there. Arguments as in `column_topk`."""
+    _check(x, index.shape[-1], 1)
+    if index.shape[:-1] != x.shape[:-2]:
+        raise InputError(f"index has shape {tuple(index.shape)} but must have a row a matrix of x {tuple(x.shape)}")
+    chosen = dispatch.choose("gather_columns", backend, x.device, BACKENDS)
+    return _gather(x.detach(), index.int(), chosen)
+
+
+@torch.library.custom_op("workbench::column_topk", mutates_args=())
+def _forward(x: Tensor, k: int, norm: int, backend: str) -> tuple[Tensor, Tensor]:
+    _check(x, k, norm)
+    dispatch.admit("column_topk", backend, x.device, BACKENDS, x.dtype)
+    path = import_module(f"{__name__}.{dispatch.begin('column_topk', backend)}")
+    *batch, n, m = x.shape
+    flat = x.contiguous().view(-1, n, m)
+    index = path.column_norms(flat, norm).topk(k, dim=-1).indices.sort(dim=-1).values.int()
+    return index.view(*batch, k), path.gather_columns(flat, index).view(*batch, n, k)
+
+
+@_forward.register_fake
+def _(x, k, norm, backend):
+    *batch, n, _ = x.shape
+    return x.new_empty((*batch, k), dtype=torch.int32), x.new_empty((*batch, n, k))
+
+
+@torch.library.custom_op("workbench::gather_columns", mutates_args=())
+def _gather(x: Tensor, index: Tensor, backend: str) -> Tensor:
+    dispatch.admit("gather_columns", backend, x.device, BACKENDS, x.dtype)
+    path = import_module(f"{__name__}.{dispatch.begin('gather_columns', backend)}")
+    *batch, n, m = x.shape
+    k = index.shape[-1]
+    return path.gather_columns(x.contiguous().view(-1, n, m), index.contiguous().view(-1, k)).view(*batch, n, k)
+
+
+@_gather.register_fake
+def _(x, index, backend):
+    return x.new_empty((*x.shape[:-1], index.shape[-1]))
+
+
+def _check(x: Tensor, k: int, norm: int) -> None:
+    if not x.is_floating_point() or x.dtype.itemsize == 1 or x.ndim < 2 or 0 in x.shape:
+        raise InputError(
+            f"x is {x.dtype} of shape {tuple(x.shape)} but must be floating point, of two bytes at least, and hold "
+            "matrices of at least one row and column"
+        )
+    if not 1 <= k <= x.shape[-1]:
+        raise InputError(f"k is {k} but must be from 1 to {x.shape[-1]}, the columns of x")
+    if norm not in (1, 2):
+        raise InputError(f"norm is {norm} but must be 1 or 2")
