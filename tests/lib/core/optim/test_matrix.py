@@ -103,6 +103,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_at_all(value, where):
             assert torch.equal(optimizer.state_dict()["state"][i][key], value), (i, key)
 
 
+def test_a_gradient_that_is_huge_is_finite():
+    p = given(5, 3)
+    p.grad.fill_(3e38)  # its norm is not
+    before = p.detach().clone()
+    Sign([p]).step()
+    assert torch.equal(p.detach(), before - 0.1)
+
+
 def test_none_and_zero_gradients():
     idle, still = given(5, 3), given(5, 3)
     idle.grad, still.grad = None, torch.zeros(5, 3)
@@ -183,14 +191,15 @@ def test_groups_of_a_model():
             super().__init__()
             self.embedding, self.line, self.plane = nn.Embedding(9, 6), nn.Conv1d(2, 3, 4), nn.Conv2d(2, 3, 2)
             self.bank, self.head = nn.Parameter(torch.zeros(2, 3, 4)), nn.Linear(6, 9)
+            self.position = nn.Parameter(torch.zeros(5, 6))
             self.frozen = nn.Linear(2, 2).requires_grad_(False)
             self.tied = nn.Linear(6, 9, bias=False)
             self.tied.weight = self.embedding.weight
 
     model = Model()
-    groups = parameter_groups(model, 0.1, heads=["head"])
+    groups = parameter_groups(model, 0.1, heads=["head", "position"])
     shapes = [[tuple(p.shape) for p in group.pop("params")] for group in groups]
-    assert shapes == [[(2, 3, 4), (3, 2, 2, 2)], [(3, 2, 4)], [(9, 6)], [(9, 6), (3,), (3,), (9,)]]
+    assert shapes == [[(2, 3, 4), (3, 2, 2, 2)], [(3, 2, 4)], [(5, 6), (9, 6)], [(9, 6), (3,), (3,), (9,)]]
     assert groups == [
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "stacked": False},
@@ -198,7 +207,7 @@ def test_groups_of_a_model():
         {"weight_decay": 0.0, "matrix": False},
     ]
     optimizer = GaLoreAdamW(parameter_groups(model, heads=["head"]), rank=2)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 8
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 9
     with pytest.raises(InputError, match=r"heads has \['haed'\]"):
         parameter_groups(model, heads=["haed"])
 

@@ -161,7 +161,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
 
     def _refuse(self) -> None:
-        """The largest entry is finite where all are: one pass over the gradients, before anything changes."""
+        """One pass over the gradients, before anything changes."""
         given = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
         for p in given:
             if p.grad.is_sparse or p.grad.is_complex():
@@ -184,7 +184,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         update = self.direction(grad, state, group)
         state["step"] += 1
         lr = float(group["lr"])
-        p.mul_(1 - lr * group["weight_decay"])
+        if group["weight_decay"]:
+            p.mul_(1 - lr * group["weight_decay"])
         p.add_(parted(update.view(p.shape).to(p.dtype), p), alpha=-lr)
 
     def _step_others(self, params: list[Tensor], group: Group) -> None:
@@ -223,39 +224,36 @@ def matrix_shape(p: Tensor, group: Group) -> torch.Size | None:
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0, heads: Iterable[str] = ()) -> list[Group]:
     """The trained parameters of a model as groups: matrices, and those that are no matrices to such an optimiser.
 
-    Embeddings, and what is tied to them, are no matrices, nor are the `heads`, modules by name. Weight decay is that of
-    all but vectors and embeddings. A parameter that belongs to no layer and has two dimensions counts as a matrix.
+    Embeddings, and what is tied to them, are no matrices, nor are `heads`: modules or parameters by name, a head or
+    learned positions. Weight decay is that of all but vectors and embeddings.
 
     Raises:
-        InputError: the model has no module called like one of `heads`.
+        InputError: the model has nothing called like one of `heads`.
     """
-    modules, heads = dict(model.named_modules()), tuple(heads)
-    if missing := [name for name in heads if name not in modules]:
-        raise InputError(f"heads has {missing} but the model has no module of that name")
+    modules, named, heads = dict(model.named_modules()), dict(model.named_parameters()), tuple(heads)
+    if missing := [name for name in heads if name not in modules and name not in named]:
+        raise InputError(f"heads has {missing} but the model has no module and no parameter of that name")
 
     def owned(kinds: type | tuple[type, ...]) -> set[int]:
         return {id(p) for m in modules.values() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
 
-    tables = owned((nn.Embedding, nn.EmbeddingBag))
-    outputs = {id(p) for name in heads for p in modules[name].parameters()}
-    lines = owned((nn.Conv1d, nn.ConvTranspose1d))
-    groups = {name: [] for name in ("matrices", "convolutions", "heads", "others")}
-    for p in model.parameters():
-        if p.requires_grad:
-            if p.ndim < 2 or id(p) in tables:
-                kind = "others"
-            elif id(p) in outputs:
-                kind = "heads"
-            else:
-                kind = "convolutions" if p.ndim == 3 and id(p) in lines else "matrices"
-            groups[kind].append(p)
-    options = {
-        "matrices": {"weight_decay": weight_decay},
-        "convolutions": {"weight_decay": weight_decay, "stacked": False},
-        "heads": {"weight_decay": weight_decay, "matrix": False},
-        "others": {"weight_decay": 0.0, "matrix": False},
+    tables, lines = owned((nn.Embedding, nn.EmbeddingBag)), owned((nn.Conv1d, nn.ConvTranspose1d))
+    out = {id(p) for name in heads for p in ([named[name]] if name in named else modules[name].parameters())}
+    groups = {
+        "matrices": {"params": [], "weight_decay": weight_decay},
+        "lines": {"params": [], "weight_decay": weight_decay, "stacked": False},
+        "others": {"params": [], "weight_decay": weight_decay, "matrix": False},
+        "plain": {"params": [], "weight_decay": 0.0, "matrix": False},
     }
-    return [{"params": params} | options[kind] for kind, params in groups.items() if params]
+    for p in filter(lambda p: p.requires_grad, named.values()):
+        if p.ndim < 2 or id(p) in tables:
+            kind = "plain"
+        elif id(p) in out:
+            kind = "others"
+        else:
+            kind = "lines" if id(p) in lines else "matrices"
+        groups[kind]["params"].append(p)
+    return [group for group in groups.values() if group["params"]]
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -88,8 +88,8 @@ class ProjectedAdamW(MatrixOptimizer):
             return projector.project(grad, state)
         new, low = projector.refresh(grad, state)
         if group["remap"] and made:
-            state["exp_avg"] = projector.remap(state["exp_avg"], state, new)
-            state["exp_avg_sq"] = projector.remap(state["exp_avg_sq"], state, new).abs_()
+            first, second = projector.remap([state["exp_avg"], state["exp_avg_sq"]], state, new)
+            state |= {"exp_avg": first, "exp_avg_sq": second.abs_()}
         state |= new
         return low
 
@@ -98,8 +98,8 @@ class ProjectedAdamW(MatrixOptimizer):
         (b1, b2), t = group["betas"], int(state["step"]) + 1
         state["exp_avg"].lerp_(low, 1 - b1)
         state["exp_avg_sq"].mul_(b2).addcmul_(low, low, value=1 - b2)
-        root = (state["exp_avg_sq"] / (1 - b2**t)).sqrt_().add_(group["eps"])
-        return (state["exp_avg"] / (1 - b1**t)).div_(root)
+        root, bias = state["exp_avg_sq"].sqrt(), 1 - b1**t  # both biases are corrected in the denominator
+        return state["exp_avg"] / root.mul_(bias / (1 - b2**t) ** 0.5).add_(bias * group["eps"])
 
 
 def check_rank(rank: int, shape: torch.Size) -> None:

@@ -3,6 +3,7 @@
 Tensor letters: matrices lie tall, (*stack, n, m) with n >= m, so that the smaller side is projected; r rank.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError, unknown
+from workbench.kernels.column_topk import column_topk, gather_columns
 from workbench.kernels.dct import dct2_rows, dct3_rows, dct_basis
 from workbench.kernels.walsh_hadamard import walsh_hadamard
 
@@ -39,8 +41,8 @@ class Projector(Protocol):
     def lift(self, low: Tensor, state: State, m: int) -> Tensor:
         """g Q^T (*stack, n, m)."""
 
-    def remap(self, low: Tensor, old: State, new: State) -> Tensor:
-        """What lies in the old subspace in the coordinates of the new one: g Q_old^T Q_new."""
+    def remap(self, lows: Sequence[Tensor], old: State, new: State) -> list[Tensor]:
+        """What lies in the old subspace in the coordinates of the new one: g Q_old^T Q_new of each."""
 
 
 class _Kept:
@@ -65,8 +67,9 @@ class _Kept:
     def lift(self, low: Tensor, state: State, m: int) -> Tensor:
         return low @ state["basis"].mT
 
-    def remap(self, low: Tensor, old: State, new: State) -> Tensor:
-        return low @ (old["basis"].mT @ new["basis"])
+    def remap(self, lows: Sequence[Tensor], old: State, new: State) -> list[Tensor]:
+        turn = old["basis"].mT @ new["basis"]
+        return [low @ turn for low in lows]
 
 
 class Svd(_Kept):
@@ -137,14 +140,11 @@ class ColumnSelector:
 
     def select(self, grad: Float[Tensor, "*stack n m"]) -> tuple[Int[Tensor, "*stack r"], Float[Tensor, "*stack n r"]]:
         """The columns and the gradient in them."""
-        parts = self._spread(grad)
-        scores = torch.linalg.vector_norm(parts, self.norm, dim=-2)
-        index = scores.topk(self.rank, dim=-1).indices.sort(dim=-1).values.int()
-        return index, _columns(parts, index)
+        return column_topk(self._spread(grad), self.rank, norm=self.norm)
 
     def project(self, grad: Tensor, state: State) -> Tensor:
         if self._by_fft(grad, grad.shape[-1]):
-            return _columns(dct2_rows(grad), state["index"])
+            return gather_columns(dct2_rows(grad), state["index"])
         return grad @ self.vectors(grad.shape[-1], state["index"], grad)
 
     def lift(self, low: Tensor, state: State, m: int) -> Tensor:
@@ -153,14 +153,17 @@ class ColumnSelector:
             return dct3_rows(low.new_zeros(*low.shape[:-1], m).scatter_(-1, index, low))
         return low @ self.vectors(m, state["index"], low).mT
 
-    def remap(self, low: Tensor, old: State, new: State) -> Tensor:
+    def remap(self, lows: Sequence[Tensor], old: State, new: State) -> list[Tensor]:
         """Columns that stay keep what they have, new ones begin with zeros: no product is needed."""
-        same = old["index"][..., :, None] == new["index"][..., None, :]  # (*stack, r, r), at most one in a column
-        return _columns(low, same.int().argmax(-2)) * same.any(-2)[..., None, :]
+        before, order = old["index"].sort(-1)
+        at = torch.searchsorted(before, new["index"]).clamp_(max=self.rank - 1)
+        stays, source = (before.gather(-1, at) == new["index"])[..., None, :], order.gather(-1, at)[..., None, :]
+        return [low.gather(-1, source.expand(low.shape)) * stays for low in lows]
 
     def vectors(self, m: int, index: Int[Tensor, "*stack r"], like: Tensor) -> Float[Tensor, "*stack m r"]:
         """Q, of the type of `like` and where it is."""
-        return _fixed(self.basis, m, like.dtype, like.device).T[index.long()].mT
+        rows = _fixed(self.basis, m, like.dtype, like.device)
+        return (rows.index_select(0, index) if index.ndim == 1 else rows[index.long()]).mT
 
     def _spread(self, grad: Tensor) -> Tensor:
         m = grad.shape[-1]
@@ -171,7 +174,7 @@ class ColumnSelector:
                 return dct3_rows(grad)
             case "hadamard":
                 return walsh_hadamard(grad) * m**-0.5
-        return grad @ _fixed(self.basis, m, grad.dtype, grad.device)
+        return grad @ _fixed(self.basis, m, grad.dtype, grad.device).T
 
     def _by_fft(self, like: Tensor, m: int) -> bool:
         return self.basis == "dct" and like.device.type == "cpu" and m >= FFT_FROM and self.rank >= FFT_FROM
@@ -179,22 +182,15 @@ class ColumnSelector:
 
 @lru_cache(maxsize=16)
 def _fixed(basis: str, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """C (m, m) of a name; one for each width, not to be changed."""
+    """C^T (m, m) of a name, its rows the columns of C; one for each width, not to be changed."""
     with torch.inference_mode(False):
         if basis == "hadamard":
-            return walsh_hadamard(torch.eye(m, dtype=dtype, device=device)) * m**-0.5
+            return walsh_hadamard(torch.eye(m, dtype=dtype, device=device)) * m**-0.5  # it is symmetric
         if basis == "random":
             drawn = torch.randn(m, m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
-            return torch.linalg.qr(drawn).Q.to(device, dtype)
-    cosines = dct_basis(m, dtype, device)
-    return cosines.T if basis == "dct-3" else cosines
-
-
-def _columns(x: Tensor, index: Tensor) -> Tensor:
-    """(*stack, n, r) the columns (*stack, r) of x (*stack, n, m)."""
-    if x.ndim == 2:
-        return x.index_select(1, index)
-    return x.gather(-1, index.long()[..., None, :].expand(*x.shape[:-1], -1))
+            return torch.linalg.qr(drawn).Q.T.contiguous().to(device, dtype)
+        cosines = dct_basis(m, dtype, device)
+        return cosines if basis == "dct-3" else cosines.T.contiguous()
 
 
 PROJECTORS = {"svd": Svd, "random": Random, "power": Power, "dct": ColumnSelector}
