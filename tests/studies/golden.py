@@ -33,7 +33,18 @@ TOLERANCE = 1e-4
 DRAWN = {"subsets"}
 """Measures that count different draws: one draw falls the other way where a sum is rounded in another order."""
 
-TEXT = {"rmoe", "equifinality", "sigma-moe-tiny", "sonicmoe", "moba", "moa", "flexmore", "sub-moe", "unipool"}
+TEXT = {
+    "rmoe",
+    "equifinality",
+    "sigma-moe-tiny",
+    "sonicmoe",
+    "moba",
+    "moa",
+    "flexmore",
+    "sub-moe",
+    "unipool",
+    "svd-free-dct",
+}
 """The studies that learn the text of this Python."""
 
 
