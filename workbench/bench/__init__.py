@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 # Name -> module, imported when it is run. A module has `cases(quick) -> list[Case]`, `REPEATS`, and, where there are
-# tables beside the timings, `tables(quick) -> {key: rows}`, which are added to the result.
+# tables beside the timings, `tables(quick) -> {key: rows}`, and `summary(rows) -> {key: rows}` where some are made of
+# the timings; they are added to the result.
 BENCHES = {
     "moe": "workbench.bench.moe",
     "attention": "workbench.bench.attention",
@@ -11,6 +12,7 @@ BENCHES = {
     "merge": "workbench.bench.merge",
     "basis": "workbench.bench.basis",
     "hadamard": "workbench.bench.hadamard",
+    "optimisers": "workbench.bench.optimisers",
 }
 
 
@@ -60,5 +62,5 @@ def run(
             raise KeyboardInterrupt(f"bench {name} had timed nothing yet") from stop
         record = core.save(name, result | tables | {"interrupted": True})
         raise KeyboardInterrupt(f"{len(result['rows'])} timings of bench {name} are kept at {record}") from stop
-    result |= tables
+    result |= tables | (bench.summary(result["rows"]) if hasattr(bench, "summary") else {})
     return {**result, "record": str(core.save(name, result))}
