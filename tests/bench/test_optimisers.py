@@ -11,7 +11,8 @@ from workbench.bench.optimisers import ADAMW, BETWEEN, EVERY, FED, MUON, OURS, T
 def test_a_quick_run_gives_the_rows(home):
     result = bench.run("optimisers", threads=(1,), repeats=1, quick=True)
     peers = [EVERY, BETWEEN] if galore_torch() else []
-    assert [row["implementation"] for row in result["rows"]] == [OURS, FED, TRION, ADAMW, MUON, *peers]
+    assert [row["implementation"] for row in result["rows"]] == [OURS, FED, TRION, ADAMW, MUON, *peers, OURS, MUON]
+    assert {row["case"] for row in result["rows"]} == {"64x64 r=16", "Muon 64x64"}
     assert all(row["median_s"] > 0 and row["ratio_to_limit"] > 0 for row in result["rows"])
     assert [row["case"] for row in result["amortised"]] == ["64x64 r=16"] * bool(peers)
     n, r = 64, 16

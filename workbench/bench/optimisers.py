@@ -6,6 +6,9 @@ SVD; "galore-torch, every step" always does. What a step takes it on the mean at
 table "amortised", made of the two. The limit is the product with r columns and back, 4 n^2 r operations, as anyone has
 to make it who keeps a basis; ours makes an FFT where that is less.
 
+In the cases of Muon, of square matrices and tall ones, the limit are the products of Newton-Schulz by `newton_schulz`,
+in bfloat16 as both contestants make them.
+
 Beside the timings, "state_bytes" has what each keeps of the matrix. A peer that cannot be imported has no row.
 """
 
@@ -16,7 +19,9 @@ import torch
 from torch import nn
 
 from workbench.bench.core import FORWARD, LIMIT, OURS, Case, Contestants
+from workbench.kernels import newton_schulz
 from workbench.lib.core.optim import GaLoreAdamW
+from workbench.lib.low_rank.muon_pp import MuonPP
 from workbench.lib.low_rank.svd_free_dct import DCTAdamW, Trion
 
 REPEATS = 5
@@ -25,10 +30,13 @@ QUICK = (64,)
 SIDES = (256, 512, 1024, 2048, 4096)
 EVERY, BETWEEN = "galore-torch, every step", "galore-torch, between"
 FED, TRION, ADAMW, MUON = "workbench/error in bytes", "workbench/Trion", "torch/AdamW", "torch/Muon"
+TALL = ((1024, 256), (4096, 1024))
 
 
 def cases(quick: bool = False) -> list[Case]:
-    return [Case(_name(side), partial(_contestants, side), (FORWARD,)) for side in (QUICK if quick else SIDES)]
+    projected = [Case(_name(side), partial(_contestants, side), (FORWARD,)) for side in (QUICK if quick else SIDES)]
+    shapes = [(side, side) for side in QUICK] if quick else [*((side, side) for side in SIDES), *TALL]
+    return projected + [Case(f"Muon {o}x{i}", partial(_muon, (o, i)), (FORWARD,)) for o, i in shapes]
 
 
 def tables(quick: bool = False) -> dict[str, list[dict]]:
@@ -88,15 +96,15 @@ def _name(side: int) -> str:
     return f"{side}x{side} r={side // 4}"
 
 
-def _parameter(side: int) -> nn.Parameter:
+def _parameter(*shape: int) -> nn.Parameter:
     generator = torch.Generator().manual_seed(0)
-    p = nn.Parameter(torch.randn(side, side, generator=generator))
-    p.grad = torch.randn(side, side, generator=generator)
+    p = nn.Parameter(torch.randn(shape, generator=generator))
+    p.grad = torch.randn(shape, generator=generator)
     return p
 
 
 def _kept(make: Callable[[list, int], torch.optim.Optimizer], side: int) -> int:
-    p = _parameter(side)
+    p = _parameter(side, side)
     optimizer = make([p], side // 4)
     optimizer.step()
     return sum(t.nbytes for key, t in optimizer.state[p].items() if key not in ("step", "draws"))
@@ -104,10 +112,16 @@ def _kept(make: Callable[[list, int], torch.optim.Optimizer], side: int) -> int:
 
 def _contestants(side: int, direction: str) -> Contestants:
     rank = side // 4
-    made = {name: make([_parameter(side)], rank).step for name, make in OPTIMISERS.items()}
+    made = {name: make([_parameter(side, side)], rank).step for name, make in OPTIMISERS.items()}
     if galore_torch() is not None:
-        between = peer([_parameter(side)], rank, 10**9)
+        between = peer([_parameter(side, side)], rank, 10**9)
         between.step()
-        made |= {EVERY: peer([_parameter(side)], rank, 1).step, BETWEEN: between.step}
-    grad, basis = _parameter(side).grad, torch.linalg.qr(torch.randn(side, rank)).Q
+        made |= {EVERY: peer([_parameter(side, side)], rank, 1).step, BETWEEN: between.step}
+    grad, basis = _parameter(side, side).grad, torch.linalg.qr(torch.randn(side, rank)).Q
     return {LIMIT: lambda: (grad @ basis) @ basis.T, **made}
+
+
+def _muon(shape: tuple[int, int], direction: str) -> Contestants:
+    made = {OURS: MuonPP([_parameter(*shape)]).step, MUON: torch.optim.Muon([_parameter(*shape)]).step}
+    grad = _parameter(*shape).grad.bfloat16()
+    return {LIMIT: lambda: newton_schulz(grad), **made}

@@ -19,21 +19,19 @@ from torch import multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import workbench
 from workbench.lib.core.optim import GaLoreAdamW, parameter_groups
 from workbench.lib.low_rank.muon_pp import MuonPP
+from workbench.lib.low_rank.svd_free_dct import DCTAdamW, Trion
 
 STEPS = 3
-EXAMPLES = {
-    row.slug: row.build_example
-    for row in workbench.methods(family="low_rank", status="ready")
-    if row.kind == "optimiser"
-}
 MAKE = {
-    "galore": lambda: partial(GaLoreAdamW, rank=1, update_gap=2),
-    "galore, dct": lambda: partial(GaLoreAdamW, rank=1, projector="dct", update_gap=2, remap=True),
-    "muon++, full": lambda: partial(MuonPP, precision="full", exact_norm=True, weight_decay=0.1),
-} | EXAMPLES
+    "galore": partial(GaLoreAdamW, rank=1, update_gap=2),
+    "galore, dct": partial(GaLoreAdamW, rank=1, projector="dct", update_gap=2, remap=True),
+    "svd-free-dct": partial(DCTAdamW, rank=1, error_feedback=True, ef_bits=8),
+    "svd-free-dct, trion": partial(Trion, rank=1),
+    "muon-pp": partial(MuonPP, lr=0.1),
+    "muon-pp, full": partial(MuonPP, precision="full", exact_norm=True, weight_decay=0.1),
+}
 
 
 class Model(nn.Module):
@@ -56,7 +54,7 @@ def train(name: str, rank: int, mesh) -> dict:
     model = Model()
     reference = copy.deepcopy(model)
     fully_shard(model, mesh=mesh)
-    optimizer, whole = (MAKE[name]()(parameter_groups(one)) for one in (model, reference))
+    optimizer, whole = (MAKE[name](parameter_groups(one)) for one in (model, reference))
     differ = []
     for step in range(STEPS):
         draw = torch.Generator().manual_seed(10 * step + rank)  # each process has rows of its own

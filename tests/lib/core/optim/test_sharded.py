@@ -22,7 +22,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_every_optimiser_makes_the_steps_of_the_whole(found):
     optimisers = {row.slug for row in methods(family="low_rank", status="ready") if row.kind == "optimiser"}
-    assert optimisers | {"galore", "galore, dct", "muon++, full"} == set(found[0]) == set(found[1])
+    assert (
+        optimisers | {"galore"} == {name.partition(",")[0] for name in found[0]} and found[0].keys() == found[1].keys()
+    )
     for of_process in found:
         assert {name: result["differ"] for name, result in of_process.items() if result["differ"]} == {}
 
