@@ -149,15 +149,20 @@ class GradientBuffer(nn.Module):
         self.register_buffer("last_units", torch.zeros(n_experts, rank, dtype=torch.int64), persistent=False)
         self.register_buffer("last_seen", torch.zeros(n_experts, dtype=torch.bool), persistent=False)
 
-    def hook(self, part: Float[Tensor, "rank dim"], units: Int64[Tensor, " rank"], expert: int) -> None:
-        """Add to what is captured the gradient that `part`, the rows `units` of U, will have."""
+    def hook(
+        self,
+        parts: Float[Tensor, "experts rank dim"],
+        units: Int64[Tensor, "experts rank"],
+        used: Bool[Tensor, " experts"],
+    ) -> None:
+        """Add to what is captured the gradient that `parts` will have, for each expert in use its rows `units` of U."""
 
         def capture(gradient: Tensor) -> None:
-            self.gradient[expert] += gradient.detach()
-            self.units[expert] = units
-            self.seen[expert] = True
+            self.gradient += gradient.detach()
+            self.units[used] = units[used]
+            self.seen |= used
 
-        part.register_hook(capture)
+        parts.register_hook(capture)
 
     def turn(self, shuffle: bool = False) -> None:
         """Before a forward in training: what was captured since the last one is what is read from now on.
@@ -247,6 +252,23 @@ class CDSPStats:
     cosine: Float64[Tensor, "experts experts"]
     strength: Float[Tensor, "experts experts"]
     overlap: Float[Tensor, "experts experts"]
+
+    def summary(self) -> dict[str, Tensor]:
+        """Means over ordered pairs of experts; NaN without a pair.
+
+        The rate of conflict and the mean cosine, of the pairs that have one; the link and the overlap of those in
+        conflict, and of those that agree. If the game parts what conflicts, the first of the two are the smaller ones.
+        """
+        against, agree = self.cosine < 0, (self.cosine >= 0).fill_diagonal_(False)
+        pairs = against | agree
+        return {
+            "conflict rate": against[pairs].double().mean(),
+            "mean cosine": self.cosine[pairs].mean(),
+            "link in conflict": self.strength[against].mean(),
+            "link in agreement": self.strength[agree].mean(),
+            "overlap in conflict": self.overlap[against].mean(),
+            "overlap in agreement": self.overlap[agree].mean(),
+        }
 
 
 class TaskRouter(TopKRouter):
@@ -362,6 +384,12 @@ class CDSPMoELayer(MoELayer):
         """Conflict, links and overlap as they stand."""
         return CDSPStats(self.buffer.cosines(self.topology.d_base), self.topology.strengths(), self.topology.overlap())
 
+    def form_now(self) -> dict[str, float | Tensor]:
+        """What a live view shows over time: whether what conflicts is what is parted."""
+        stats = self.stats()
+        numbers = {name: float(value) for name, value in stats.summary().items()}
+        return numbers | {"cosine": stats.cosine, "overlap": stats.overlap, "links": stats.strength}
+
 
 class _Experts:
     """The bank that a `MoELayer` calls. No module: the parameters are the layer's, and every token may use all."""
@@ -372,16 +400,17 @@ class _Experts:
 
     def __call__(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens dim"]:
         units, strength = self.topology.select()
-        y, token = torch.zeros_like(x), routing.token
-        for expert in routing.counts.nonzero()[:, 0].tolist():
-            pairs = (routing.expert == expert).nonzero()[:, 0]
-            up, down = self.backbone.up.weight[units[expert]], self.backbone.down.weight[:, units[expert]]
-            if self.buffer.training and up.requires_grad:
-                self.buffer.hook(up, units[expert], expert)
-            weight = (routing.weight[pairs] * strength[expert])[:, None]
-            out = F.linear(F.silu(F.linear(x[token[pairs]], up)), down) * weight
-            y = y.index_add(0, token[pairs], out.to(y.dtype))
-        return y
+        ups = self.backbone.up.weight.index_select(0, units.flatten()).unflatten(0, units.shape)  # (E, r, D)
+        downs = self.backbone.down.weight.index_select(1, units.flatten()).unflatten(1, units.shape)  # (D, E, r)
+        if self.buffer.training and ups.requires_grad:
+            self.buffer.hook(ups, units, routing.counts > 0)
+        order = routing.expert.argsort(stable=True)
+        token, expert = routing.token[order], routing.expert[order]
+        rows = x.index_select(0, token).split(routing.counts.tolist())
+        hidden = zip(rows, ups.unbind(), downs.unbind(1), strict=True)
+        y = torch.cat([F.linear(F.silu(F.linear(row, up)), down) for row, up, down in hidden if len(row)])
+        weight = routing.weight.index_select(0, order) * strength.index_select(0, expert)
+        return torch.zeros_like(x).index_add(0, token, (y * weight[:, None]).to(x.dtype))
 
 
 def two_speeds(model: nn.Module, config: TrainConfig, scale: float = 10.0) -> torch.optim.AdamW:
