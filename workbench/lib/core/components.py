@@ -28,7 +28,13 @@ def layer_components(name: str, layer: nn.Module, width: int) -> dict[str, list[
 
 
 def expert_members(bank: nn.Module, n_experts: int, expert: int) -> list[Member]:
-    """One expert of a bank: its slice of every trained parameter, all of which must have an axis of experts first."""
+    """One expert of a bank: of a list of modules one of them; else its slice of every trained parameter.
+
+    Raises:
+        InputError: the bank is no list, and a parameter of it has no axis of experts first.
+    """
+    if isinstance(bank, nn.ModuleList):
+        return trained(bank[expert])
     for name, parameter in bank.named_parameters():
         if len(parameter) != n_experts:
             raise InputError(f"{name} of a bank of {n_experts} experts has shape {tuple(parameter.shape)}")
