@@ -44,7 +44,7 @@ SMOKE = {"steps": 20, "batch": 24}
 SMALL = {"steps": 400, "batch": 96}
 FULL = {"steps": 4000, "batch": 192}
 
-State = Float[Tensor, "rows n"]
+State = Float[Tensor, "rows _"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class ControlTasks(ArrayTask):
 
 
 class StepModel(nn.Module):
-    """What comes next from the step now alone, by a perceptron for all tasks: it cannot tell twins apart."""
+    """What comes next from one step alone, by a perceptron for all tasks. The action mostly tells whose twin it is."""
 
     def __init__(self, hidden: int = 64):
         super().__init__()
@@ -267,7 +267,7 @@ def prepare(settings: Mapping[str, Any] = SMALL) -> list[ControlTasks]:
 
 
 def measure(settings: Mapping[str, Any] = SMALL) -> list[Measured]:
-    """A perceptron on one step, which has to guess whose twin it is."""
+    """A perceptron on one step, without the past."""
     (task,) = prepare(settings)
     x, y = (torch.cat([task.splits[s][name][i] for name in TASKS]) for i, s in ((1, "train"), (1, "test")))
     trivial = float((y - x.flatten(0, 1).mean(0)).square().mean())
