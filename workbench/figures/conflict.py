@@ -13,10 +13,12 @@ from workbench.figures.theme import (
     blank,
     colour_bar,
     diverging,
+    expert_ticks,
     mark_step,
     null_line,
     outline_row,
     rgba,
+    sequential,
     short_names,
     text,
     theme_named,
@@ -125,6 +127,65 @@ def group_cosines(
         figure.update_xaxes(showticklabels=False, title_text=f"{len(pairs)} pairs of domains")
     if selected is not None:
         outline_row(figure, theme, selected)
+    return figure
+
+
+def expert_cosines(
+    matrix: np.ndarray, *, theme: str = "light", title: str = "Gradient cosine between experts"
+) -> go.Figure:
+    """Cosines (E, E) between the gradients of experts on the parameters that both have; grey where they share none."""
+    figure = blank(theme, title, "on what both have · grey = nothing", plot_bgcolor=theme_named(theme).undefined)
+    return _experts(figure, np.clip(matrix, -1, 1), "cosine", colorscale=_flipped(theme), zmin=-1, colorbar=BAR)
+
+
+def expert_overlaps(matrix: np.ndarray, *, theme: str = "light", title: str = "Overlap of experts") -> go.Figure:
+    """The share (E, E) of the parameters of one expert (row) that another one (column) has as well; 0 .. 1."""
+    figure = blank(theme, title, "share of the row's units that the column has too")
+    return _experts(figure, matrix, "overlap", colorscale=sequential(theme), zmin=0, colorbar=colour_bar())
+
+
+def _experts(figure: go.Figure, matrix: np.ndarray, what: str, **scale: object) -> go.Figure:
+    values = np.array(matrix, dtype=np.float32)
+    np.fill_diagonal(values, np.nan)  # 1 of itself, which says nothing
+    hover = f"experts %{{y}} and %{{x}}<br>{what} <b>%{{z:.3f}}</b><extra></extra>"
+    figure.add_trace(go.Heatmap(z=values, zmax=1, hovertemplate=hover, hoverongaps=False, xgap=1, ygap=1, **scale))
+    figure.update_xaxes(showgrid=False, **expert_ticks(len(values)))
+    figure.update_yaxes(showgrid=False, autorange="reversed", **expert_ticks(len(values)))
+    return figure
+
+
+def parting_lines(
+    series: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    theme: str = "light",
+    title: str = "Is what conflicts parted?",
+    step: float | None = None,
+) -> go.Figure:
+    """Means over pairs of experts over time: "overlap in conflict", "overlap in agreement", and the same of links.
+
+    ``series`` maps each to (steps, values). Pairs in conflict are orange and those that agree blue, as cosines are.
+    """
+    colours = theme_named(theme)
+    figure = blank(
+        theme, title, "mean over pairs in conflict, and over pairs that agree", x="step", y="share, strength"
+    )
+    for name, (steps, values) in series.items():
+        figure.add_trace(
+            go.Scatter(
+                x=np.asarray(steps),
+                y=np.asarray(values, dtype=np.float32),
+                name=text(name),
+                mode="lines+markers" if len(steps) < 3 else "lines",
+                line={
+                    "color": colours.diverging[-1 if name.endswith("conflict") else 0],
+                    "dash": "dot" if name.startswith("link") else "solid",
+                    "width": 2,
+                },
+                hovertemplate=f"{text(name)} · step %{{x}}<br><b>%{{y:.3f}}</b><extra></extra>",
+            )
+        )
+    figure.update_yaxes(range=[0, 1.02])
+    mark_step(figure, theme, step)
     return figure
 
 

@@ -125,6 +125,15 @@ def test_disjoint_experts_have_no_overlap_and_that_is_not_zero():
     assert stats["ffn.input"].band == D**-0.5
 
 
+def test_what_is_frozen_later_has_no_gradient():
+    model = Model()
+    groups = groups_of(model)
+    model.encoder.requires_grad_(False)
+    rows = task_gradients(losses_of(model), groups)
+    assert not rows["encoder"].any() and cosines(rows["encoder"]).isnan().all()
+    assert rows["encoded"].any() and rows["ffn.shared"].any()
+
+
 def test_a_task_and_its_negation():
     model = Model()
     loss = losses_of(model)["task0"]

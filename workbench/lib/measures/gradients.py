@@ -29,7 +29,7 @@ class Place:
 Member = nn.Parameter | tuple[nn.Parameter, int] | Place
 Groups = Mapping[str, Sequence[Member]]
 Gradients = dict[int, Tensor | None]
-"""By the id of a parameter or of a place; None where nothing of the loss depends on it."""
+"""By the id of a parameter or of a place; None where nothing of the loss depends on it, or it is frozen."""
 
 
 def task_gradients(
@@ -57,11 +57,12 @@ def task_gradients(
 def gradients(loss: Callable[[], Tensor], groups: Groups) -> Gradients:
     """The gradient of one loss by everything that the groups have members of."""
     members = [member for group in groups.values() for member in group]
-    parameters = {id(p): p for p in map(_whole, members) if not isinstance(p, Place)}
+    wholes = {id(whole): whole for whole in map(_whole, members)}
+    parameters = {key: p for key, p in wholes.items() if not isinstance(p, Place) and p.requires_grad}
     with _moved(member for member in members if isinstance(member, Place)) as shifts:
         wanted = parameters | shifts
         found = torch.autograd.grad(loss(), list(wanted.values()), allow_unused=True)
-    return dict(zip(wanted, found, strict=True))
+    return dict.fromkeys(wholes) | dict(zip(wanted, found, strict=True))
 
 
 def of_member(member: Member, found: Gradients) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.lib.core.low_rank import LowRankExperts, MadeFactors
+from workbench.lib.core.observe import Changing
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.measures.gradients import Member, size
 from workbench.live.probes.blocks import Block, blocks, modules, plain, pools, unread
@@ -28,13 +29,14 @@ def groups(model: nn.Module, found: list[Block]) -> dict[str, list[Member]]:
     Of a mixture-of-experts block "router", "experts" and "shared" (what every token passes), and of low-rank experts
     each one, "experts.0" and so on; of a numbered layer around a block "attention" (the rest, norms included); a block
     without a router and a numbered layer without a block as a whole; everything else is the "trunk" (embeddings, last
-    norm, head).
+    norm, head). What is frozen counts where its layer's form changes while it trains: it may be its turn later.
     """
+    later = {p for module in model.modules() if isinstance(module, Changing) for p in module.parameters()}
     banks = [module for module in model.modules() if isinstance(module, LowRankExperts)]
     of_bank = {p: len(p) for bank in banks for p in bank.parameters() if len(p) == bank.n_experts <= MOST_EXPERTS}
     result: dict[str, list[Member]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or parameter in later:
             group = _group(plain(name), found)
             if parameter in of_bank and group.rpartition(".")[2] == "experts":
                 for expert in range(of_bank[parameter]):

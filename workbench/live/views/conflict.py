@@ -1,4 +1,4 @@
-"""Gradient conflict between the domains of the data, per parameter group, with its noise band."""
+"""Gradient conflict between the domains of the data, per parameter group, with its noise band; and between experts."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from workbench.lib.measures.conflict import ConflictStats, conflict_stats
 from workbench.live.records import CONFLICT
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
+from workbench.live.views.parting import PartingCards
 from workbench.live.views.readings import Nothing, Readings, counterpart, present, stamped
 from workbench.live.views.view import View
 
@@ -53,7 +54,7 @@ class Conflicts(NamedTuple):
 
 
 class ConflictView(View):
-    """Cosines between the gradients of the domains in every parameter group, now and over time."""
+    """Cosines of the domains' gradients in every parameter group, now and over time, and of experts that share any."""
 
     title = "Conflict"
 
@@ -62,13 +63,15 @@ class ConflictView(View):
         self.kind = widget(pn.widgets.RadioButtonGroup, 250, options=KINDS)
         for control in (self.group, self.kind):
             control.param.watch(lambda _: self.refresh(), "value")
-        self.controls = [self.group, self.kind]
+        self.parting = PartingCards(self)
+        self.controls = [self.group, self.kind, self.parting.layer]
         return {
             "groups": Card("Conflict by group", HOW["groups"], span=5, height=290, on_click=self._row_clicked),
             "cosine": Card("Gradient cosine", HOW["cosine"], span=4, height=290),
             "self": Card("Signal and noise", HOW["self"], span=3, height=290),
             "rate": Card("Conflict rate", HOW["rate"], span=6, height=270),
             "worst": Card("Worst conflict", HOW["worst"], span=6, height=270),
+            **self.parting.cards,
         }
 
     def _row_clicked(self, point: dict) -> None:
@@ -88,6 +91,7 @@ class ConflictView(View):
         self.put("groups", lambda: group_contents(self, found, kind, group), here, kind, group)
         self.put("cosine", lambda: self.each(found, self._cosine), here, kind, group)
         self.put("self", lambda: self.each(found, self._self), here, group)
+        self.parting.draw()
 
     def _cosine(self, run: Readings, data: Conflicts):
         group = counterpart(self.group.value, data.gramians)
