@@ -123,7 +123,7 @@ def group_cosines(
         range=[len(groups) - 0.5, -0.5],
     )
     figure.update_xaxes(showgrid=False, type="category")
-    if len(pairs) > 15:  # no room for their names, which are there when one points at a cell
+    if len(pairs) > 15 or sum(map(len, pairs)) > 200:  # no room for names, which are there when one points at a cell
         figure.update_xaxes(showticklabels=False, title_text=f"{len(pairs)} pairs of domains")
     if selected is not None:
         outline_row(figure, theme, selected)

@@ -217,7 +217,7 @@ class StagedLoRALinear(nn.Module):
 
     def form_now(self) -> dict[str, float | Tensor]:
         """What a live view shows over time."""
-        return {"stage": float(self.stage), "scales": self.scales().detach()}
+        return {"stage": float(self.stage), "scales less 1": self.scales().detach() - 1}
 
 
 def add_stages(

@@ -55,8 +55,8 @@ class PartingCards:
         self.layer = layer_select(view.selection)
         self.cards = {
             "experts": Card("Experts in conflict", HOW["experts"], span=4, height=300),
-            "shared": Card("What experts share", HOW["shared"], span=4, height=300),
-            "parted": Card("Is what conflicts parted?", HOW["parted"], span=4, height=300),
+            "shared": Card("What experts share", HOW["shared"], span=3, height=300),
+            "parted": Card("Is what conflicts parted?", HOW["parted"], span=5, height=300),
         }
 
     def draw(self) -> None:
