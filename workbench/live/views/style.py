@@ -68,8 +68,8 @@ TEXT = f"""
 .bk-clearfix {{ display: block; }}
 .brand {{ font-weight: 700; font-size: 15px; letter-spacing: -0.01em; white-space: nowrap; }}
 .brand span {{ color: var(--wb-accent); }}
-.status {{ display: flex; flex-wrap: wrap; gap: 0 12px; align-items: baseline; white-space: nowrap; color: var(--wb-muted);
-  font-variant-numeric: tabular-nums; }}
+.status {{ display: flex; flex-wrap: wrap; gap: 0 12px; align-items: baseline; white-space: nowrap;
+  color: var(--wb-muted); font-variant-numeric: tabular-nums; }}
 .status b {{ color: var(--wb-ink); font-weight: 600; }}
 .chip {{ border-radius: 10px; padding: 1px 9px; font-weight: 600; font-size: 12px; color: var(--wb-muted);
   border: 1px solid currentColor; }}
