@@ -287,5 +287,5 @@ STUDY = Study(
     tested="Penalising the links of experts whose gradients conflict makes the routing of an untold task say more of "
     "it than separate experts with the same dropout of tasks, and than links without that penalty.",
     main=CDSP,
-    power=Power((MOE_DROPOUT, MOE), effect=0.1),
+    power=Power((MOE_DROPOUT, MOE), effect=0.1, deviation={"small": (0.09486, 12)}),
 )
