@@ -14,6 +14,7 @@ from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.observe import Announcing
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Routing
+from workbench.lib.subspaces.scalezero import add_stages
 from workbench.live.probes import find
 from workbench.live.probes.routing import RoutingProbe
 from workbench.live.probes.spectra import SpectrumProbe
@@ -62,6 +63,14 @@ def test_frozen_parameters_belong_to_no_group_and_no_sample(model):
     module.blocks[0].requires_grad_(False)
     names = [*find.groups(module, find.blocks(module)), *(m.name for m in find.matrices(module, find.blocks(module)))]
     assert names and not any(name.startswith("blocks.0.") for name in names)
+
+
+def test_what_a_layer_with_stages_freezes_at_first_is_in_its_group():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    add_stages(module, "1", rank=2, alpha=1.0, n_adapters=2)
+    module[0].requires_grad_(False)
+    groups = find.groups(module, [])
+    assert set(groups) == {"1"} and len(groups["1"]) == len(list(module[1].parameters()))
 
 
 def test_a_model_without_experts_has_a_group_for_each_layer():
