@@ -403,7 +403,7 @@ def test_groups_of_a_model_take_what_muon_is_not_for_out_of_it():
             self.table, self.middle, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9)
 
     model = Model()
-    optimizer = MuonPP(parameter_groups(model, heads=["head"]))
+    optimizer = MuonPP(parameter_groups(model, 0.1, ["head"]))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()

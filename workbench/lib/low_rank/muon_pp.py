@@ -78,7 +78,7 @@ def example() -> Callable[[Iterable], torch.optim.Optimizer]:
 class MuonPP(MatrixOptimizer):
     """See the module's docstring; what is no matrix has AdamW's step, see `lib.core.optim.matrix`.
 
-    Put only hidden matrices into it as such: `lib.core.optim.parameter_groups(model, heads=["head"])` makes groups in
+    Put only hidden matrices into it as such: `lib.core.optim.parameter_groups(model, 0.1, ["head"])` makes groups in
     which embeddings, vectors and heads have AdamW's step. All of this may differ between groups.
 
     Args:
