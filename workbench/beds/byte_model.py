@@ -33,9 +33,9 @@ from workbench.lib.data.types import TextDomains
 NEEDS = ()
 DOMAINS = ("python", "docs", "names")
 
-SMOKE = {"cap": 16_384, "width": 32, "layers": 1, "length": 32, "steps": 40, "batch": 16}
-SMALL = {"cap": 262_144, "width": 96, "layers": 2, "length": 64, "steps": 2000, "batch": 16}
-FULL = {"cap": 1_048_576, "width": 192, "layers": 6, "length": 256, "steps": 20_000, "batch": 32}
+SMOKE = {"cap": 16_384, "width": 32, "layers": 1, "length": 32, "steps": 40, "batch": 16, "decay": 0.1}
+SMALL = {"cap": 262_144, "width": 96, "layers": 2, "length": 64, "steps": 2000, "batch": 16, "decay": 0.1}
+FULL = {"cap": 1_048_576, "width": 192, "layers": 6, "length": 256, "steps": 20_000, "batch": 32, "decay": 0.1}
 
 
 def make_task(settings: Mapping[str, Any] = SMALL) -> LanguageModelling:
@@ -56,7 +56,8 @@ def base(settings: Mapping[str, Any] = SMALL, seed: int = 0) -> DecoderLM:
         )
 
     def teach(made: nn.Module) -> None:
-        train(made, task, TrainConfig(settings["steps"], settings["batch"], lr=4e-3, seed=seed))
+        config = TrainConfig(settings["steps"], settings["batch"], lr=4e-3, weight_decay=settings["decay"], seed=seed)
+        train(made, task, config)
 
     recipe = dict(settings) | {"seed": seed, "data": task.manifest}
     return pretrained("byte-model", recipe, build, teach, [sys.modules[__name__]])
