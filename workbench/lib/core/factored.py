@@ -22,6 +22,7 @@ from workbench.errors import InputError
 from workbench.lib.core.adapt.adapted import replace_module
 from workbench.lib.core.adapt.matrix import as_linear, is_linear, is_turned, weight_at
 from workbench.lib.core.adapt.put import check_model, find_targets
+from workbench.lib.core.adapt.reading import Unreadable
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.low_rank import check_rank
 
@@ -64,13 +65,21 @@ class FactoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What a host sees that reads the weight of the layer that was there: the product, as that one lay."""
-        return self.merged().T if self.turned else self.merged()
+        """What a host sees that reads the weight of the layer that was there: the product, as that one lay.
+
+        Where there is none it sees what kind of tensor it was, and may not compute with it.
+        """
+        try:
+            return self.merged().T if self.turned else self.merged()
+        except InputError as error:
+            like = next(self.parameters())
+            shape = (self.in_features, self.out_features) if self.turned else (self.out_features, self.in_features)
+            return Unreadable(like.new_empty(()).expand(shape), f"the model computes with a weight, but {error}")
 
     @torch.no_grad()
     def dense(self) -> nn.Module:
         """The dense layer of the kind that was there."""
-        weight = self.weight.contiguous()
+        weight = (self.merged().T if self.turned else self.merged()).contiguous()
         if self.turned:
             from transformers.pytorch_utils import Conv1D
 
