@@ -23,7 +23,7 @@ Tensor letters: O output width, I input width, n = min(O, I), r rank, c columns,
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -46,8 +46,8 @@ METHOD = Method(
     objects=("LOSTLinear", "apply_lost", "match_budget", "importance", "CoLALinear", "SLTrainLinear"),
 )
 
-Act = Literal["silu"] | None
-Selection = Literal["svd", "svd_tail", "magnitude", "random"]
+ACTS = ("silu", None)
+SELECTIONS = ("svd", "svd_tail", "magnitude", "random")
 
 
 def example() -> nn.Module:
@@ -79,7 +79,7 @@ class LOSTLinear(FactoredLinear):
         rank: int,
         columns: int,
         gamma: float = 0.7,
-        act: Act = "silu",
+        act: str | None = "silu",
         bias: bool | Tensor | None = True,
         train_gamma: bool = False,
     ):
@@ -87,7 +87,9 @@ class LOSTLinear(FactoredLinear):
         self._make(rank, columns, gamma, act, train_gamma)
         self._start(nn.Linear(d_in, d_out, bias=False).weight)
 
-    def _make(self, rank: int, columns: int, gamma: float = 0.7, act: Act = "silu", train_gamma: bool = False) -> None:
+    def _make(
+        self, rank: int, columns: int, gamma: float = 0.7, act: str | None = "silu", train_gamma: bool = False
+    ) -> None:
         """The parameters, without numbers."""
         d_in, d_out = self.in_features, self.out_features
         check_rank(rank, d_in, d_out)
@@ -95,8 +97,8 @@ class LOSTLinear(FactoredLinear):
             raise InputError(f"columns is {columns} but must be between 0 and d_in = {d_in}")
         if not 0 < gamma <= 1:
             raise InputError(f"gamma is {gamma} but must be above 0 and at most 1")
-        if act not in ("silu", None):
-            raise unknown("act", act, ("silu", None))
+        if act not in ACTS:
+            raise unknown("act", act, ACTS)
         self.act = act
         self.gamma = nn.Parameter(torch.tensor(float(gamma))) if train_gamma else gamma
         self.a = nn.Parameter(torch.empty(rank, d_in))
@@ -111,7 +113,7 @@ class LOSTLinear(FactoredLinear):
         rank: int,
         columns: int,
         bias: Tensor | None = None,
-        selection: Selection = "svd",
+        selection: str = "svd",
         k: int | None = None,
         **options: Any,
     ) -> "LOSTLinear":
@@ -133,21 +135,20 @@ class LOSTLinear(FactoredLinear):
         return layer
 
     @torch.no_grad()
-    def _start(self, weight: Tensor, selection: Selection = "svd", k: int | None = None) -> None:
+    def _start(self, weight: Tensor, selection: str = "svd", k: int | None = None) -> None:
+        if selection not in SELECTIONS:
+            raise unknown("selection", selection, SELECTIONS)
         u, v = truncated(weight, self.rank)
         self.b.copy_(u), self.a.copy_(v)
-        columns = self.z.shape[1]
-        if not columns:
+        if not self.z.shape[1]:
             return
         if selection == "random":
             score = torch.rand(weight.shape[1], device=weight.device)
         elif selection == "magnitude":
             score = weight.double().norm(dim=0)
-        elif selection in ("svd", "svd_tail"):
-            score = importance(weight, self.rank, k, tail=selection == "svd_tail")
         else:
-            raise unknown("selection", selection, ("svd", "svd_tail", "magnitude", "random"))
-        self.idx.copy_(score.topk(columns).indices.sort().values)
+            score = importance(weight, self.rank, k, tail=selection == "svd_tail")
+        self.idx.copy_(score.topk(len(self.idx)).indices.sort().values)
         self.z.copy_(weight[:, self.idx])
 
     @property
@@ -251,7 +252,7 @@ def importance(
 
 
 @dataclass(frozen=True)
-class Budget:
+class Matched:
     """A rank for every layer, and how many columns and how many single numbers each may have beside it."""
 
     rank: int
@@ -259,7 +260,7 @@ class Budget:
     counts: Mapping[str, int]
 
 
-def match_budget(shapes: Mapping[str, tuple[int, int]], numbers: int, sparse: float) -> Budget:
+def match_budget(shapes: Mapping[str, tuple[int, int]], numbers: int, sparse: float) -> Matched:
     """What fits into so many numbers, biases aside.
 
     Args:
@@ -268,7 +269,7 @@ def match_budget(shapes: Mapping[str, tuple[int, int]], numbers: int, sparse: fl
         sparse: the share of them that is not in factors; a little more, since ranks are whole.
 
     Returns:
-        Budget: the largest rank that leaves that share; columns as the same share of every width, less than the
+        The largest rank that leaves that share; columns as the same share of every width, less than the
         smallest O below the budget (as long as a layer has inputs left); single numbers that fill it.
 
     Raises:
@@ -286,7 +287,7 @@ def match_budget(shapes: Mapping[str, tuple[int, int]], numbers: int, sparse: fl
             f"takes {a_rank}, and {sparse:g} are for what is sparse"
         )
     if not sparse:
-        return Budget(rank, dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0))
+        return Matched(rank, dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0))
     left = numbers - rank * a_rank
     share = min(1.0, left / dense)
     columns = {name: int(share * i + 1e-9) for name, (_, i) in shapes.items()}
@@ -297,7 +298,7 @@ def match_budget(shapes: Mapping[str, tuple[int, int]], numbers: int, sparse: fl
     counts = {name: int(share * o * i + 1e-9) for name, (o, i) in shapes.items()}
     for name in list(shapes)[: min(left, dense) - sum(counts.values())]:
         counts[name] += 1
-    return Budget(rank, columns, counts)
+    return Matched(rank, columns, counts)
 
 
 def apply_lost(

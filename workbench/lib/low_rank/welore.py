@@ -19,7 +19,6 @@ Tensor letters: O output width, I input width, n = min(O, I), r rank.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64
@@ -48,7 +47,7 @@ Spectra = Mapping[str, Float64[Tensor, " n"]]
 Axis = Callable[[Float64[Tensor, " n"]], Float64[Tensor, " n"]]
 """What a threshold is laid on: a spectrum -> n numbers from 1 down to 0 or more, the first of them 1."""
 
-Tuned = Literal["lrc", "nlrc", "all"]
+TUNED = ("lrc", "nlrc", "all")
 
 
 def example() -> nn.Module:
@@ -181,10 +180,14 @@ class WeLoreReport:
     params_before: int
     params_after: int
 
-    def tune(self, tuned: Tuned) -> int:
-        """Freeze the model but for the matrices of its LRCs, its N-LRCs or both, and say how many numbers train."""
-        if tuned not in ("lrc", "nlrc", "all"):
-            raise unknown("tuned", tuned, ("lrc", "nlrc", "all"))
+    def tune(self, tuned: str) -> int:
+        """Freeze the model but for the matrices of its LRCs, its N-LRCs or both, and say how many numbers train.
+
+        Args:
+            tuned: of `TUNED`.
+        """
+        if tuned not in TUNED:
+            raise unknown("tuned", tuned, TUNED)
         model, trained = self.replaced.model.requires_grad_(False), 0
         for name in (*(self.lrc if tuned != "nlrc" else ()), *(self.nlrc if tuned != "lrc" else ())):
             layer = model.get_submodule(name)
