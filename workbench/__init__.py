@@ -37,6 +37,7 @@ _LAZY = {
     "adapt": "workbench.lib.core.adapt:adapt",
     "load_adapter": "workbench.lib.core.adapt:load_adapter",
     "merge": "workbench.lib.core.merge:merge",
+    "load_factored": "workbench.lib.core.factored_files:load_factored",
     "watch": "workbench.live.watch:watch",
     "WatchCallback": "workbench.live.trainer_callback:WatchCallback",
     "runs": "workbench.live.store:runs",

@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
+from workbench.cli.compress import add_compress
 from workbench.cli.merge import add_merge
 from workbench.errors import InputError, unknown
 
@@ -103,6 +104,9 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
     sub = command("merge", "merge models or adapters of one base, from files to files")
     add_merge(sub)
+
+    sub = command("compress", "put factors of low rank in the place of a trained model's matrices, without data")
+    add_compress(sub)
 
     def page(name: str, text: str) -> Parser:
         sub = command(name, text, json=False)

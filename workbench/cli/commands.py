@@ -181,6 +181,12 @@ def merge(args: argparse.Namespace) -> None:
     merge_files(args)
 
 
+def compress(args: argparse.Namespace) -> None:
+    from workbench.cli.compress import compress as compress_files
+
+    compress_files(args)
+
+
 def live(args: argparse.Namespace) -> None:
     from workbench.cli.live import recipes
     from workbench.live.serve import live as serve_live

@@ -292,9 +292,9 @@ def match_budget(shapes: Mapping[str, tuple[int, int]], numbers: int, sparse: fl
     share = min(1.0, left / dense)
     columns = {name: int(share * i + 1e-9) for name, (_, i) in shapes.items()}
     rest = left - sum(columns[name] * o for name, (o, _) in shapes.items())
-    for name in sorted(shapes, key=lambda name: columns[name] - share * shapes[name][1]):  # that lost most by rounding
-        if shapes[name][0] <= rest and columns[name] < shapes[name][1]:
-            columns[name], rest = columns[name] + 1, rest - shapes[name][0]
+    while fitting := [name for name, (o, i) in shapes.items() if o <= rest and columns[name] < i]:
+        name = min(fitting, key=lambda name: columns[name] - share * shapes[name][1])  # that lost most by rounding
+        columns[name], rest = columns[name] + 1, rest - shapes[name][0]
     counts = {name: int(share * o * i + 1e-9) for name, (o, i) in shapes.items()}
     for name in list(shapes)[: min(left, dense) - sum(counts.values())]:
         counts[name] += 1

@@ -168,7 +168,7 @@ def write_model(
                 metadata = opened.metadata()
             write_tensors(unfinished / file.name, inside, pieces, metadata)
         if base.is_dir():
-            shutil.copytree(base, unfinished, dirs_exist_ok=True, ignore=_not_copied)
+            shutil.copytree(base, unfinished, dirs_exist_ok=True, ignore=weights_among)
         written = [file.name for file in files]
         written += sorted(
             path.relative_to(unfinished).as_posix()
@@ -186,7 +186,8 @@ def check_new(folder: str | Path) -> Path:
     return folder
 
 
-def _not_copied(folder: str, names: list[str]) -> list[str]:
+def weights_among(folder: str, names: list[str]) -> list[str]:
+    """The names in a folder that are hidden or of files of weights, as `shutil.copytree` wants to know them."""
     return [name for name in names if name.startswith(".") or Path(name).suffix in WEIGHTS]
 
 
