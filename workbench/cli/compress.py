@@ -18,8 +18,8 @@ def add_compress(sub: argparse.ArgumentParser) -> None:
     text = "share of all ranks to take away, above 0; parameters follow from that"
     sub.add_argument("--reduce", required=True, type=_share, metavar="SHARE", help=text)
     sub.add_argument("--out", required=True, metavar="FOLDER", help="where to write; it must be new")
-    text = "only matrices of these layers, such as '*attention*' (default: all linear layers but the output's; of a file, which does not "
-    text += "say what is one, all matrices but those that are called like an embedding, an output or a router)"
+    text = "only layers of these names, such as '*attention*' (default: all linear ones but the output's; of a file, "
+    text += "which does not say, all matrices but those that are called like an embedding, an output or a router)"
     sub.add_argument("--targets", action="append", metavar="PATTERN", help=text)
     text = "a matrix that loses no more than this share of its rank stays as it is (default: 0.5)"
     sub.add_argument("--rho", type=float, default=0.5, metavar="SHARE", help=text)

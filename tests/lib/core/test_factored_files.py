@@ -1,4 +1,4 @@
-"""`workbench compress`, and what it has written loaded again: whole or not at all, the same outputs or what is wrong."""
+"""`workbench compress`, and what it has written loaded again: whole or not at all, equal outputs or what is wrong."""
 
 import io
 import json
@@ -133,17 +133,7 @@ def plain(path: Path) -> Plain:
 def test_a_file_is_compressed_by_names_and_loads_into_a_model(tmp_path, capsys):
     model = plain(tmp_path / "plain.safetensors")
     out = tmp_path / "out"
-    words = (
-        "compress",
-        str(tmp_path / "plain.safetensors"),
-        "--method",
-        "welore",
-        "--reduce",
-        "0.4",
-        "--out",
-        str(out),
-    )
-    assert main(words) == 0
+    assert main(words(tmp_path / "plain.safetensors", out)) == 0
     said = capsys.readouterr().out
     assert "1 of 2 matrices in factors" in said and f"load_factored({str(out)!r}, model)" in said
     loaded = load_factored(out, Plain())

@@ -37,7 +37,9 @@ FULL, LOW, COLA, SLTRAIN = "full", "low-rank", "cola", "sltrain"
 LOST, RANDOM, LINEAR = "lost", "lost-random", "lost-linear"
 ARMS = (FULL, LOW, COLA, SLTRAIN, LOST, RANDOM, LINEAR)
 MARGIN = 0.05
-RATES = (1e-3, 5e-3, 1e-2, 2e-2, 1e-1)
+RATES = (1e-3, 5e-3, 2e-2, 1e-1)
+#: Arm -> the rate whose mean on validation over the seeds 1000 and 1001 was best; none was at an end of `RATES`.
+BEST = {FULL: 5e-3, LOW: 5e-3, COLA: 2e-2, SLTRAIN: 5e-3, LOST: 2e-2, RANDOM: 2e-2, LINEAR: 2e-2}
 
 RULE = (
     "The metric is bits per byte on test after training; intervals are paired, over seeds, at 95%. With a fifth of the "
@@ -52,7 +54,7 @@ PRESETS = {
     "smoke": MODEL
     | {"cap": 16_384, "d_model": 32, "n_layers": 1, "share": 0.4, "steps": 6, "rates": dict.fromkeys(ARMS, 1e-2)}
     | {"seeds": 2},
-    "small": MODEL | {"steps": 400, "rates": dict.fromkeys(ARMS, 1e-2), "seeds": 12},
+    "small": MODEL | {"steps": 400, "rates": BEST, "seeds": 12},
     "full": MODEL
     | {"cap": 1_048_576, "seq_len": 256, "d_model": 256, "n_layers": 6, "batch": 32, "steps": 10_000, "rates": RATES}
     | {"seeds": 12},
