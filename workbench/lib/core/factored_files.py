@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -87,7 +88,7 @@ def open_dense(path: str | Path, targets: Sequence[str] | None = None) -> Dense:
     size = sum(file.stat().st_size for file in files)
     if path.is_dir():
         kind, _ = _architecture(path)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _without_bars():
             model, info = kind.from_pretrained(path, dtype="auto", local_files_only=True, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             raise InputError(f"{path} lacks {len(missing)} tensors of a {kind.__name__}, {missing[0]} the first")
@@ -235,6 +236,20 @@ def _architecture(folder: Path) -> tuple[type, Any]:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise InputError(f"{folder / CONFIG} has architectures {named!r}, of which transformers has no model")
     return kind, kind.config_class.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which are no part of ours."""
+    from transformers.utils import logging
+
+    there = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if there:
+            logging.enable_progress_bar()
 
 
 def _once(model: nn.Module) -> dict[str, Tensor]:
