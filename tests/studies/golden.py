@@ -44,6 +44,8 @@ TEXT = {
     "sub-moe",
     "unipool",
     "svd-free-dct",
+    "lost",
+    "welore",
 }
 """The studies that learn the text of this Python."""
 

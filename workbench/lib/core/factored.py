@@ -118,9 +118,15 @@ class LowRankLinear(FactoredLinear):
             InputError: the rank is above the smaller width, or the weight is not finite.
         """
         check_rank(rank, weight.shape[1], weight.shape[0])
-        u, v = truncated(weight, rank)
+        return cls.of(*truncated(weight, rank), bias)
+
+    @classmethod
+    def of(
+        cls, u: Float[Tensor, "d_out rank"], v: Float[Tensor, "rank d_in"], bias: Tensor | None = None
+    ) -> "LowRankLinear":
+        """The layer of these factors."""
         layer = cls.__new__(cls)
-        FactoredLinear.__init__(layer, weight.shape[1], weight.shape[0], bias)
+        FactoredLinear.__init__(layer, v.shape[1], u.shape[0], bias)
         layer.v, layer.u = nn.Parameter(v), nn.Parameter(u)
         return layer
 
@@ -133,6 +139,10 @@ class LowRankLinear(FactoredLinear):
 
     def merged(self) -> Float[Tensor, "d_out d_in"]:
         return self.u @ self.v
+
+    def watched_factors(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
+        """V and U, whose product the live views watch."""
+        return self.v.detach(), self.u.detach()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"

@@ -21,7 +21,7 @@ Tensor letters: O output width, I input width, n = min(O, I), r rank, c columns,
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,15 @@ class LOSTLinear(FactoredLinear):
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def watched_factors(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
+        """A and gamma B, whose product the live views watch."""
+        return self.a.detach(), (self.gamma * self.b).detach()
+
+    def made_matrices(self) -> Iterator[tuple[str, nn.Parameter, Callable[[Tensor], Tensor]]]:
+        """What they watch beside it: the columns."""
+        if self.z.numel():
+            yield "z", self.z, lambda z: z
+
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         code = F.linear(x, self.a)
         low = self.gamma * F.linear(F.silu(code) if self.act else code, self.b)
@@ -216,6 +225,10 @@ class SLTrainLinear(FactoredLinear):
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    def watched_factors(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
+        """A and B, scaled, whose product the live views watch."""
+        return self.a.detach(), (self.scale * self.b).detach()
 
     @property
     def flops(self) -> int:

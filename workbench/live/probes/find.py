@@ -89,7 +89,7 @@ class LowRank:
         expert: which of several in the same two parameters; None where the parameters are this pair alone.
         packed: how many there are in two matrices as PEFT packs them, A in blocks and B interleaved; None where the
             parameters have an axis of experts.
-        made: the module that makes the factors; None where they are the parameters.
+        made: what makes the factors; None where they are the parameters.
     """
 
     name: str
@@ -97,7 +97,7 @@ class LowRank:
     scale: float
     expert: int | None = None
     packed: int | None = None
-    made: MadeFactors | None = field(default=None, repr=False)
+    made: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        if self.made is not None:
+        if isinstance(self.made, MadeFactors):
             return self.made.shape
         a, b = self.factors()
         return (b.shape[0], a.shape[1])
@@ -128,9 +128,10 @@ def matrices(model: nn.Module, found: list[Block]) -> list[Matrix | LowRank]:
 
     Linear layers, embeddings, routers, and of expert banks expert 0; fused weights (query, key and value; gate and up)
     are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`, `MadeFactors`) the product of its two factors, for
-    every expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them. A module
-    whose matrices are linear in a parameter of another shape has `made_matrices()`: (name, parameter, what makes the
-    matrix of it), for each.
+    every expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them. So of a
+    layer of two factors, which gives them as `watched_factors()`, A (r, I) and B (O, r). A module whose matrices are
+    linear in a parameter of another shape has `made_matrices()`: (name, parameter, what makes the matrix of it), for
+    each.
     """
     kinds: dict[str, list[Matrix | LowRank]] = {}
     for matrix in _all_matrices(model, found):
@@ -155,6 +156,10 @@ def _all_matrices(model: nn.Module, found: list[Block]) -> Iterator[Matrix | Low
             parameters = tuple(p for p in module.parameters() if p.requires_grad)
             if parameters:
                 yield LowRank(name, parameters, module.scale, made=module)
+        if (factors := getattr(module, "watched_factors", None)) is not None:
+            parameters = tuple(p for p in module.parameters(recurse=False) if p.requires_grad and p.ndim > 1)
+            if parameters:
+                yield LowRank(name, parameters, 1.0, made=factors)
         if (made := getattr(module, "made_matrices", None)) is not None:
             for key, parameter, pick in made():
                 if parameter.requires_grad:
