@@ -209,6 +209,18 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["plain.safetensors"]
 
 
+def test_a_stop_in_the_middle_leaves_nothing(tmp_path, monkeypatch, capsys):
+    plain(tmp_path / "plain.safetensors")
+
+    def stop(weight, rank):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(factored_files, "truncated", stop)
+    assert main(words(tmp_path / "plain.safetensors", tmp_path / "out")) == 130
+    assert f"interrupted: nothing is at {tmp_path / 'out'}" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["plain.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
