@@ -80,7 +80,7 @@ def model():
 
 def test_all_arms_keep_the_same_sum_of_ranks_of_every_linear_layer_of_the_blocks(model):
     found = spectra(model(), TARGETS)
-    assert len(found) == 4 * PRESETS["smoke"]["layers"]
+    assert len(found) == 6 * PRESETS["smoke"]["layers"]
     total = sum(map(len, found.values()))
     for reduction in REDUCTIONS:
         sums = {arm: sum(ranks(found, reduction).values()) for arm, ranks in CUTS.items()}
@@ -96,6 +96,13 @@ def test_a_layer_that_factors_make_larger_is_counted_as_dense(model):
     assert count_params(cheapest(made)) == dense - 1024 + 640
     assert not isinstance(made.get_submodule(name), LowRankLinear)
     torch.testing.assert_close(made(x), y)
+
+
+def test_query_key_and_value_apart_are_the_same_function(model):
+    settings, x = PRESETS["smoke"], torch.arange(20).view(1, 20)
+    one = bed.base({key: settings[key] for key in bed.SMALL}, 0)
+    torch.testing.assert_close(model()(x), one(x))
+    assert count_params(model()) == count_params(one)
 
 
 @pytest.mark.study

@@ -11,7 +11,9 @@ either side; the others (N-LRC) stay dense. Tuned are the LRCs' factors alone: e
 frozen. The paper's code has rho = 0.4999 for tuning, so that square matrices get no larger, and 0 where all are to be
 factored; and a table of thresholds by hand for two models, where `solve_threshold` finds them.
 
-The threshold sees the share of a matrix's own largest value, and not how large that is, nor what runs through it.
+The threshold sees the share of a matrix's own largest value, and not how large that is, nor what runs through it. So a
+weight that holds query, key and value has to be taken apart first: as one matrix the large values of the first two cut
+the ranks that the third needs.
 
 Tensor letters: O output width, I input width, n = min(O, I), r rank.
 """

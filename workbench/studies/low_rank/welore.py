@@ -1,10 +1,10 @@
 """Does one threshold on all spectra lose less than the same share of every rank, and are its few tuned? (2407.11239)
 
 A decoder of bytes is trained anew at every seed (`beds.byte_model`), with as much weight decay as makes its spectra
-fall, and then cut, without data, to 30, 50, 60 and 70 % less rank in all: by WeLore's threshold on its twelve matrices
-(query, key and value are one), by the same share of each, and by the same share of each one's energy. Cut to half of
-the ranks, WeLore's low-rank components alone, the others alone, or both are tuned on the text it was trained on, each
-at the best of the same rates.
+fall, and then cut, without data, to 30, 50, 60 and 70 % less rank in all: by WeLore's threshold on its matrices (query,
+key and value taken apart, as they are in the paper's models), by the same share of each, and by the same share of each
+one's energy. Cut to half of the ranks, WeLore's low-rank components alone, the others alone, or both are tuned on the
+text it was trained on, each at the best of the same rates.
 """
 
 import statistics
@@ -65,9 +65,25 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     return cut_row(arm, seed, settings, task) if arm in CUTS else tuned_row(arm, seed, settings, task)
 
 
+class Apart(nn.ModuleList):
+    """A linear layer without bias as three, one beside the other: query, key and value."""
+
+    def __init__(self, layer: nn.Linear):
+        parts = layer.weight.detach().chunk(3)
+        super().__init__(nn.Linear(part.shape[1], part.shape[0], bias=False) for part in parts)
+        for linear, part in zip(self, parts, strict=True):
+            linear.weight.data = part.clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([linear(x) for linear in self], dim=-1)
+
+
 def trained(seed: int, settings: Settings) -> nn.Module:
-    """The decoder of a seed, from its file or trained now."""
-    return bed.base({key: settings[key] for key in bed.SMALL}, seed)
+    """The decoder of a seed, from its file or trained now, with query, key and value taken apart."""
+    model = bed.base({key: settings[key] for key in bed.SMALL}, seed)
+    for block in model.blocks:
+        block.attention.qkv = Apart(block.attention.qkv)
+    return model.eval()
 
 
 def cut_row(arm: str, seed: int, settings: Settings, task: LanguageModelling) -> Row:
