@@ -47,7 +47,7 @@ SHARES = (0.5, 0.25, 0.125)
 """Of the dense network's parameters: the sizes of the nested networks. Those up to a quarter are in the rule."""
 SMALL = SHARES[1:]
 
-DENSE, FACTORS, MAESTRO, FIXED, SVD = "dense", "factors, all trained", "maestro", "fixed rank", "dense, SVD"
+DENSE, FACTORS, MAESTRO, FIXED, SVD = "dense", "factors", "maestro", "fixed-rank", "dense-svd"
 ARMS = (DENSE, FACTORS, MAESTRO, FIXED, SVD)
 
 RULE = (
@@ -60,7 +60,7 @@ RULE = (
     f"below -{MARGIN}. Not resolved otherwise. The effect is the difference of (a)."
 )
 
-COMMON = {"rates": (0.03, 0.1, 0.3), "weights": (3e-3, 1e-3, 3e-4)}
+COMMON = {"rates": (0.03, 0.1, 0.3), "weights": (1e-2, 3e-3, 1e-3)}
 PRESETS = {
     "smoke": {"rates": (0.03,), "weights": (1e-2,), "steps": 60, "seeds": 2},
     "small": COMMON | {"steps": 600, "seeds": 12},
