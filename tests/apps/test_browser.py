@@ -22,7 +22,7 @@ from workbench.live.watch import watch
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[2]
-APPS = {"imbalance": 8, "coactivation": 2, "spectra": 4, "conflict": 5, "live": 6}  # plots in each, beside tables
+APPS = {"imbalance": 8, "coactivation": 2, "spectra": 6, "conflict": 5, "live": 6}  # plots in each, beside tables
 PATIENCE = 300_000  # ms; a busy machine is slow, and none of these tests is about speed
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+/")  # as panel says where it serves; it takes a free port itself
 PLOTS = "plots => plots.map(plot => ({title: plot.layout.title.text, data: plot.data, layout: plot.layout}))"

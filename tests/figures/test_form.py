@@ -31,6 +31,15 @@ def test_the_history_of_a_vector_has_its_first_entry_at_the_top():
     assert form.form_history(STEPS, values, what="importance").layout.yaxis.autorange == "reversed"
 
 
+def test_a_history_over_decades_has_colours_in_logarithms_and_what_was_cut_is_grey():
+    (heat,) = form.form_history(
+        STEPS, np.array([[10.0, 1, 1e-3], [10, 0.1, 0], [10, 1e-5, 0]]), what="x", limits=(1e-4, 10)
+    ).data
+    np.testing.assert_allclose(heat.z, [[1, 1, 1], [0, -1, -4], [-3, np.nan, np.nan]], atol=1e-6)
+    assert heat.customdata[1][2] == np.float32(1e-5) and (heat.zmin, heat.zmax) == (-4, 1)
+    assert list(heat.colorbar.ticktext) == ["0.0001", "0.001", "0.01", "0.1", "1", "10"]
+
+
 def test_the_cells_of_a_small_matrix_are_written_in_and_undefined_ones_are_grey():
     figure = form.form_table(np.array([[1, 0.25], [np.nan, 1]]), what="overlap", names=["a", "b"])
     (heat,) = figure.data

@@ -27,8 +27,8 @@ from workbench.live.views.spectra import history
 from workbench.studies.core import load_study
 
 KILLER = Path(__file__).parent / "kill_and_resume.py"
-#: One training, two of one model, one that is otherwise kept, and one that a hook of the study's own steers.
-SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny")
+#: One training, two of one model, one that is otherwise kept, one that a hook of its study steers, one that it shrinks.
+SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny", "maestro")
 READY = [row.slug for row in catalogue.methods(status="ready")]
 STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging"}  # no arm trains
 UNROUTED = {"adapters", "low_rank", "merging"}  # families in which no token is sent anywhere

@@ -71,19 +71,31 @@ def form_history(
     step: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> go.Figure:
-    """A vector over time as a heat map, ``values`` (S, k) at ``steps`` (S,): its first entry at the top."""
+    """A vector over time as a heat map, ``values`` (S, k) at ``steps`` (S,): its first entry at the top.
+
+    Where ``limits`` begin above 0, colours are on a log scale, and 0 is grey with what is undefined.
+    """
     values = np.asarray(values, dtype=np.float64)
-    figure = blank(
-        theme, title or what, f"{text(what)} by place, over time", x="step", y="place",
-        plot_bgcolor=theme_named(theme).undefined,
-    )  # fmt: skip
-    hover = f"step %{{x}}, place %{{y}}<br>{text(what)} <b>%{{z:.4g}}</b><extra></extra>"
+    log = limits is not None and limits[0] > 0
+    below = f"{text(what)} by place, over time{' · log colours, grey = 0 or undefined' if log else ''}"
+    figure = blank(theme, title or what, below, x="step", y="place", plot_bgcolor=theme_named(theme).undefined)
+    shade, scale = values, _scale(theme, values, limits)
+    if log:
+        shade = np.log10(np.where(values > 0, np.maximum(values, limits[0]), np.nan))
+        low, high = np.log10(limits)
+        powers = range(int(np.ceil(low)), int(np.floor(high)) + 1)
+        scale |= {"zmin": low, "zmax": high, "colorbar": colour_bar({power: f"{10.0**power:g}" for power in powers})}
     figure.add_trace(
         go.Heatmap(
-            z=values.T.astype(np.float32), x=np.asarray(steps), y=np.arange(values.shape[1]), hovertemplate=hover,
-            hoverongaps=False, **_scale(theme, values, limits),
+            z=shade.T.astype(np.float32),
+            x=np.asarray(steps),
+            y=np.arange(values.shape[1]),
+            customdata=values.T.astype(np.float32),
+            hovertemplate=f"step %{{x}}, place %{{y}}<br>{text(what)} <b>%{{customdata:.4g}}</b><extra></extra>",
+            hoverongaps=False,
+            **scale,
         )
-    )  # fmt: skip
+    )
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(showgrid=False)
     mark_step(figure, theme, step)

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 HOW = {
     "form": "A number that the layers tell of themselves and that training changes, such as the rank that is left of a "
-    "layer or the stage it has reached: one line a layer, from the first (light) to the last (dark). It is read at the "
+    "layer or the stage it has reached: one line a layer, colours in the order of the model. It is read at the "
     "cadence of the routing and holds until the next record, so a fall is drawn at the first record after it.",
     "table": "Of a vector, such as the importance of each component, its history: a column is a record, the first "
     "entry is at the top, and what was cut is 0. Of a matrix, such as the overlap of the masks of two tasks, the "
-    "record at the step on show. The scale begins at 0, or has 0 in its neutral middle where there are values below; "
-    "grey is undefined.",
+    "record at the step on show. The scale begins at 0, or has 0 in its neutral middle where there are values below. "
+    "A history that spans decades has colours in logarithms, so that the edge of what was cut is seen; grey is 0 then, "
+    "and undefined elsewhere.",
 }
 
 
@@ -100,9 +101,8 @@ class FormCards:
 
     def _table_figure(self, found: list):
         """What draws one of them, all on one scale."""
-        finite = [values[np.isfinite(values)] for _, _, values in present(found)]
-        low = min(0.0, *(float(np.min(values, initial=0.0)) for values in finite), 0.0)
-        high = max(1e-12, *(float(np.max(values, initial=0.0)) for values in finite), 0.0)
+        values = np.concatenate([np.zeros(1), *(values.ravel() for _, _, values in present(found))])
+        limits = _limits(values[np.isfinite(values)])
 
         def build(run: Readings, data: tuple[str, np.ndarray, np.ndarray]):
             layer, steps, values = data
@@ -110,20 +110,30 @@ class FormCards:
             look = {
                 "what": what,
                 "title": f"{what.capitalize()}, {layer}{self.view.suffix(run)}",
-                "limits": (low, high),
             }
             if values.shape[1] == 1:
-                return figures.form_history(steps, values[:, 0], **look, **self.view.look)
+                return figures.form_history(steps, values[:, 0], limits=limits, **look, **self.view.look)
             step = self.view.selection.step
             row = len(steps) if step is None else int(np.searchsorted(steps, step, side="right"))
             if not row:
                 raise Nothing("nothing was recorded up to this step: scrub forward")
             names = run.domains if values.shape[1:] == (len(run.domains),) * 2 else None
-            return figures.form_table(values[row - 1], names=names, theme=self.view.selection.theme, **look)
+            ends = (min(0.0, limits[0]), limits[1])
+            return figures.form_table(
+                values[row - 1], names=names, limits=ends, theme=self.view.selection.theme, **look
+            )
 
         return build
 
 
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """Of the scale of all values: from 0 or below, or from above 0 for one in logarithms, where they span decades."""
+    low, high = float(values.min()), max(float(values.max()), 1e-12)
+    least = float(values[values > 0].min(initial=high))
+    return (max(least, DECADES * high), high) if low >= 0 and least < high / 100 else (low, high)
+
+
+DECADES = 1e-6  # of the largest value; below that colours end
 NONE = "no layer of this model tells a form that changes"
 
 
