@@ -413,6 +413,8 @@ def test_a_rank_that_was_saved_is_loaded():
     other.load_state_dict(model.state_dict())
     assert other[5].rank == 4 and torch.equal(other(IMAGES), model(IMAGES))
     assert copy.deepcopy(model)[5].rank == 4
+    with pytest.raises(InputError, match="width is 21 but must be between 1 and the 20"):
+        other.load_state_dict(model.state_dict() | {"5.kept": torch.tensor(21)})
 
 
 def test_a_transposed_layer_of_transformers_goes_the_same_way():
@@ -425,6 +427,24 @@ def test_a_transposed_layer_of_transformers_goes_the_same_way():
     torch.testing.assert_close(model(x), before)
     assert isinstance(merge_back(model)[0], Conv1D)
     torch.testing.assert_close(model(x), before)
+
+
+def test_a_host_that_reads_the_weight_trains_the_factors_and_is_cut_as_they_are():
+    layer = MaestroLinear(6, 9)
+    sampler, x = PrefixSampler(layer, seed=2), torch.randn(3, 6)
+    with sampler.step() as widths:
+        y = F.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(y, layer(x))
+    y.square().sum().backward()
+    assert widths[""] < 6 and layer.a.grad[: widths[""]].any() and not layer.a.grad[widths[""] :].any()
+
+
+def test_importances_of_half_precision_are_added_up_in_single():
+    layer = MaestroLinear(300, 300, bias=False)
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.importance().dtype == torch.float32
+    torch.testing.assert_close(half.importance(), layer.importance(), rtol=0.01, atol=0.01)
+    assert half(torch.ones(1, 300, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_a_frozen_layer_stays_frozen():

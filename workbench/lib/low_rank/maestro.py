@@ -273,14 +273,14 @@ def progressive_shrink(model: nn.Module, eps: float) -> dict[str, int]:
     Raises:
         InputError: a layer would lose all of them, or its importances are not finite. No layer is cut then.
     """
-    ranks = {}
-    for name, layer in ordered_layers(model).items():
+    layers, ranks = ordered_layers(model), {}
+    for name, layer in layers.items():
         try:
             ranks[name] = layer.rank_at(eps)
         except InputError as error:
             raise InputError(f"{name or 'the model'} cannot be shrunk: {error}") from None
     for name, rank in ranks.items():
-        ordered_layers(model)[name].cut(rank)
+        layers[name].cut(rank)
     return ranks
 
 

@@ -31,12 +31,13 @@ class Ordered:
 
     def _set_factors(self, b: Tensor, a: Tensor) -> None:
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-        self.register_buffer("kept", torch.tensor(len(a)))
+        self.register_buffer("kept", torch.tensor(len(a), device=a.device))
         self._rank = len(a)  # the same, where no forward pass has to wait for a GPU to know it
 
     def _load_from_state_dict(self, *given: Any) -> None:
         super()._load_from_state_dict(*given)
-        self._rank = int(self.kept)
+        self._rank, kept = self.full_rank, int(self.kept)
+        self._rank = self._width(kept)  # of a file, which may say anything
 
     @property
     def full_rank(self) -> int:
@@ -72,8 +73,8 @@ class Ordered:
         return self.a.detach().flatten(1) * kept[:, None], self.b.detach() * kept
 
     def _squares(self) -> tuple[Tensor, Tensor]:
-        """Squared norms of the rows of A and the columns of B that are left."""
-        b, a = self.prefix(self.rank)
+        """Squared norms of the rows of A and the columns of B that are left, in float32 at least."""
+        b, a = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.prefix(self.rank))
         return a.square().sum(1), b.square().sum(0)
 
     @torch.no_grad()
@@ -126,10 +127,9 @@ class Ordered:
     def form_now(self) -> dict[str, float | Tensor]:
         return {"rank": self.rank, "importance": self.importance()}
 
-    @torch.no_grad()
     def merged(self) -> Float[Tensor, "d_out d_in"]:
-        """The weight of the dense layer that is the same function."""
-        b, a = self.prefix(self.rank)
+        """The weight of the dense layer that is the same function, just now."""
+        b, a = self.prefix()
         return b @ a
 
     def to_factored(self, rank: int) -> nn.Module:
