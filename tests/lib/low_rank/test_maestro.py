@@ -447,6 +447,28 @@ def test_importances_of_half_precision_are_added_up_in_single():
     assert half(torch.ones(1, 300, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_a_model_of_transformers_is_trained_shrunk_and_extracted():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes)).eval()
+    rows = {"input_ids": torch.randint(20, (4, 8)), "attention_mask": torch.ones(4, 8, dtype=torch.int64)}
+    before = model(**rows).logits
+    found = decompose(model, skip_last=True)
+    assert len(found.layers) == 7 and "classifier" not in found.layers
+    torch.testing.assert_close(model(**rows).logits, before, atol=1e-5, rtol=1e-5)
+    sampler, optimizer = PrefixSampler(model), torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        sum(maestro_loss(model, sampler, rows, torch.tensor([0, 1, 1, 0]), 1e-2)).backward()
+        optimizer.step()
+    assert max(progressive_shrink(model, 0.1).values()) < 16
+    small = extract(model)
+    assert count_params(small) == found.report()["params"] < found.report()["params_before"]
+    torch.testing.assert_close(small(**rows).logits, model(**rows).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_a_frozen_layer_stays_frozen():
     model = network()
     model[0].weight.requires_grad_(False), model[5].weight.requires_grad_(False)

@@ -36,6 +36,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -242,7 +243,7 @@ def hierarchical_group_lasso(model: nn.Module, eps: float = 1e-12) -> Tensor:
 def maestro_loss(
     model: nn.Module,
     sampler: PrefixSampler,
-    inputs: Tensor,
+    inputs: Tensor | Mapping[str, Any],
     targets: Tensor,
     weight: float,
     target: str = "soft",
@@ -250,21 +251,27 @@ def maestro_loss(
     """(cross entropy of the whole model, that of the one the sampler cuts + weight * lasso): their sum is the loss.
 
     Args:
-        inputs, targets: model(inputs) gives logits (..., classes), and targets (...) are classes.
+        inputs: model(inputs), or model(**inputs), gives logits (..., classes), or what has them as `logits`.
+        targets: classes (...).
         weight: lambda of the group lasso.
         target: what the cut model learns. "soft": what the whole one says, without a gradient, as the released code
             trains its networks; "hard": the targets, as the paper writes it and the code's linear examples do.
     """
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
-    logits = model(inputs).flatten(0, -2)
+    logits = _logits(model, inputs)
     with sampler.step():
-        cut = model(inputs).flatten(0, -2)
+        cut = _logits(model, inputs)
     goal = logits.detach().softmax(-1) if target == "soft" else targets.flatten()
     further = F.cross_entropy(cut, goal)
     if weight:
         further = further + weight * hierarchical_group_lasso(model)
     return F.cross_entropy(logits, targets.flatten()), further
+
+
+def _logits(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Float[Tensor, "rows classes"]:
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return getattr(output, "logits", output).flatten(0, -2)
 
 
 def progressive_shrink(model: nn.Module, eps: float) -> dict[str, int]:
