@@ -18,6 +18,8 @@ from workbench.kernels import (
     pcb_merge,
     random_basis,
     random_basis_adjoint,
+    shared_linear,
+    shared_weight,
     span_attention,
     topk_softmax,
     trim_elect_merge,
@@ -213,3 +215,18 @@ def test_columns_of_the_largest_norm(norm):
     assert dispatch.last_backend("column_topk") == "triton"
     for ours, exact in zip(found, column_topk(x.double().cpu(), 40, norm=norm), strict=True):
         assert torch.equal(ours.cpu(), exact.to(ours.dtype))
+
+
+@pytest.mark.parametrize(("m", "offset"), [(31, 5), (6_000, 2**40 + 3)])
+def test_shared_store(m, offset):
+    """The weights bit for bit as on a processor."""
+    seed, scale, memory = torch.tensor(-0x0123456789ABCDEF), torch.tensor(0.37), draw(m).float()
+    made = shared_weight(memory, seed.cuda(), scale.cuda(), (300, 200), offset=offset)
+    assert dispatch.last_backend("shared_store") == "triton"
+    assert torch.equal(made.cpu(), shared_weight(memory.cpu(), seed, scale, (300, 200), offset=offset))
+
+    def product(backend, x, memory):
+        how = {"offset": offset, "backend": backend}
+        return shared_linear(x, memory, seed.cuda(), scale.cuda().to(memory.dtype), 300, **how)
+
+    check("shared_store", product, draw(70, 200).float(), memory)

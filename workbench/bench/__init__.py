@@ -13,6 +13,7 @@ BENCHES = {
     "basis": "workbench.bench.basis",
     "hadamard": "workbench.bench.hadamard",
     "optimisers": "workbench.bench.optimisers",
+    "shared": "workbench.bench.shared",
 }
 
 

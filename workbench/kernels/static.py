@@ -38,6 +38,7 @@ OPERATORS = (
     "newton_schulz",
     "dct",
     "column_topk",
+    "shared_store",
 )
 """The operators with a Triton path."""
 

@@ -22,6 +22,7 @@ from workbench.kernels.moe_mlp import ACTIVATIONS, moe_mlp
 from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
 from workbench.kernels.random_basis import random_basis, random_basis_adjoint
+from workbench.kernels.shared_store import shared_linear, shared_weight
 from workbench.kernels.trim_elect_merge import DIVIDE, ELECT, magnitude_threshold, trim_elect_merge
 from workbench.kernels.walsh_hadamard import walsh_hadamard
 
@@ -302,7 +303,40 @@ def transforms(draw: random.Random, native: bool) -> list[Call]:
     return [Call("walsh_hadamard", lambda x, path: walsh_hadamard(x, backend=path), arguments)]
 
 
-IN_C = (experts, bank, attention, gate, models, seeded, transforms)
+def shared(draw: random.Random, native: bool) -> list[Call]:
+    """The sizes are those of tensors, as in `seeded`."""
+    rows, depth, width = draw.randrange(0, 5), draw.choice(WIDTHS), draw.choice(WIDTHS)
+    arguments = {
+        "x": torch.randn(rows, depth + draw.choice((0, 3)))[:, :depth],
+        "grad": torch.randn(rows, width),
+        "memory": torch.randn(draw.choice((*WIDTHS, 1000))),
+        "seed": torch.tensor(draw.randrange(-(2**63), 2**63)),
+        "scale": draw.random(),
+        "offset": draw.choice((0, 1, 31, 127, 2**34 + 3)),
+        "backend": "native" if native else draw.choice(("native", "native", "reference")),
+    }
+
+    def made(x, grad, memory, seed, scale, offset, backend):
+        return shared_weight(memory, seed, torch.tensor(scale), grad.shape, offset=offset, backend=backend)
+
+    def folded(x, grad, memory, seed, scale, offset, backend):
+        return ops.shared_fold(grad, seed, torch.tensor(scale), offset, memory.numel(), backend)
+
+    def multiplied(x, grad, memory, seed, scale, offset, backend):
+        width = grad.numel() // max(1, rows)
+        return shared_linear(x, memory, seed, torch.tensor(scale), width, offset=offset, backend=backend)
+
+    def back(x, grad, memory, seed, scale, offset, backend):
+        return (
+            ops.shared_product(grad, memory, seed, torch.tensor(scale), offset, depth, True, backend),
+            ops.shared_outer(grad, x, seed, torch.tensor(scale), offset, memory.numel(), backend),
+        )
+
+    named = {"weight": made, "fold": folded, "linear": multiplied, "back": back}
+    return [Call(f"shared_{name}", function, arguments) for name, function in named.items()]
+
+
+IN_C = (experts, bank, attention, gate, models, seeded, transforms, shared)
 
 
 def damaged(draw: random.Random, call: Call) -> Call:
