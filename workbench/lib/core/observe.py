@@ -21,11 +21,13 @@ class Announcing(nn.Module):
         top_k: K where every token is sent to exactly K of them, else None.
         depths: of a module that a model applies several times in one forward pass, the depths at which it does, in
             order. Each is then a layer of its own to the live views, as long as the passes share one `Context`.
+        recursive: whether the places are recursions, one behind the other: how many a token has is its depth.
     """
 
     n_experts: int
     top_k: int | None
     depths: tuple[int, ...] = ()
+    recursive: bool = False
 
     def __init__(self):
         super().__init__()
