@@ -16,7 +16,9 @@ from torch import nn
 from tests.live.synthetic import write_synthetic_run
 from workbench.lib import data
 from workbench.lib.core.adapt import adapt
+from workbench.live.arm import Arm
 from workbench.live.store import Run
+from workbench.live.trainer import train_run
 from workbench.live.watch import watch
 
 pytestmark = pytest.mark.browser
@@ -231,6 +233,32 @@ def test_the_report_of_an_adaptation_is_read_on_the_page(visit, home):
     assert not last.evaluate(SEEN)
     last.scroll_into_view_if_needed()
     assert last.evaluate(SEEN)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
+
+
+def test_text_is_coloured_by_depth_on_the_page_and_goes_back_in_time(visit, home, until):
+    train_run(Arm("mixture-of-recursions", preset="smoke"), home / "runs" / "recursions")
+    page = visit("live?run=recursions", plots=5)
+    page.get_by_role("button", name="Depth", exact=True).or_(
+        page.get_by_role("radio", name="Depth", exact=True)
+    ).click()
+    page.get_by_text("Text by depth, validation at step").first.wait_for()
+    with Run(home / "runs" / "recursions") as run:
+        steps, texts = run.tensors("valid/depth_text/blocks.1")
+    assert len(steps) > 1 and (texts[0][0] == texts[-1][0]).all()  # one text, and depths that may differ
+
+    def shown(step: int) -> list[int]:
+        """The depths in the plot of a step, empty while it is not drawn."""
+        plot = plots(page).get(f"Text by depth, validation at step {step}")
+        return [int(value) for row in plot["data"][0]["z"] for value in row if value is not None] if plot else []
+
+    for row in (-1, 0):
+        ids, depths = texts[row]
+        step, wanted = int(steps[row]), depths[ids >= 0].tolist()
+        until(lambda step=step, wanted=wanted: shown(step) == wanted)
+        page.get_by_role("slider").first.focus()
+        for _ in range(int(steps[-1] - steps[0])):
+            page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
 
 

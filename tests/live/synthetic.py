@@ -20,6 +20,7 @@ CADENCE = {"routing": 10, "structure": 50, "conflict": 100, "evaluation": 500}  
 CAPACITY_FACTOR = 1.25
 POOL = "blocks.0.ffn.experts"
 RANK = 16  # at first, of layers that shrink
+TEXT = 256  # tokens of a text by depth
 
 
 def write_synthetic_run(
@@ -54,7 +55,11 @@ def synthetic_meta(
         "total_steps": n_steps,
         "cadence": CADENCE,
         "model": {
-            "layers": [{"name": layer, "n_experts": n_experts, "top_k": top_k} for layer in _layers(n_layers)],
+            "layers": [
+                {"name": layer, "n_experts": n_experts, "top_k": top_k} | ({"recursive": True} if last else {})
+                for layer in _layers(n_layers)
+                for last in [layer == _layers(n_layers)[-1]]
+            ],
             "groups": {group: 1000 * (i + 1) for i, group in enumerate(GROUPS)},
             "matrices": _matrices(n_layers, n_experts),
             "pools": {POOL: _layers(n_layers)} if n_layers > 1 else {},
@@ -102,11 +107,14 @@ def synthetic_steps(
                 scalars |= {f"router/{name}/{what}": value for what, value in layer.sharpness().items()}
                 tensors |= {f"{key}/{name}": value for key, value in layer.loads(batch).items()}
                 tensors[f"dropped/{name}"] = layer.dropped()
+            shares, text = _depth(seed, step, n_experts, n_tokens)
+            tensors[f"depth/{names[-1]}"] = shares
             for i, name in enumerate(names):
                 rank, importance = _form(step, i)
                 scalars[f"form/{name}/rank"] = rank
                 tensors |= {f"form_table/{name}/importance": importance, f"form_table/{name}/overlap": _overlap(step)}
             if step % CADENCE["structure"] == 0:
+                tensors[f"depth_text/{names[-1]}"] = text
                 tensors |= _structure(names, layers)
                 tensors |= _spectra(rng, n_layers, n_experts, step)
         if step % CADENCE["conflict"] == 0:
@@ -120,6 +128,8 @@ def synthetic_steps(
             for name, layer in zip(names, layers, strict=True):
                 layer.route(rng, batch)
                 tensors |= {f"valid/{key}/{name}": value for key, value in layer.loads(batch).items()}
+            shares, text = _depth(seed, step, n_experts, n_tokens)
+            tensors |= {f"valid/depth/{names[-1]}": shares, f"valid/depth_text/{names[-1]}": text}
         writer.scalars(step, scalars)
         writer.tensors(step, tensors)
         writer.commit(step)
@@ -230,6 +240,13 @@ def _form(step: int, layer: int) -> tuple[int, np.ndarray]:
     """The rank that is left of a layer, and the importances (1, RANK) of its components, 0 for those that were cut."""
     rank = max(RANK // (1 + step // (40 + 20 * layer)), 2)
     return rank, np.where(np.arange(RANK) < rank, 0.8 ** np.arange(RANK), 0).astype(np.float32)[None]
+
+
+def _depth(seed: int, step: int, deepest: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens by depth (R,), which falls, and the first of them (2, TEXT): the same ids at every step, and depths."""
+    ids = np.random.default_rng(seed).integers(32, 127, size=TEXT)
+    depths = np.random.default_rng((seed, step)).binomial(deepest, 0.9 / (1 + step / 200), size=max(n_tokens, TEXT))
+    return np.bincount(depths, minlength=deepest + 1).astype(np.uint32), np.stack([ids, depths[:TEXT]]).astype(np.int32)
 
 
 def _overlap(step: int) -> np.ndarray:

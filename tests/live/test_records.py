@@ -11,6 +11,8 @@ from workbench.live import records
 from workbench.live.recipe import Recipe
 from workbench.live.records import (
     AGREEMENT,
+    DEPTH,
+    DEPTH_TEXT,
     FORM,
     FORM_TABLE,
     LOAD,
@@ -41,7 +43,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_every_series_is_recorded_as_described(run: Run):
     meta = run.meta["model"]
-    sizes = {"E": 4, "E'": 4, "D": 2, "V": 256}
+    sizes = {"E": 4, "E'": 4, "D": 2, "V": 256, "R": 5, "N": 256}
     assert [layer["n_experts"] for layer in meta["layers"]] == [4, 4]
     for name in run.names():
         record = find(name)
@@ -69,8 +71,9 @@ def test_every_series_is_recorded_when_described(run: Run):
 
 
 def test_every_description_is_of_something_that_is_recorded(run: Run):
-    unchanging = {FORM, FORM_TABLE, AGREEMENT} if run.meta["recipe"].get("name") != "synthetic" else set()
-    assert {find(name) for name in run.names()} == set(RECORDS) - {TRAIN} - unchanging
+    depths = {DEPTH, DEPTH_TEXT, on_validation(DEPTH), on_validation(DEPTH_TEXT)}
+    others = set() if run.meta["recipe"].get("name") == "synthetic" else {FORM, FORM_TABLE, AGREEMENT} | depths
+    assert {find(name) for name in run.names()} == set(RECORDS) - {TRAIN} - others
 
 
 def test_a_name_is_read_back():

@@ -46,6 +46,7 @@ TEXT = {
     "svd-free-dct",
     "lost",
     "welore",
+    "mixture-of-recursions",
 }
 """The studies that learn the text of this Python."""
 

@@ -59,6 +59,7 @@ def _is_layer(value: object) -> bool:
         and _is_text(value.get("name"))
         and _is_whole(value.get("n_experts"), 1, EXPERTS)
         and (value.get("top_k") is None or _is_whole(value["top_k"], 1, value["n_experts"]))
+        and isinstance(value.get("recursive", False), bool)
     )
 
 
@@ -108,7 +109,8 @@ _META = {
     "data": (lambda value: isinstance(value, dict), "data sets by name"),
     "model": (
         _is_model,
-        "layers (name, n_experts, top_k), groups, matrices, low_rank, pools, forms, domains, adaptation and vocabulary",
+        "layers (name, n_experts, top_k, recursive), groups, matrices, low_rank, pools, forms, domains, adaptation "
+        "and vocabulary",
     ),
     "weights_sha256": (_or_none(_is_text), "text"),
 }

@@ -4,7 +4,8 @@ A name is a pattern filled in: `LOAD.name("blocks.0.ffn")` is "load/blocks.0.ffn
 ask here what a name is (`find`). A scalar is a float64; a tensor has a numpy dtype and a shape in these letters:
 
     E experts, E' experts of the next layer, D domains, V token ids, n singular values (the shorter side of the matrix),
-    m rows and k columns of a table, L layers that use one pool of experts
+    m rows and k columns of a table, L layers that use one pool of experts, R depths (from none to all recursions),
+    N tokens
 
 What is due at the cadence "routing" is recorded where "structure" is due as well.
 """
@@ -78,6 +79,14 @@ LOAD = Record(
 )
 IMPORTANCE = Record("importance/{layer}", "routing", "mean probability of each expert", "float32", ("E",))
 LOAD_BY_DOMAIN = Record("load_by_domain/{layer}", "routing", "assignments by domain and expert", "uint32", ("D", "E"))
+DEPTH = Record(
+    "depth/{layer}", "routing", "tokens by the number of recursions they went through, from none to all", "uint32",
+    ("R",),
+)  # fmt: skip
+DEPTH_TEXT = Record(
+    "depth_text/{layer}", "structure", "the first tokens of the batch: their ids, and their depths; -1 behind its end",
+    "int32", (2, "N"),
+)  # fmt: skip
 DROPPED = Record(
     "dropped/{layer}", "routing", "under a capacity limit, rates: assignments dropped, tokens that lost all of theirs",
     "float32", (2,),
@@ -120,7 +129,7 @@ def on_validation(record: Record) -> Record:
     return replace(record, pattern=f"valid/{record.pattern}", cadence=EVALUATION, meaning=meaning)
 
 
-LOADS = (LOAD, IMPORTANCE, LOAD_BY_DOMAIN)
+LOADS = (LOAD, IMPORTANCE, LOAD_BY_DOMAIN, DEPTH)
 """What is counted of every layer, in training and in evaluation."""
 
 VALIDATION = Record("valid/{metric}", EVALUATION, 'a metric on validation data; "metric/domain" is that of one domain')
@@ -129,8 +138,8 @@ VALIDATION = Record("valid/{metric}", EVALUATION, 'a metric on validation data; 
 RECORDS = (
     *(LOSS, STEP_SECONDS, LEARNING_RATE, GRAD_NORM, AUX, TRAIN, PROBE_SECONDS, STORE_SECONDS),
     *(SUPPORT, PROBABILITY_SUPPORT, CONFIDENCE, ENTROPY),
-    *(*LOADS, DROPPED, COACTIVATION, TRANSITION, AGREEMENT, SPECTRUM, FORM, FORM_TABLE, CONFLICT, TOKENS),
-    *map(on_validation, LOADS),
+    *(*LOADS, DEPTH_TEXT, DROPPED, COACTIVATION, TRANSITION, AGREEMENT, SPECTRUM, FORM, FORM_TABLE, CONFLICT, TOKENS),
+    *map(on_validation, (*LOADS, DEPTH_TEXT)),
     VALIDATION,
 )
 

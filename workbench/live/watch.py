@@ -232,7 +232,11 @@ def describe(
     found = find.blocks(model, routers)
     matrices, adapted = find.matrices(model, found), adaptation_of(model)
     return {
-        "layers": [{"name": block.name, "n_experts": block.n_experts, "top_k": block.top_k} for block in found],
+        "layers": [
+            {"name": block.name, "n_experts": block.n_experts, "top_k": block.top_k}
+            | ({"recursive": True} if block.recursive else {})
+            for block in found
+        ],
         "groups": {name: find.size(group) for name, group in find.groups(model, found).items()},
         "matrices": {matrix.name: list(matrix.shape) for matrix in matrices},
         "low_rank": [matrix.name for matrix in matrices if isinstance(matrix, find.LowRank)],
@@ -394,7 +398,9 @@ class Watch:
     def found(self) -> str:
         """What is looked at in the model, and what looks like a mixture and is not; in one line."""
         sizes = [
-            f"{block.n_experts} experts" + (f", top {block.top_k}" if block.top_k else "") for block in self.blocks
+            f"{block.n_experts} {'recursions' if block.recursive else 'experts'}"
+            + (f", top {block.top_k}" if block.top_k else "")
+            for block in self.blocks
         ]
         ends = dict.fromkeys((self.blocks[0].name, self.blocks[-1].name)) if self.blocks else ()
         layers = f"{len(sizes)} mixtures of experts ({' to '.join(ends)}; {'; '.join(dict.fromkeys(sizes))})"

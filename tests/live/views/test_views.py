@@ -22,6 +22,7 @@ from workbench.live.views import (
     AdaptationView,
     CoactivationView,
     ConflictView,
+    DepthView,
     ImbalanceView,
     LossView,
     Overview,
@@ -441,6 +442,64 @@ def test_one_domain_has_no_conflict(tmp_path):
     with RunWriter.create(tmp_path / "one", {"model": {"domains": ["python"], "groups": {"trunk": 9}}}):
         pass
     assert "at least two domains" in messages(ConflictView(Run(tmp_path / "one")))[0]
+
+
+# -- depth
+
+
+def test_depths_are_shares_of_the_tokens_and_the_text_is_that_of_the_newest_evaluation(run):
+    view = DepthView(run)  # of the layer that has recursions, though the first is chosen, which has none
+    steps, counts = run.tensors("depth/blocks.2.ffn")
+    *bands, mean = figure(view, "training").data
+    shares = 100 * counts / counts.sum(1, keepdims=True)
+    for band in bands:
+        np.testing.assert_allclose(band.y, shares[:, int(band.name)])
+    np.testing.assert_allclose(mean.y, counts @ np.arange(9) / counts.sum(1))
+    assert list(mean.x) == steps.tolist() and "blocks.2.ffn" in figure(view, "evaluation").layout.title.text
+    (heat,) = figure(view, "text").data
+    ids, depths = run.tensor("valid/depth_text/blocks.2.ffn")[1]
+    np.testing.assert_array_equal(heat.z.ravel(), depths)
+    assert [unescape(cell) for cell in heat.text.ravel()] == [chr(i).replace(" ", "·") for i in ids]
+    assert "validation at step 0" in figure(view, "text").layout.title.text
+
+
+def test_the_text_by_depth_is_scrubbed_back(tmp_path):
+    layer = {"name": "deep", "n_experts": 2, "top_k": None, "recursive": True}
+    with RunWriter.create(tmp_path / "run", {"model": {"layers": [layer], "vocabulary": "bytes"}}) as writer:
+        for step in range(4):
+            text = np.full((2, 6), -1, dtype=np.int32)
+            text[:, :3] = [[97, 10, 98], [step % 3, 1, 2]]
+            writer.tensors(step, {"depth_text/deep": text} | ({"valid/depth_text/deep": text} if step == 2 else {}))
+            writer.commit(step)
+    view = DepthView(tmp_path / "run")
+
+    def shown() -> tuple[str, list[float], list[str]]:
+        (heat,) = figure(view, "text").data
+        title = figure(view, "text").layout.title.text
+        there = ~np.isnan(heat.z.ravel())
+        return (
+            title.split("by depth, ")[1].split("</b>")[0],
+            heat.z.ravel()[there].tolist(),
+            list(heat.text.ravel()[there]),
+        )
+
+    assert shown() == ("validation at step 2", [2, 1, 2], ["a", "⏎", "b"])
+    view.selection.step = 1
+    assert shown() == ("the training batch at step 1", [1, 1, 2], ["a", "⏎", "b"])
+    view.selection.step = 0
+    assert shown()[1] == [0, 1, 2]
+    assert "holds no record" in messages(view)[0]
+
+
+def test_without_recursions_there_is_no_depth(single):
+    readings = Readings(single)
+    readings.meta["model"]["layers"] = [
+        {name: value for name, value in layer.items() if name != "recursive"} for layer in readings.model["layers"]
+    ]
+    view = DepthView(selection=Selection())
+    view.visible = True
+    view.selection.run = readings
+    assert messages(view) == ["no layer of this run has recursions, so that its tokens had a depth"] * 3
 
 
 # -- loss

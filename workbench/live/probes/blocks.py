@@ -131,6 +131,11 @@ class Block:
         return lambda: [remove() for remove in removes]
 
     @property
+    def recursive(self) -> bool:
+        """Whether its experts are recursions, so that a token has a depth."""
+        return isinstance(self.module, Announcing) and self.module.recursive
+
+    @property
     def parts(self) -> list[nn.Module]:
         """What is looked at: the router and the experts, or the block that announces its decisions."""
         if isinstance(self.module, Announcing):

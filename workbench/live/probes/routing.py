@@ -16,6 +16,8 @@ from workbench.live.records import (
     AGREEMENT,
     COACTIVATION,
     CONFIDENCE,
+    DEPTH,
+    DEPTH_TEXT,
     DROPPED,
     ENTROPY,
     IMPORTANCE,
@@ -32,6 +34,9 @@ from workbench.live.records import (
 LARGEST_TABLE = 2**17
 """Cells (experts x vocabulary) of the largest table of token counts that is kept."""
 
+TEXT = 256
+"""Tokens of a batch whose depths are kept one by one."""
+
 Values = tuple[dict[str, float], dict[str, np.ndarray]]
 
 
@@ -45,9 +50,12 @@ class _Tally:
         self.by_domain = {block.name: torch.zeros(n_domains, block.n_experts, dtype=torch.int64) for block in found}
         self.support: dict[str, tuple[float, int]] = {}  # by series: sum over tokens and their number
         self.pools = [_Agreement(name, users) for name, users in pools(found).items()]
+        self.depth = {b.name: torch.zeros(b.n_experts + 1, dtype=torch.int64) for b in found if b.recursive}
+        self.text: dict[str, np.ndarray] = {}  # of the first batch
         self.tokens = 0
 
-    def add(self, block: Block, routing: Routing, domain: Tensor | None) -> None:
+    def add(self, block: Block, routing: Routing, context: Context) -> None:
+        domain = context.domain
         self.tokens += routing.n_tokens
         self.load[block.name] += routing.counts.cpu()
         if routing.top_k is not None:
@@ -67,6 +75,16 @@ class _Tally:
             self.by_domain[block.name] += counts_by_class(
                 routing.expert, label, self.n_domains, routing.n_experts
             ).cpu()
+
+        if block.recursive:
+            self._add_depth(block, routing.active_counts.cpu(), context.token_ids)
+
+    def _add_depth(self, block: Block, depth: Tensor, ids: Tensor | None) -> None:
+        self.depth[block.name] += torch.bincount(depth, minlength=block.n_experts + 1)
+        if ids is not None and block.name not in self.text:
+            text = np.full((2, TEXT), -1, dtype=np.int32)
+            text[:, : len(depth)] = torch.stack([ids.cpu(), depth])[:, :TEXT].numpy()
+            self.text[block.name] = text
 
     def _add_support(self, series: str, weights: Tensor) -> None:
         sizes = effective_support_size(weights.detach())
@@ -88,6 +106,8 @@ class _Tally:
             found[IMPORTANCE] = self.meter.importance(name).numpy().astype(np.float32)
         if self.by_domain[name].any():
             found[LOAD_BY_DOMAIN] = _uint32(self.by_domain[name])
+        if name in self.depth:
+            found[DEPTH] = _uint32(self.depth[name])
         return found
 
 
@@ -188,6 +208,8 @@ class RoutingProbe:
             if counts.probabilities:
                 scalars[CONFIDENCE.name(name)] = float(tally.meter.confidence(name))
                 scalars[ENTROPY.name(name)] = float(tally.meter.token_entropy(name))
+            if structure and name in tally.text:
+                tensors[DEPTH_TEXT.name(name)] = tally.text[name]
             if structure and int(counts.pairs.sum()) > int(counts.pairs.diagonal().sum()):
                 tensors[COACTIVATION.name(name)] = _uint32(counts.pairs)
             if structure and i + 1 < len(self.found) and counts.transition.any():
@@ -207,7 +229,7 @@ class RoutingProbe:
         return counted
 
     def take_evaluation(self) -> dict[str, np.ndarray]:
-        """The `records.LOADS` over the evaluation forwards since the last training step."""
+        """The `records.LOADS` over the evaluation forwards since the last training step, and texts by depth."""
         tally, self._valid = self._valid, None
         if tally is None:
             return {}
@@ -215,6 +237,8 @@ class RoutingProbe:
         counted = [block for block in self.found if tally.meter.counts(block.name).tokens]
         names = [block.name for block in counted if not self._refused(block)]
         loads = {name: tally.loads(name) for name in names}
+        for name in tally.text.keys() & loads.keys():
+            loads[name][DEPTH_TEXT] = tally.text[name]
         return {on_validation(record).name(name): value for name in names for record, value in loads[name].items()}
 
     def mute(self, muted: bool) -> None:
@@ -264,7 +288,7 @@ class RoutingProbe:
                 table += counts_by_class(routing.expert, ids, table.shape[1], routing.n_experts).T.cpu()
         else:
             tally = self._valid = self._valid or _Tally(self.found, self.n_domains)
-        tally.add(block, routing, context.domain)
+        tally.add(block, routing, context)
         spent = time.perf_counter() - began
         if block.module.training:
             self.seconds += spent

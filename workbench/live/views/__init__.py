@@ -1,4 +1,4 @@
-"""The live views of a run: imbalance, co-activation, singular spectra, gradient conflict, loss, and what is adapted.
+"""The live views of a run: imbalance, co-activation, depth, singular spectra, gradient conflict, loss, what is adapted.
 
 Each is one class, the same for notebooks and apps: ``ImbalanceView(run)`` in a cell shows it. ``Workbench`` puts them
 on one page, with the runs to choose from and the controls of the trainer.
@@ -11,6 +11,7 @@ import panel as pn
 from workbench.live.views.adaptation import AdaptationView
 from workbench.live.views.coactivation import CoactivationView
 from workbench.live.views.conflict import ConflictView
+from workbench.live.views.depth import DepthView
 from workbench.live.views.imbalance import ImbalanceView
 from workbench.live.views.loss import LossView
 from workbench.live.views.overview import Overview
@@ -22,6 +23,7 @@ __all__ = [
     "AdaptationView",
     "CoactivationView",
     "ConflictView",
+    "DepthView",
     "ImbalanceView",
     "LossView",
     "Overview",

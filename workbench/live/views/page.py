@@ -13,6 +13,7 @@ from workbench.live.views.adaptation import AdaptationView
 from workbench.live.views.bar import SelectionBar, served, text, widget
 from workbench.live.views.coactivation import CoactivationView
 from workbench.live.views.conflict import ConflictView
+from workbench.live.views.depth import DepthView
 from workbench.live.views.imbalance import ImbalanceView
 from workbench.live.views.loss import LossView
 from workbench.live.views.markup import html, joined
@@ -26,7 +27,7 @@ from workbench.live.views.trainer import TrainerControls
 from workbench.live.views.view import POLL_MS, View
 from workbench.paths import home
 
-VIEWS = (Overview, ImbalanceView, CoactivationView, SpectraView, ConflictView, LossView, AdaptationView)
+VIEWS = (Overview, ImbalanceView, CoactivationView, DepthView, SpectraView, ConflictView, LossView, AdaptationView)
 """The tabs of the page, in order."""
 
 LIST_MS = 4000  # how often the list of runs is read again

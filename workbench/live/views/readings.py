@@ -20,11 +20,15 @@ class Nothing(Exception):
 
 
 class Layer(NamedTuple):
-    """One mixture-of-experts layer; top_k is None where the number of experts per token varies."""
+    """One mixture-of-experts layer; top_k is None where the number of experts per token varies.
+
+    Where it is `recursive`, its experts are recursions, and how many of them a token has is its depth.
+    """
 
     name: str
     n_experts: int
     top_k: int | None
+    recursive: bool = False
 
 
 @dataclass
@@ -113,7 +117,8 @@ class Readings:
     @property
     def layers(self) -> list[Layer]:
         """The mixture-of-experts layers, first to last; may be empty."""
-        return [Layer(row["name"], row["n_experts"], row.get("top_k")) for row in self.model.get("layers") or []]
+        rows = self.model.get("layers") or []
+        return [Layer(row["name"], row["n_experts"], row.get("top_k"), bool(row.get("recursive"))) for row in rows]
 
     @property
     def domains(self) -> list[str]:
