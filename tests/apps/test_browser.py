@@ -1,5 +1,6 @@
 """The apps in a real browser, served by plain ``panel serve`` from another directory, while runs are being written."""
 
+import base64
 import os
 import re
 import subprocess
@@ -10,15 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 from torch import nn
 
 from tests.live.synthetic import write_synthetic_run
 from workbench.lib import data
 from workbench.lib.core.adapt import adapt
-from workbench.live.arm import Arm
-from workbench.live.store import Run
-from workbench.live.trainer import train_run
+from workbench.live.store import Run, RunWriter
 from workbench.live.watch import watch
 
 pytestmark = pytest.mark.browser
@@ -237,29 +237,40 @@ def test_the_report_of_an_adaptation_is_read_on_the_page(visit, home):
 
 
 def test_text_is_coloured_by_depth_on_the_page_and_goes_back_in_time(visit, home, until):
-    train_run(Arm("mixture-of-recursions", preset="smoke"), home / "runs" / "recursions")
-    page = visit("live?run=recursions", plots=5)
-    page.get_by_role("button", name="Depth", exact=True).or_(
-        page.get_by_role("radio", name="Depth", exact=True)
-    ).click()
-    page.get_by_text("Text by depth, validation at step").first.wait_for()
-    with Run(home / "runs" / "recursions") as run:
-        steps, texts = run.tensors("valid/depth_text/blocks.1")
-    assert len(steps) > 1 and (texts[0][0] == texts[-1][0]).all()  # one text, and depths that may differ
+    layer = {"name": "blocks.1", "n_experts": 3, "top_k": None, "recursive": True}
+    meta = {"model": {"layers": [layer], "vocabulary": "bytes"}, "cadence": {"routing": 10, "structure": 10}}
+    texts = np.full((5, 2, 256), -1, dtype=np.int32)
+    texts[:, 0, :100] = np.frombuffer(b"if a:\n    return b\n" * 5 + b"pass \n", dtype=np.uint8)[:100]
+    texts[:, 1, :100] = np.random.default_rng(0).integers(0, 4, (5, 100))
+    with RunWriter.create(home / "runs" / "recursions", meta) as writer:
+        for step in range(41):
+            if step % 10 == 0:
+                counts = np.bincount(texts[step // 10, 1, :100], minlength=4).astype(np.uint32)
+                both = {"depth": counts, "depth_text": texts[step // 10]}
+                found = {f"{valid}{name}/blocks.1": both[name] for name in both for valid in ("", "valid/")}
+                writer.tensors(step, found)
+            writer.scalars(step, {"train/loss": 3.0})
+            writer.commit(step)
+    page = visit("live?run=recursions", plots=1)
+    page.get_by_role("button", name="Depth", exact=True).click()
+    page.get_by_text("Text by depth, validation at step 40").first.wait_for()
 
-    def shown(step: int) -> list[int]:
+    def shown(step: int) -> list[float]:
         """The depths in the plot of a step, empty while it is not drawn."""
         plot = plots(page).get(f"Text by depth, validation at step {step}")
-        return [int(value) for row in plot["data"][0]["z"] for value in row if value is not None] if plot else []
+        if plot is None:
+            return []
+        sent = plot["data"][0]["z"]
+        values = np.frombuffer(base64.b64decode(sent["bdata"]), sent["dtype"])
+        return values[~np.isnan(values)].tolist()
 
-    for row in (-1, 0):
-        ids, depths = texts[row]
-        step, wanted = int(steps[row]), depths[ids >= 0].tolist()
-        until(lambda step=step, wanted=wanted: shown(step) == wanted)
-        page.get_by_role("slider").first.focus()
-        for _ in range(int(steps[-1] - steps[0])):
-            page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
+    slider = page.locator(".noUi-base").first.bounding_box()
+    until(lambda: shown(40) == texts[4, 1, :100].tolist())
+    page.mouse.click(slider["x"] + 0.5 * slider["width"], slider["y"] + slider["height"] / 2)
+    until(lambda: shown(20) == texts[2, 1, :100].tolist())
+    marks = [shape for shape in plots(page)["Depth in training, blocks.1"]["layout"]["shapes"] if shape["visible"]]
+    assert [shape["x0"] for shape in marks] == [20]
 
 
 SEEN = """row => {

@@ -21,7 +21,15 @@ from workbench.live.control import COMMANDS
 from workbench.live.records import SPECTRUM
 from workbench.live.store import Run
 from workbench.live.trainer import resume, train_run
-from workbench.live.views import CoactivationView, ConflictView, ImbalanceView, LossView, Overview, SpectraView
+from workbench.live.views import (
+    CoactivationView,
+    ConflictView,
+    DepthView,
+    ImbalanceView,
+    LossView,
+    Overview,
+    SpectraView,
+)
 from workbench.live.views.readings import Nothing, Readings
 from workbench.live.views.spectra import history
 from workbench.studies.core import load_study
@@ -235,6 +243,7 @@ def test_every_view_that_applies_to_a_study_is_fed(slug: str, tmp_path: Path):
     wanted = always | {
         ImbalanceView: ("load", "balance", "layers", "support") if routes else (),
         CoactivationView: ("matrix",) if several else (),
+        DepthView: ("training", "evaluation", "text") if any(layer.get("recursive") for layer in routes) else (),
         ConflictView: ("groups", "cosine", "self", "rate", "worst") if len(domains) > 1 else (),
     }
     assert bool(routes) == UNROUTED.isdisjoint({slug, catalogue.method(slug).family})

@@ -40,13 +40,14 @@ def depth_shares(
         shares, mean = 100 * counts / total[:, None], counts @ np.arange(deepest + 1) / total
     colours = theme_named(theme)
     shades = colours.ordered(deepest + 1)
+    mode = "lines" if len(steps) > 1 else "lines+markers"  # one record has no line
     traces = [
         {
             "type": "scatter",
             "x": np.asarray(steps),
             "y": shares[:, depth],
             "name": str(depth),
-            "mode": "lines",
+            "mode": mode,
             "stackgroup": "depth",
             "line": {"width": 0.5, "color": shades[depth]},
             "fillcolor": rgba(shades[depth], 0.75),
@@ -61,7 +62,7 @@ def depth_shares(
         "y": mean,
         "name": "mean",
         "yaxis": "y2",
-        "mode": "lines",
+        "mode": mode,
         "line": {"color": colours.ink, "width": 2},
         "hovertemplate": "step %{x}<br>mean depth <b>%{y:.2f}</b><extra></extra>",
     }

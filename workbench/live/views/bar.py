@@ -33,7 +33,8 @@ def layer_select(selection: Selection) -> pn.widgets.Select:
         layers = next((run.layers for run in selection.shown if run.layers), [])
         if layers:
             names = short_names([layer.name for layer in layers])
-            options = {f"{name} ({layers[i].n_experts} experts)": i for i, name in enumerate(names)}
+            sizes = [f"{x.n_experts} {'recursions' if x.recursive else 'experts'}" for x in layers]
+            options = {f"{name} ({sizes[i]})": i for i, name in enumerate(names)}
             select.param.update(options=options, value=min(selection.layer, len(layers) - 1))
 
     select.param.watch(lambda event: selection.param.update(layer=event.new), "value")

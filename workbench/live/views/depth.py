@@ -77,6 +77,7 @@ class DepthView(View):
             [_written(int(token), run.model.get("vocabulary")) for token in ids[there]],
             depths[there],
             self._layer(run).n_experts,
+            columns=64 // len(self.selection.shown),
             title=f"Text by depth, {what} at step {step}{self.suffix(run)}",
             theme=self.selection.theme,
         )
