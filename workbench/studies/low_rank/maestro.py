@@ -8,7 +8,7 @@ Networks of the same seed start from the same weights.
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -214,22 +214,27 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     return Row(arm, seed, params, params, flops * steps, steps, accuracy(used), extra)
 
 
+def reached(place: int, own: bool = False) -> Callable[[Row], float]:
+    """What reads the accuracy of the nested network of a size; of the SVD, at Maestro's ranks or its own."""
+    return lambda row: row.extra["nested_own" if own and row.arm == SVD else "nested"][place]
+
+
 def judge(rows: Rows, settings: Settings) -> Judgement:
     """Apply `RULE`."""
     gap, share = rows.minus(MAESTRO, DENSE), rows.interval(rows.of(MAESTRO, "share"))
-    nested = {}
-    for place, size in enumerate(SHARES):
-        name = f"{size:g} of the parameters"
-        nested[name] = rows.minus(MAESTRO, SVD, lambda row, place=place: row.extra["nested"][place])
-    small = [nested[f"{size:g} of the parameters"] for size in SMALL]
+    sizes = {f"{size:g} of the parameters": place for place, size in enumerate(SHARES)}
+    nested = {name: rows.minus(MAESTRO, SVD, reached(place)) for name, place in sizes.items()}
+    own = {name: rows.minus(MAESTRO, SVD, reached(place, own=True)) for name, place in sizes.items()}
+    small, alone = (list(found.values())[-len(SMALL) :] for found in (nested, own))
     within = all(one.low > -MARGIN for one in (gap, *small)) and share.high < 0.5
     outside = any(one.high < -MARGIN for one in (gap, *small)) or share.low > 0.5
     verdict = decide((NOT_REPRODUCED, outside), (REPRODUCED, within))
     reason = (
         f"Maestro's network has {share.estimate:.3f} [{share.low:.3f}, {share.high:.3f}] of the dense one's parameters "
-        f"and {gap} of its accuracy, which is the effect; beside the dense one's SVD at its own ranks "
+        f"and {gap} of its accuracy, which is the effect; beside the dense one's SVD at the same ranks "
         f"{rows.minus(MAESTRO, SVD)}, and beside a network of these ranks from the start {rows.minus(MAESTRO, FIXED)}. "
-        f"Nested in it, beside the SVD at equal ranks: at a quarter {small[0]}, at an eighth {small[1]}. {edges(rows)}"
+        f"Nested in it, beside the SVD at equal ranks: at a quarter {small[0]}, at an eighth {small[1]}; beside "
+        f"the SVD at ranks of its own of the same size {alone[0]} and {alone[1]}. {edges(rows)}"
     ).rstrip()
     details = {
         "accuracy": rows.means(),
@@ -240,6 +245,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
         }
         | {f"{SVD}, its own ranks": [sum(at) / len(at) for at in zip(*rows.of(SVD, "nested_own"), strict=True)]},
         "nested minus SVD": nested,
+        "nested minus SVD at its own ranks": own,
         "ranks": [sum(at) / len(at) for at in zip(*rows.of(MAESTRO, "ranks"), strict=True)],
         "rates": rows.means("rate"),
         "weight": rows.mean(MAESTRO, "weight"),
