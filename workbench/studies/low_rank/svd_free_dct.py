@@ -188,5 +188,5 @@ STUDY = Study(
     run=run,
     judge=judge,
     main=DCT,
-    power=Power((ADAMW, GALORE), effect=MARGIN),
+    power=Power((ADAMW, GALORE), effect=MARGIN, deviation={"small": (0.02204, 12)}),
 )
