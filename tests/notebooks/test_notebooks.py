@@ -20,10 +20,13 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = notebook.names()
 PLOTLY = "application/vnd.plotly.v1+json"
 MARK = "NBVAL_CHECK_OUTPUT"
-VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells depend on the most, and two families
+VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells depend on the most, and families
     "00_tour": {"seed": 3, "n_experts": 5, "top_k": 1},
     "01_routing": {"seed": 7},
+    "02_sharing": {"seed": 7},
+    "03_subspaces": {"seed": 7},
     "05_adapters": {"seed": 7},
+    "06_low_rank": {"seed": 7},
     "07_merging": {"seed": 7},
 }
 COUNT_FIGURES = f"""
