@@ -191,6 +191,6 @@ STUDY = Study(
     run=run,
     judge=judge,
     main=LRC,
-    power=Power((UNIFORM, ENERGY), effect=MARGIN, deviation={"small": (0.01471, 12)}),
+    power=Power((UNIFORM, ENERGY), effect=MARGIN, deviation={"small": (0.0104, 12)}),
     trainings=lambda arm: "it cuts the ranks of a trained model, and trains nothing" if arm in CUTS else 1,
 )
