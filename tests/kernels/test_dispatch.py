@@ -6,9 +6,22 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.errors import InputError
-from workbench.kernels import RoutePlan, block_gate_topk, block_sparse_attention, dispatch, gather_sum, moe_mlp, native
+from workbench.kernels import (
+    RoutePlan,
+    block_gate_topk,
+    block_sparse_attention,
+    column_topk,
+    dct2_rows,
+    dispatch,
+    gather_columns,
+    gather_sum,
+    moe_mlp,
+    native,
+    newton_schulz,
+)
 
 operator = importlib.import_module("workbench.kernels.block_sparse_attention")
 
@@ -104,3 +117,38 @@ wrong = [name for name in sys.modules if name.startswith('workbench.lib') or nam
 assert not [name for name in wrong if name.startswith('workbench')], wrong
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Named(TorchDispatchMode):
+    """Keeps the names of the operators that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("newton_schulz", newton_schulz),
+        ("dct_rows", dct2_rows),
+        ("column_topk", lambda x: column_topk(x, 3)[1]),
+        ("gather_columns", lambda x: gather_columns(x, torch.tensor([2, 0]))),
+    ],
+)
+def test_past_its_registration_an_operator_is_called_only_where_nobody_looks_on(name, call):
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    assert not dispatch.unseen(x)  # autograd does
+    registered = call(x)
+    with torch.no_grad():
+        assert dispatch.unseen(x) and not dispatch.unseen(torch.nn.Parameter(x))
+        with dispatch.recording() as ran:
+            assert torch.equal(call(x), registered)
+        assert [op for op, _ in ran] == [name]
+        with Named() as seen:
+            assert torch.equal(call(x), registered)
+        assert f"workbench::{name}" in seen.names

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from workbench.errors import InputError, unknown
 from workbench.kernels import native
@@ -68,6 +70,20 @@ def admit(
             f"backend is 'triton' but {op} got tensors on {device}; they must be on a GPU, or on the CPU in a process "
             "started with TRITON_INTERPRET=1"
         )
+
+
+def unseen(x: Tensor) -> bool:
+    """Whether nobody looks on as an operator runs: no autograd, compiler, mode or subclass of tensors.
+
+    What torch has registered may then be called as the function it was made of, without the 40 us that finding out
+    takes it: as long as the work of an optimiser on a small matrix.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 def interpreting() -> bool:

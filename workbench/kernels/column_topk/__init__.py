@@ -38,7 +38,8 @@ def column_topk(
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
     _check(x, k, norm)
-    return _forward(x.detach(), k, norm, dispatch.choose("column_topk", backend, x.device, BACKENDS))
+    chosen = dispatch.choose("column_topk", backend, x.device, BACKENDS)
+    return (_choose if dispatch.unseen(x) else _forward)(x.detach(), k, norm, chosen)
 
 
 def gather_columns(
@@ -49,11 +50,10 @@ def gather_columns(
     if index.shape[:-1] != x.shape[:-2]:
         raise InputError(f"index has shape {tuple(index.shape)} but must have a row a matrix of x {tuple(x.shape)}")
     chosen = dispatch.choose("gather_columns", backend, x.device, BACKENDS)
-    return _gather(x.detach(), index.int(), chosen)
+    return (_take if dispatch.unseen(x) else _gather)(x.detach(), index.int(), chosen)
 
 
-@torch.library.custom_op("workbench::column_topk", mutates_args=())
-def _forward(x: Tensor, k: int, norm: int, backend: str) -> tuple[Tensor, Tensor]:
+def _choose(x: Tensor, k: int, norm: int, backend: str) -> tuple[Tensor, Tensor]:
     _check(x, k, norm)
     dispatch.admit("column_topk", backend, x.device, BACKENDS, x.dtype)
     path = import_module(f"{__name__}.{dispatch.begin('column_topk', backend)}")
@@ -63,19 +63,24 @@ def _forward(x: Tensor, k: int, norm: int, backend: str) -> tuple[Tensor, Tensor
     return index.view(*batch, k), path.gather_columns(flat, index).view(*batch, n, k)
 
 
+_forward = torch.library.custom_op("workbench::column_topk", _choose, mutates_args=())
+
+
 @_forward.register_fake
 def _(x, k, norm, backend):
     *batch, n, _ = x.shape
     return x.new_empty((*batch, k), dtype=torch.int32), x.new_empty((*batch, n, k))
 
 
-@torch.library.custom_op("workbench::gather_columns", mutates_args=())
-def _gather(x: Tensor, index: Tensor, backend: str) -> Tensor:
+def _take(x: Tensor, index: Tensor, backend: str) -> Tensor:
     dispatch.admit("gather_columns", backend, x.device, BACKENDS, x.dtype)
     path = import_module(f"{__name__}.{dispatch.begin('gather_columns', backend)}")
     *batch, n, m = x.shape
     k = index.shape[-1]
     return path.gather_columns(x.contiguous().view(-1, n, m), index.contiguous().view(-1, k)).view(*batch, n, k)
+
+
+_gather = torch.library.custom_op("workbench::gather_columns", _take, mutates_args=())
 
 
 @_gather.register_fake

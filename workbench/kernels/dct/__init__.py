@@ -33,14 +33,12 @@ def dct2_rows(x: Float[Tensor, "*batch m"], *, backend: str | None = None) -> Fl
     Raises:
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
-    _check(x)
-    return _forward(x, False, dispatch.choose("dct_rows", backend, x.device, BACKENDS))
+    return _transform(x, False, backend)
 
 
 def dct3_rows(x: Float[Tensor, "*batch m"], *, backend: str | None = None) -> Float[Tensor, "*batch m"]:
     """x C^T: the inverse of `dct2_rows`, with its arguments."""
-    _check(x)
-    return _forward(x, True, dispatch.choose("dct_rows", backend, x.device, BACKENDS))
+    return _transform(x, True, backend)
 
 
 @lru_cache(maxsize=16)
@@ -57,12 +55,20 @@ def dct_basis(m: int, dtype: torch.dtype = torch.float32, device: torch.device |
         return basis.to(device, dtype)
 
 
-@torch.library.custom_op("workbench::dct_rows", mutates_args=())
-def _forward(x: Tensor, inverse: bool, backend: str) -> Tensor:
+def _transform(x: Tensor, inverse: bool, backend: str | None) -> Tensor:
+    _check(x)
+    chosen = dispatch.choose("dct_rows", backend, x.device, BACKENDS)
+    return (_run if dispatch.unseen(x) else _forward)(x, inverse, chosen)
+
+
+def _run(x: Tensor, inverse: bool, backend: str) -> Tensor:
     _check(x)
     dispatch.admit("dct_rows", backend, x.device, BACKENDS, x.dtype)
     path = import_module(f"{__name__}.{dispatch.begin('dct_rows', backend)}")
     return path.dct_rows(x.contiguous().view(-1, x.shape[-1]), inverse).view(x.shape)
+
+
+_forward = torch.library.custom_op("workbench::dct_rows", _run, mutates_args=())
 
 
 @_forward.register_fake

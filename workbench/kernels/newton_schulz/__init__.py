@@ -59,11 +59,11 @@ def newton_schulz(
         if backend is not None:
             raise InputError("backend is 'triton' but x is torch.float64; it must be float32, bfloat16 or float16")
         chosen = "reference"
-    return _forward(x.detach(), steps, [float(value) for value in coefficients], normalise, chosen)
+    given = x.detach(), steps, [float(value) for value in coefficients], normalise, chosen
+    return (_run if dispatch.unseen(x) else _forward)(*given)
 
 
-@torch.library.custom_op("workbench::newton_schulz", mutates_args=())
-def _forward(x: Tensor, steps: int, coefficients: Sequence[float], normalise: bool, backend: str) -> Tensor:
+def _run(x: Tensor, steps: int, coefficients: Sequence[float], normalise: bool, backend: str) -> Tensor:
     _check(x, steps, coefficients)
     dispatch.admit("newton_schulz", backend, x.device, BACKENDS, x.dtype)
     dispatch.begin("newton_schulz", backend)
@@ -76,6 +76,9 @@ def _forward(x: Tensor, steps: int, coefficients: Sequence[float], normalise: bo
     out = path.newton_schulz(start, steps, coefficients)
     out = out.view(*x.shape[:-2], *wide.shape[-2:])
     return (out.mT if tall else out).contiguous()
+
+
+_forward = torch.library.custom_op("workbench::newton_schulz", _run, mutates_args=())
 
 
 @_forward.register_fake
@@ -93,8 +96,7 @@ def _flops(x, steps, *_, **__) -> int:
 def _normalised(x: Tensor) -> Tensor:
     """x over its Frobenius norm, contiguous; 0 where x is 0. The square of no tiny or huge number is taken."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    least, most = x.flatten(-2).aminmax(dim=-1)
-    largest = torch.maximum(most, -least)[..., None, None]
+    largest = x.abs().amax((-2, -1), keepdim=True)  # torch's aminmax of one dimension takes ten times as long
     x = x / largest.masked_fill(largest == 0, 1)
     return x.div_(torch.linalg.matrix_norm(x, keepdim=True).clamp_(min=1)).contiguous()
 

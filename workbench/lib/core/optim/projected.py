@@ -78,7 +78,9 @@ class ProjectedAdamW(MatrixOptimizer):
     def direction(self, grad: Tensor, state: State, group: Group) -> Tensor:
         lying = tall(grad)
         low = self.subspace(lying, state, group)
-        out = self.projector(group).lift(self.adam(low, state, group), state, lying.shape[-1]) * group["scale"]
+        out = self.projector(group).lift(self.adam(low, state, group), state, lying.shape[-1])
+        if group["scale"] != 1:
+            out.mul_(group["scale"])
         return out if lying is grad else out.mT
 
     def subspace(self, grad: Tensor, state: State, group: Group) -> Tensor:

@@ -157,8 +157,8 @@ class ColumnSelector:
         """Columns that stay keep what they have, new ones begin with zeros: no product is needed."""
         before, order = old["index"].sort(-1)
         at = torch.searchsorted(before, new["index"]).clamp_(max=self.rank - 1)
-        stays, source = (before.gather(-1, at) == new["index"])[..., None, :], order.gather(-1, at)[..., None, :]
-        return [low.gather(-1, source.expand(low.shape)) * stays for low in lows]
+        stays, source = before.gather(-1, at) == new["index"], order.gather(-1, at)
+        return [gather_columns(low, source).mul_(stays.to(low.dtype).unsqueeze(-2)) for low in lows]
 
     def vectors(self, m: int, index: Int[Tensor, "*stack r"], like: Tensor) -> Float[Tensor, "*stack m r"]:
         """Q, of the type of `like` and where it is."""

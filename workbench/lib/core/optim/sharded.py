@@ -1,5 +1,6 @@
 """Parameters that several processes hold in parts (DTensor, FSDP2): whole for the step, and in parts again after it."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,12 +28,15 @@ def finite(tensors: Sequence[Tensor]) -> list[bool]:
     """
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     held = [i for i, part in enumerate(parts) if part.numel()]  # of a matrix of one row most processes hold none
-    wrong = torch.zeros(len(parts), device=parts[0].device if parts else None)
+    sound = [True] * len(parts)
     if held:
-        norms = torch.stack([norm.to(wrong) for norm in torch._foreach_norm([parts[i] for i in held])])
-        for i, sound in zip(held, norms.isfinite().tolist(), strict=True):
-            wrong[i] = 0 if sound else 1 - int(parts[i].isfinite().all())  # the norm of huge numbers is infinite
-    for mesh in {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}:
-        for dimension in range(mesh.ndim):
-            dist.all_reduce(wrong, dist.ReduceOp.MAX, mesh.get_group(dimension))
-    return (wrong == 0).tolist()
+        norms = torch._foreach_norm([parts[i] for i in held])
+        for i, norm in zip(held, torch.stack([norm.to(norms[0]) for norm in norms]).tolist(), strict=True):
+            sound[i] = math.isfinite(norm) or bool(parts[i].isfinite().all())  # the norm of huge numbers is infinite
+    if meshes := {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}:
+        flags = torch.tensor(sound, dtype=torch.float32, device=parts[0].device)
+        for mesh in meshes:
+            for dimension in range(mesh.ndim):
+                dist.all_reduce(flags, dist.ReduceOp.MIN, mesh.get_group(dimension))
+        sound = flags.bool().tolist()
+    return sound
