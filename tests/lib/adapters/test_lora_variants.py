@@ -35,7 +35,8 @@ def loss(model) -> torch.Tensor:
 
 def put(variant: str, rank: int = 3, fit: bool = True, **options):
     torch.manual_seed(1)
-    adapted = adapt(small(), "lora-variants", variant=variant, rank=rank, own=SHORT.get(variant), **options)
+    options = {"own": SHORT.get(variant)} | options
+    adapted = adapt(small(), "lora-variants", variant=variant, rank=rank, **options)
     if variant in FITTED and fit:
         adapted.adapter.fit(adapted, [0, 1], lambda _: loss(adapted.model))
     return adapted

@@ -1,4 +1,4 @@
-"""VeRA, HiRA and AdaLoRA in peft's folders: the same outputs on both sides, both ways."""
+"""VeRA, RandLoRA, HiRA and AdaLoRA in peft's folders: the same outputs on both sides, both ways."""
 
 import copy
 import json
@@ -7,17 +7,19 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.lib.adapters.test_lora_variants import X, put, small, trained
 from workbench.errors import InputError
 from workbench.lib.adapters.peft_variants import FORMATS, read_variant, write_variant
-from workbench.lib.core.adapt import adapt
+from workbench.lib.core.adapt import adapt, load_adapter
 from workbench.lib.core.adapt.peft import CONFIG, TENSORS, read_peft
 
 NAMES = ["0", "2", "3", "4"]
 KINDS = {
     "vera": lambda **more: peft.VeraConfig(r=3, **more),
+    "randlora": lambda **more: peft.RandLoraConfig(r=3, randlora_alpha=5, **more),
     "hira": lambda **more: peft.HiraConfig(r=3, **more),
     "adalora": lambda **more: peft.AdaLoraConfig(init_r=3, target_r=1, lora_alpha=5, total_step=6, **more),
 }
@@ -53,7 +55,8 @@ def loaded(folder, build=small) -> nn.Module:
 
 @pytest.mark.parametrize("variant", FORMATS)
 def test_what_is_written_peft_loads_to_the_same_function_and_we_read_again(variant, tmp_path):
-    adapted = trained(variant, steps=8)  # of AdaLoRA some parts are dead by then
+    own = {"own": {"peft_order": 1}} if variant == "randlora" else {}
+    adapted = trained(variant, steps=8, **own)  # of AdaLoRA some parts are dead by then
     for p in adapted.parameters() if variant != "adalora" else ():
         nn.init.normal_(p, std=0.5)
     y = adapted.model.eval()(X)
@@ -114,9 +117,30 @@ def test_layers_too_narrow_for_the_default_rank_share_what_fits_them(variant):
         nn.init.normal_(p)
     x = torch.randn(5, 12, dtype=torch.float64)
     assert torch.equal(adapted.model(x), adapted.model(x)) and adapted.model(x).isfinite().all()
-    said = {"vera": "ranks 8 at 0, 3 at 1, but the folder of a VERA has one", "randlora": "is with 'randlora' but what"}
-    with pytest.raises(InputError, match=said[variant]):
+    with pytest.raises(InputError, match=f"ranks 8 at 0, 3 at 1, but the folder of a {variant.upper()} has one"):
         write_variant(adapted, "nowhere")
+
+
+def narrowing() -> nn.Module:
+    """Three bases of rank 3 in each layer; peft makes A and B for the widest of both sides, which is wider than any."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 14), nn.Linear(14, 8), nn.Linear(8, 7)).double()
+
+
+def test_randlora_in_our_own_order_is_written_where_all_layers_have_as_many_bases(tmp_path):
+    adapted = adapt(narrowing(), "lora-variants", variant="randlora", rank=3, alpha=2.0)
+    for p in adapted.parameters():
+        nn.init.normal_(p, std=0.5)
+    y = adapted.model(X)
+    write_variant(adapted, tmp_path)
+    torch.testing.assert_close(loaded(tmp_path, narrowing)(X), y, **CLOSE)
+    again = read_variant(narrowing(), tmp_path)
+    torch.testing.assert_close(again.model(X), y, atol=1e-10, rtol=1e-10)
+    again.save(tmp_path / "kept")
+    assert torch.equal(load_adapter(narrowing(), tmp_path / "kept").model(X), again.model(X))
+    with pytest.raises(InputError, match=r"have 2, 3 bases, which peft pairs in another order .*: adapt with"):
+        write_variant(put("randlora"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 REFUSED = [
@@ -125,12 +149,14 @@ REFUSED = [
     ("vera", {"new": 1, "modules_to_save": ["x"]}, "modules_to_save = .*'x'.*, new = 1|new = 1, modules_to_save"),
     ("adalora", {"lora_alpha": None}, "lora_alpha is None but must be a number"),
     ("adalora", {"lora_alpha": 0}, "lora_alpha is 0 but must be above 0"),
-    ("vera", {"peft_type": "RANDLORA"}, "is a 'RANDLORA' but what is read here is VERA, HIRA, ADALORA"),
+    ("vera", {"peft_type": "FOURIERFT"}, "is a 'FOURIERFT' but what is read here is VERA, RANDLORA, HIRA, ADALORA"),
+    ("randlora", {"save_projection": False}, "is more than a plain RANDLORA: save_projection = False"),
+    ("randlora", {"r": 2}, r"0\.randlora_lambda is \(3, 3\) but must be \(2, 4\); 0.randlora_gamma"),
     ("hira", {"rank_pattern": {"0": 2}}, "is more than a plain HIRA: rank_pattern"),
     ("hira", {"hira_dropout": 1.0}, "hira_dropout is 1.0 but must be a number, at least 0 and below 1"),
     ("hira", {"r": True}, "r is True but must be a whole number"),
     ("adalora", {"use_dora": True}, "is more than a plain ADALORA: use_dora = True"),
-    ("adalora", {"peft_type": "LORA"}, "is a 'LORA' but what is read here is VERA, HIRA, ADALORA"),
+    ("adalora", {"peft_type": "LORA"}, "is a 'LORA' but what is read here is VERA, RANDLORA, HIRA, ADALORA"),
     ("adalora", {"peft_type": None}, "is a None but what is read here"),
     ("hira", {"r": 2}, r"0\.hira_A is \(3, 8\) but must be \(2, 8\); 0\.hira_B"),
 ]
@@ -161,6 +187,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     refused(wider, tmp_path / "vera", said)
     theirs("vera", save_projection=False).save_pretrained(tmp_path / "drawn")  # from a seed, by peft's own draws
     refused(small(), tmp_path / "drawn", "save_projection = False")
+    theirs("randlora").save_pretrained(tmp_path / "own")
+    tensors = load_file(tmp_path / "own" / TENSORS)
+    tensors["base_model.model.3.randlora_B"] += 1.0
+    save_file(tensors, tmp_path / "own" / TENSORS)
+    refused(small(), tmp_path / "own", "holds 'base_model.model.3.randlora_B' of .*, which is no part of a RANDLORA")
     content = (tmp_path / "vera" / TENSORS).read_bytes()
     (tmp_path / "vera" / TENSORS).write_bytes(content[:-9])
     refused(small(), tmp_path / "vera", "is damaged or half-written")
@@ -168,7 +199,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         theirs("hira").save_pretrained(tmp_path / "hira")
         read_peft(small(), tmp_path / "hira")
     for adapted, what in ((put("dora"), "'dora'"), (adapt(small(), "lora"), "'lora'")):
-        with pytest.raises(InputError, match=f"adapted is with {what} but what is written here is vera, hira"):
+        with pytest.raises(InputError, match=f"adapted is with {what} but what is written here is vera, randlora"):
             write_variant(adapted, tmp_path / "other")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")

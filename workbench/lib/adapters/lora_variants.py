@@ -26,7 +26,7 @@ and a variant changes s, one of the two matrices around G, where they start, or 
 
 What a start puts in is taken out again by a fixed B0 A0 beside it, y = W x + s (B A u - B0 A0 x): the function does not
 change, the weight stays as it was, and the whole is a LoRA of rank 2 r (`plain_loras`), which peft loads. For vera,
-hira and adalora peft has folders of their own, see `adapters.peft_variants`.
+randlora, hira and adalora peft has folders of their own, see `adapters.peft_variants`.
 
 lora-ga and eva look at data first: `adapted.adapter.fit(adapted, batches, loss)`; eva gives all layers the same rank.
 The survey's axis of mixtures is the family `lora_experts`. LoRA-Pro hands its gradients to AdamW, which is not the
@@ -79,7 +79,7 @@ OWN: dict[str, dict[str, float]] = {
     "relora": {"every": 100, "prune": 0.99, "warm": 10},
     "hira": {},
     "vera": {"d": 0.1},
-    "randlora": {},
+    "randlora": {"peft_order": 0},
     "adalora": {"target": 0, "begin": 50, "end": 200, "every": 10, "gamma": 0.1, "beta": 0.85},
 }
 """The variants, and the settings that each has of its own."""
@@ -210,10 +210,15 @@ class RandLoRALinear(MatrixLinear):
     """delta = s sum over n of B_n diag(l_n) A diag(g_n), n up to ceil(smaller width / r); A on the smaller width.
 
     l (r, n) and g (n, smaller width) are trained; A (r, 1, smaller), B (larger, n, r) are shared and cut to the layer.
+
+    Args:
+        peft_order: the columns of B are taken as they lie, (n, r), for the rows (r, n) of A, as in peft: random bases
+            all the same, but a column meets the row of another base and rank.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0, peft_order: bool = False):
         super().__init__(base, rank, scale, dropout)
+        self.peft_order = peft_order
         self.small, self.large = sorted((base.in_features, base.out_features))
         self.bases = math.ceil(self.small / rank)
         self.l = nn.Parameter(torch.zeros(rank, self.bases))
@@ -225,7 +230,7 @@ class RandLoRALinear(MatrixLinear):
         a = self.shared_a[: self.rank, :, : self.small]
         b = self.shared_b[: self.large, : self.bases, : self.rank]
         scaled = (a * self.l[:, :, None] * self.g).flatten(0, 1)  # (r n, smaller)
-        update = b.transpose(1, 2).flatten(1) @ scaled  # (larger, smaller)
+        update = (b if self.peft_order else b.transpose(1, 2)).flatten(1) @ scaled  # (larger, smaller)
         return self.scale * (update if self.base.in_features == self.small else update.T)
 
 
@@ -324,8 +329,9 @@ class LoRAVariants(Adapter):
         rank: r; default 8, or a layer's smaller width where that is less (lora-ga: half of it).
         alpha: numerator of the scale; default r, so that alpha / r is 1.
         dropout: of the update's input.
-        own: settings of the variant's own, see `OWN`. adalora: `target` ranks a layer has in the mean from step `end`
-            on, default (0) two thirds of r. relora: `every` so many steps, a share `prune` of the moments goes, and
+        own: settings of the variant's own, see `OWN`. randlora: `peft_order` 1 pairs the bases as peft does, so that
+            layers of any widths fit its folder. adalora: `target` ranks a layer has in the mean from step `end` on,
+            default (0) two thirds of r. relora: `every` so many steps, a share `prune` of the moments goes, and
             the rate comes back over `warm` steps, where the loop reads "lr_scale" as `train` does.
     """
 
@@ -361,6 +367,8 @@ class LoRAVariants(Adapter):
             raise InputError(f"alpha is {self.alpha} but must be above 0")
         if self.variant == "vera":
             return VeRALinear(layer, rank, 1.0, self.dropout, self.own["d"])
+        if self.variant == "randlora":
+            return RandLoRALinear(layer, rank, scale, self.dropout, bool(self.own["peft_order"]))
         if self.variant in LAYERS:
             return LAYERS[self.variant](layer, rank, scale, self.dropout)
         made = ProductLinear(layer, rank, scale, self.dropout, self.variant)

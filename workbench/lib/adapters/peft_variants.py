@@ -1,11 +1,13 @@
-"""Variants of LoRA in the folders of Hugging Face's peft: VeRA, HiRA and AdaLoRA.
+"""Variants of LoRA in the folders of Hugging Face's peft: VeRA, RandLoRA, HiRA and AdaLoRA.
 
 Written folders load with `peft.PeftModel.from_pretrained`; read ones may come from there. peft itself is not needed.
 Plain LoRAs, and variants that are one, are in `lib.core.adapt.peft`. peft divides AdaLoRA's product by r + 1e-5 where
-r is the ranks it began with; that is put into its singular values here. Its RandLoRA is not here: it pairs the columns
-of the one B with the rows of the one A in another order for each width of a layer, so that no B of ours is the same.
+r is the ranks it began with; that is put into its singular values here. In its RandLoRA column k of B, counted (base,
+rank), meets row k of A, counted (rank, base): for each number of bases another order. `own={"peft_order": 1}` has it,
+and so has what is read; in our own order B is written where all layers have as many bases, its columns moved.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +35,7 @@ class Format(NamedTuple):
         peft_type: what peft calls it.
         own: of each layer, names in the folder.
         shared: of all layers together, names in the folder and in each layer.
+        bases: those tensors, of the layers and in the order of `shared`, as peft has them.
         rank, alpha, dropout: names of settings; None where there is none.
         tensors: those of a layer, in the order of `own`, as they are trained; alpha in them where it is no setting.
         put: the reverse, in place.
@@ -43,6 +46,7 @@ class Format(NamedTuple):
     peft_type: str
     own: tuple[str, ...]
     shared: dict[str, str]
+    bases: Callable[[list[Any]], tuple[Tensor, ...]]
     rank: str
     alpha: str | None
     dropout: str
@@ -50,6 +54,23 @@ class Format(NamedTuple):
     put: Callable[..., None]
     fixed: dict[str, Any]
     free: dict[str, Any]
+
+
+def _randlora(layers: list[Any]) -> tuple[Tensor, Tensor]:
+    """A and B in peft's order, and filled up with zeros to the sizes that it has them in."""
+    first, bases = layers[0], {layer.bases for layer in layers}
+    a, b, rank = first.shared_a, first.shared_b, first.rank
+    if not first.peft_order:
+        if len(bases) > 1:
+            raise InputError(
+                f"the layers have {', '.join(map(str, sorted(bases)))} bases, which peft pairs in another order for "
+                'each: adapt with own={"peft_order": 1}'
+            )
+        b = b.transpose(1, 2).reshape(len(b), -1, rank)
+    small, large = sorted(max(getattr(la.base, key) for la in layers) for key in ("in_features", "out_features"))
+    wide_a, wide_b = a.new_zeros(rank, 1, small), b.new_zeros(large, math.ceil(small / rank), rank)
+    wide_a[:, :, : a.shape[2]], wide_b[:, : b.shape[1]] = a, b
+    return wide_a, wide_b
 
 
 def _put_hira(layer: Any, a: Tensor, b: Tensor) -> None:
@@ -74,16 +95,29 @@ FORMATS = {
         "VERA",
         ("vera_lambda_b", "vera_lambda_d"),
         {"vera_A": "shared_a", "vera_B": "shared_b"},
+        lambda layers: (layers[0].shared_a, layers[0].shared_b),
         *("r", None, "vera_dropout"),
         lambda layer: (layer.b, layer.d),
         lambda layer, b, d: (layer.b.copy_(b), layer.d.copy_(d)),
         {"save_projection": True, "bias": "none"},
         {"d_initial": 0.1, "init_weights": True, "projection_prng_key": 0},
     ),
+    "randlora": Format(
+        "RANDLORA",
+        ("randlora_lambda", "randlora_gamma"),
+        {"randlora_A": "shared_a", "randlora_B": "shared_b"},
+        _randlora,
+        *("r", "randlora_alpha", "randlora_dropout"),
+        lambda layer: (layer.l, layer.g),
+        lambda layer, l, g: (layer.l.copy_(l), layer.g.copy_(g)),  # noqa: E741
+        {"save_projection": True, "bias": "none"},
+        {"sparse": False, "very_sparse": False, "init_weights": True, "projection_prng_key": 0},
+    ),
     "hira": Format(
         "HIRA",
         ("hira_A", "hira_B"),
         {},
+        lambda layers: (),
         *("r", None, "hira_dropout"),
         lambda layer: (layer.experts.a[0], layer.experts.scale[0] * layer.experts.b[0]),
         _put_hira,
@@ -94,6 +128,7 @@ FORMATS = {
         "ADALORA",
         ("lora_A", "lora_B", "lora_E"),
         {},
+        lambda layers: (),
         *("init_r", "lora_alpha", "lora_dropout"),
         _adalora,
         _put_adalora,
@@ -121,7 +156,8 @@ def write_variant(adapted: Adapted, folder: str | Path) -> Path:
 
     Raises:
         InputError: it is another system, or a variant that peft's folders have otherwise or not; its layers have
-            different ranks, of which the format has one; one is of packed experts; or something else is at `folder`.
+            different ranks, of which the format has one, or, of a RandLoRA in our own order, numbers of bases; one is
+            of packed experts; or something else is at `folder`.
         OSError: the disk is full or not writable; what was there still is.
     """
     adapter, layers = adapted.adapter, adapted.layers
@@ -141,8 +177,8 @@ def write_variant(adapted: Adapted, folder: str | Path) -> Path:
         for key, tensor in zip(form.own, form.tensors(layer), strict=True)
     }
     first = next(iter(layers.values()))
-    for key, name in form.shared.items():
-        tensors[f"{SHARED}{key}"] = getattr(first, name)
+    for key, tensor in zip(form.shared, form.bases(list(layers.values())), strict=True):
+        tensors[f"{SHARED}{key}"] = tensor
     config = {
         "peft_type": form.peft_type,
         form.rank: first.rank,
@@ -161,7 +197,7 @@ def write_variant(adapted: Adapted, folder: str | Path) -> Path:
 
 
 def read_variant(model: nn.Module, folder: str | Path) -> Adapted:
-    """Adapt `model` with the VeRA, HiRA or AdaLoRA of a peft folder, its dropout included.
+    """Adapt `model` with the VeRA, RandLoRA, HiRA or AdaLoRA of a peft folder, its dropout included.
 
     Raises:
         InputError: no such folder, damaged or half-written files, another kind or features beyond it, all of them
@@ -182,6 +218,8 @@ def read_variant(model: nn.Module, folder: str | Path) -> Adapted:
     of: dict[str, dict[str, Tensor]] = {}
     for key, tensor in sorted(tensors.items()):
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(form.own)})", key)
+        if key not in keys and _is_copy(form, key, tensors):
+            continue
         if not (match or key in keys) or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise InputError(f"{folder} holds {key!r} of {tensor.dtype}, which is no part of a {form.peft_type}")
         if match:
@@ -193,13 +231,22 @@ def read_variant(model: nn.Module, folder: str | Path) -> Adapted:
     here = match_targets(model, ("*",))
     if strange := [name for name in of if name not in here]:
         raise InputError(f"{folder} does not fit this model: it has no linear layer {', '.join(map(repr, strange))}")
-    adapted = adapt(model, "lora-variants", list(of), variant=variant, rank=rank, alpha=alpha, dropout=dropout)
+    own = {"peft_order": 1} if variant == "randlora" else None
+    options = {"variant": variant, "rank": rank, "alpha": alpha, "dropout": dropout, "own": own}
+    adapted = adapt(model, "lora-variants", list(of), **options)
     try:
         _fill(adapted, folder, form, of, [tensors[f"{SHARED}{key}"] for key in form.shared])
     except BaseException:
         adapted.remove()
         raise
     return adapted
+
+
+def _is_copy(form: Format, key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is what all layers have: of a RandLoRA peft keeps that with each of them once more."""
+    name, tensor = key.rpartition(".")[2], tensors[key]
+    whole = tensors.get(f"{SHARED}{name}") if name in form.shared else None
+    return whole is not None and whole.dtype == tensor.dtype and torch.equal(whole, tensor)
 
 
 def _settings(path: Path, found: Mapping[str, Any], form: Format) -> tuple[int, float | None, float]:
