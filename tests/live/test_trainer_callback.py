@@ -1,5 +1,6 @@
 """A training by transformers' `Trainer`: watched, a mixture's losses in it, and what is said of the model's own."""
 
+import re
 import shutil
 
 import pytest
@@ -41,14 +42,17 @@ def data(rows) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def train(model, folder, rows=ROWS, adapted=None, batch=1, parts=1, eval_rows=None, loss=None, **arguments):
+def train(
+    model, folder, rows=ROWS, adapted=None, batch=1, parts=1, eval_rows=None, loss=None, optimizer=None, **arguments
+):
     """Train one epoch by gradient descent, in steps of `parts` batches, watched; the trainer."""
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
     plain = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0}
     size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts, "num_train_epochs": 1}
     order = {"train_sampling_strategy": "sequential", "eval_strategy": "no" if eval_rows is None else "epoch"}
-    args = transformers.TrainingArguments(str(folder / "trainer"), **quiet, **plain, **size, **order, **arguments)
+    args = transformers.TrainingArguments(str(folder / "trainer"), **quiet, **size, **order, **plain | arguments)
     evaluated = {} if eval_rows is None else {"eval_dataset": data(eval_rows)}
+    evaluated |= {} if optimizer is None else {"optimizers": (optimizer, None)}
     trainer = transformers.Trainer(model, args, train_dataset=data(rows), compute_loss_func=loss, **evaluated)
     trainer.add_callback(WatchCallback(trainer, folder / "run", adapted=adapted, overwrite=True))
     trainer.train()
@@ -169,6 +173,63 @@ def test_what_the_trainer_does_with_a_model_s_own_balance_loss_is_said(tmp_path,
         notes = [event.text for event in run.events() if event.kind == "note"]
     assert len(notes) == (said is not None) and all(said in note for note in notes)
     assert (said is None) or said in capsys.readouterr().err
+
+
+VARIANTS = {
+    "lora+": ({}, r"lora\+ has learning rates of 1, 16 times"),
+    "riemannian": ({}, "riemannian has gradients divided by"),
+    "lora-pro": ({}, "lora-pro has gradients whose step"),
+    "relora": ({"every": 2}, "relora has the product put into"),
+    "adalora": ({"begin": 1, "end": 4, "every": 1, "target": 1}, "adalora has ranks that move"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_variant_does_in_its_optimizer_s_steps_it_does_under_the_trainer_or_it_is_said(
+    tmp_path, capsys, variant
+):
+    """As in a loop of one's own, with the adapted model's optimizer; with the trainer's otherwise, and it is said."""
+    own, said = VARIANTS[variant]
+
+    def begun():
+        torch.manual_seed(1)
+        return adapt(olmo().train(), "lora-variants", targets="*.mlp.*", variant=variant, rank=2, own=own)
+
+    def trained(optimizer: bool):
+        adapted = begun()
+        torch.manual_seed(5)
+        how = {"optimizer": adapted.optimizer(0.02)} if optimizer else {"optim": "adamw_torch"}
+        train(adapted.model, tmp_path, adapted=adapted, learning_rate=0.02, seed=5, **how)
+        return own_state(adapted.layers), capsys.readouterr().err
+
+    loop = begun()
+    optimizer = loop.optimizer(0.02)
+    torch.manual_seed(5)
+    for row in ROWS:
+        optimizer.zero_grad()
+        loop.model(input_ids=row[None], labels=row[None]).loss.backward()
+        optimizer.step()
+    given, quiet = trained(True)
+    assert "adapted.optimizer()" not in quiet
+    if variant != "relora":  # which draws, and the trainer draws otherwise
+        for name, value in own_state(loop.layers).items():
+            torch.testing.assert_close(given[name], value, atol=1e-5, rtol=1e-4)
+    alone, told = trained(False)
+    assert re.search(rf"{said}.* in the steps of adapted\.optimizer\(\) alone", told)
+    moved = "moved" if variant == "relora" else "alive" if variant == "adalora" else ""
+    pairs = [(given[name], alone[name]) for name in given if moved in name]
+    assert pairs and any(not torch.allclose(a.float(), b.float(), atol=1e-4) for a, b in pairs)
+    with Run(tmp_path / "run") as run:
+        assert [event.text for event in run.events() if event.kind == "note" and "adapted.optimizer" in event.text]
+
+
+def test_an_adapter_that_adamw_alone_trains_says_nothing_of_optimizers(tmp_path, capsys):
+    adapted = adapt(model := olmo(), "lora-variants", targets="*.mlp.*", variant="dora", rank=2)
+    train(model, tmp_path, ROWS[:1], adapted)
+    assert "adapted.optimizer" not in capsys.readouterr().err
+    adapted = adapt(model := olmo(), "remix", targets="*.mlp.*")
+    train(model, tmp_path, ROWS[:1], adapted)
+    assert "remix has learning rates of 1, 4 times in the steps of adapted.optimizer()" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_an_error(tmp_path):

@@ -1,7 +1,9 @@
 """A training by transformers' `Trainer`, watched, with the losses of a mixture in it.
 
-trainer = transformers.Trainer(model, args, train_dataset=rows)
-trainer.add_callback(WatchCallback(trainer, "my-run", adapted=workbench.adapt(model, "mixlora")))
+adapted = workbench.adapt(model, "mixlora")
+optimizers = adapted.optimizer(args.learning_rate), None  # the trainer's own does only what AdamW does
+trainer = transformers.Trainer(model, args, train_dataset=rows, optimizers=optimizers)
+trainer.add_callback(WatchCallback(trainer, "my-run", adapted=adapted))
 trainer.train()
 """
 
@@ -39,7 +41,8 @@ class WatchCallback(TrainerCallback):
     interrupted; but only the trainer that this was made for.
 
     What the trainer does with a balance loss that the model has by itself is said when training begins: nothing is
-    changed in it.
+    changed in it. So is what the adapted model's system does in the steps of `Adapted.optimizer` alone, such as the
+    rates of lora+ or the restarts of relora, where the trainer was not given that optimizer.
 
     Args:
         trainer: that this is added to.
@@ -86,6 +89,7 @@ class WatchCallback(TrainerCallback):
             model = trainer.accelerator.unwrap_model(model)
             self.watched = watch(model, self.run, **{"total_steps": state.max_steps, "seed": args.seed, **self.options})
             self.watched.next_step = max(self.watched.next_step, state.global_step)
+            self._say_of_optimizer()
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **_) -> None:
         for layer in self.adapted.layers.values() if self.adapted else ():
@@ -154,6 +158,23 @@ class WatchCallback(TrainerCallback):
                 loss = loss + aux / later
         return (loss, outputs) if return_outputs else loss
 
+    def _say_of_optimizer(self) -> None:
+        """Say where the trainer's optimizer is not the adapted model's, and what is missing by that."""
+        wrapped = self.trainer.optimizer
+        if self.adapted is None or getattr(getattr(wrapped, "optimizer", wrapped), "adapted", None) is self.adapted:
+            return
+        adapter = self.adapted.adapter
+        if (beside := adapter.beside_adamw(self.adapted)) is not None:
+            name = getattr(adapter, "variant", adapter.slug)
+            self._note(
+                f"{name} has {beside} in the steps of adapted.optimizer() alone, and the trainer has another: "
+                "Trainer(..., optimizers=(adapted.optimizer(args.learning_rate), None))"
+            )
+
+    def _note(self, said: str) -> None:
+        self.watched.writer.event(self.watched.next_step, "note", said)
+        print(f"workbench: note: {said}", file=sys.stderr)
+
     def _say_of_host(self, outputs: Any, scaled: bool, batches: int) -> None:
         """Say once where the trainer does not train the model's own balance loss as the model has it."""
         if self._said or self.watched is None:
@@ -175,9 +196,7 @@ class WatchCallback(TrainerCallback):
             said = f"counts {times} times: it is added whole in each batch of a step, and the task's loss in parts"
         else:
             return
-        said = f"the model's own balance loss ({name} = {getattr(config, name):g}) {said}"
-        self.watched.writer.event(self.watched.next_step, "note", said)
-        print(f"workbench: note: {said}", file=sys.stderr)
+        self._note(f"the model's own balance loss ({name} = {getattr(config, name):g}) {said}")
 
 
 def _tokens(inputs: Mapping[str, Any]) -> int:

@@ -29,6 +29,9 @@ change, the weight stays as it was, and the whole is a LoRA of rank 2 r (`plain_
 randlora, hira and adalora peft has folders of their own, see `adapters.peft_variants`.
 
 lora-ga and eva look at data first: `adapted.adapter.fit(adapted, batches, loss)`; eva gives all layers the same rank.
+What is of the optimiser, and adalora's ranks, happens in the steps of `adapted.optimizer()`, and with no other: give it
+to the loop, to transformers' `Trainer` as `optimizers=(adapted.optimizer(lr), None)`. lora-fa is the exception.
+
 The survey's axis of mixtures is the family `lora_experts`. LoRA-Pro hands its gradients to AdamW, which is not the
 paper's own form of Adam; what AdaLoRA is fined for directions that are not orthogonal is added to the gradients after
 any clipping of them. peft's LoRA-GA multiplies B0 by S as well; here it is as in the paper (2407.05000).
@@ -83,6 +86,13 @@ OWN: dict[str, dict[str, float]] = {
     "adalora": {"target": 0, "begin": 50, "end": 200, "every": 10, "gamma": 0.1, "beta": 0.85},
 }
 """The variants, and the settings that each has of its own."""
+IN_STEPS = {
+    "riemannian": "gradients divided by the other factor's product with itself",
+    "lora-pro": "gradients whose step is nearest to that of the whole weight",
+    "relora": "the product put into the weight every so many steps, to begin anew",
+    "adalora": "ranks that move to where they matter",
+}
+"""What some do in the steps of `Adapted.optimizer`."""
 
 
 def example() -> nn.Module:
@@ -398,6 +408,9 @@ class LoRAVariants(Adapter):
 
     def rate(self, name: str) -> float:
         return self.own["ratio"] if self.variant == "lora+" and name.endswith(".experts.b") else 1.0
+
+    def beside_adamw(self, adapted: Adapted) -> str | None:
+        return IN_STEPS.get(self.variant) or super().beside_adamw(adapted)
 
     def before_step(self, adapted: Adapted, optimizer: torch.optim.Optimizer) -> None:
         for name, layer in adapted.layers.items():

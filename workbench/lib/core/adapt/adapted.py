@@ -54,6 +54,11 @@ class Adapter:
         """Learning rate of a trained parameter, by its name in the model, as a multiple of that of the optimizer."""
         return self.router_lr if ".router." in name else 1.0
 
+    def beside_adamw(self, adapted: "Adapted") -> str | None:
+        """What a step of `Adapted.optimizer` is beyond AdamW's, in words; None where it is AdamW's."""
+        rates = sorted({self.rate(name) for name in adapted.named_parameters()})
+        return None if rates in ([], [1.0]) else f"learning rates of {', '.join(f'{rate:g}' for rate in rates)} times"
+
     def before_step(self, adapted: "Adapted", optimizer: torch.optim.Optimizer) -> None:
         """Called before each step of `Adapted.optimizer`: gradients are there and may be changed."""
 
@@ -189,7 +194,11 @@ class Adapted:
     def optimizer(self, lr: float = 3e-3, weight_decay: float = 0.0) -> torch.optim.AdamW:
         """AdamW over the trained parameters, each at the system's own multiple of the learning rate, `Adapter.rate`.
 
-        A system that has more to do in a step than AdamW does it in the steps of this optimizer, in whatever loop.
+        A system that has more to do in a step than AdamW does it in the steps of this optimizer, in whatever loop: the
+        rates of lora+ and of mhr's routers, the gradients of riemannian and lora-pro, the restarts of relora, the ranks
+        of adalora. With an optimizer of one's own there is none of it. transformers' `Trainer` makes its own unless it
+        is given this: `Trainer(model, args, optimizers=(adapted.optimizer(args.learning_rate), None))`, which its
+        schedule then scales; `live.trainer_callback` says so where it was not.
         """
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for name, p in self.named_parameters().items():
@@ -197,6 +206,7 @@ class Adapted:
         ordered = sorted(groups.items(), key=itemgetter(0))  # routers last
         rows = [{"params": group, "lr_scale": rate, "lr": lr * rate} for (_, rate), group in ordered]
         optimizer = torch.optim.AdamW(rows, lr=lr, weight_decay=weight_decay)
+        optimizer.adapted = self
         optimizer.register_step_pre_hook(lambda *_: self.adapter.before_step(self, optimizer))
         optimizer.register_step_post_hook(lambda *_: self.adapter.after_step(self, optimizer))
         return optimizer
