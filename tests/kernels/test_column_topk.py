@@ -38,6 +38,14 @@ def test_views_and_half_precision():
     assert column_topk(tall, 1, norm=1)[0].item() == 1
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-30), (torch.float32, 1e25), (torch.float64, 1e-250)])
+def test_columns_whose_squares_are_no_numbers(dtype, size):
+    x = draw(2, 7, 5, dtype=dtype)
+    index, found = column_topk(x * torch.tensor([size, 1.0], dtype=dtype)[:, None, None], 2)
+    assert torch.equal(index, column_topk(x, 2)[0]) and torch.equal(found[1], column_topk(x, 2)[1][1])
+    assert column_topk(torch.zeros(3, 4), 2)[1].eq(0).all()
+
+
 def test_registration_and_compilation():
     x = draw(3, 7, 5)
     torch.library.opcheck(torch.ops.workbench.column_topk.default, (x, 2, 2, "reference"))

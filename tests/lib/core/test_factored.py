@@ -153,3 +153,10 @@ def test_a_weight_that_is_not_finite_has_no_factors():
     with pytest.raises(InputError, match=r"^2: the weight \(12, 20\) is not finite"):
         factorise(model, 2)
     assert type(model[0]) is nn.Linear
+
+
+def test_layers_whose_weight_is_computed_stay():
+    for norm in (nn.utils.weight_norm, nn.utils.spectral_norm):
+        model = nn.Sequential(norm(nn.Linear(12, 12)), nn.Linear(12, 12))
+        replaced = factorise(model, 3)
+        assert list(replaced.layers) == ["1"] and replaced.left_out == {"0": "its weight is computed from others"}

@@ -247,3 +247,36 @@ def test_a_damaged_folder_says_so_and_the_model_stays(damage, message, tmp_path)
 def change(folder: Path, **values) -> None:
     sidecar = json.loads((folder / SIDECAR).read_text())
     (folder / SIDECAR).write_text(json.dumps(sidecar | values))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.up, self.head = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.up(self.embedding(tokens)))
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head", "both"])
+def test_tied_weights_are_tied_again_by_whatever_name_the_file_has_them(stored, tmp_path):
+    there = Tied()
+    names = {"embedding": "head.weight", "head": "embedding.weight"}
+    state = {name: tensor.clone() for name, tensor in there.state_dict().items() if name != names.get(stored)}
+    save_file(state, tmp_path / "m.safetensors")
+    assert main(words(tmp_path / "m.safetensors", tmp_path / "out", "--targets", "up", "--reduce", "0.6")) == 0
+    model = load_factored(tmp_path / "out", Tied())
+    assert model.head.weight is model.embedding.weight and torch.equal(model.head.weight, there.head.weight)
+    there.up.weight.copy_(model.up.merged())
+    torch.testing.assert_close(model(TOKENS), there(TOKENS))
+
+
+def test_what_a_model_generates_by_is_loaded_with_it(tmp_path):
+    from transformers import GenerationConfig
+
+    save(gpt2, tmp_path / "before")
+    GenerationConfig(eos_token_id=[3, 4], max_new_tokens=7, pad_token_id=3).save_pretrained(tmp_path / "before")
+    assert main(words(tmp_path / "before", tmp_path / "out", "--reduce", "0.6")) == 0
+    config = load_factored(tmp_path / "out").generation_config
+    assert (config.eos_token_id, config.max_new_tokens, config.pad_token_id) == ([3, 4], 7, 3)

@@ -214,3 +214,13 @@ def test_with_silu_nothing_merges_and_its_weight_can_be_looked_at_but_not_comput
 def test_wrong_numbers_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("layer", [LOSTLinear(8, 8, 2, 3), LOSTLinear(8, 8, 2, 3, act=None), SLTrainLinear(8, 8, 2, 9)])
+def test_products_in_half_precision(layer):
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    torch.testing.assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)

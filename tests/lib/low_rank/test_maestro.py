@@ -597,3 +597,15 @@ def test_one_layer_alone_is_extracted_and_sampled():
     small = extract(layer, {"": 2})
     x = torch.randn(3, 6)
     torch.testing.assert_close(small(x), layer(x, 2))
+
+
+def test_convolutions_whose_weight_is_tied_or_computed_stay():
+    convolutions = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)]
+    convolutions[1].weight = convolutions[0].weight
+    nn.utils.weight_norm(convolutions[2])
+    found = decompose(nn.Sequential(*convolutions, nn.Conv2d(4, 4, 3)))
+    assert list(found.layers) == ["3"] and found.left_out == {
+        "0": "its weight is 1.weight too",
+        "1": "its weight is 0.weight too",
+        "2": "a convolution whose weight is computed from others",
+    }

@@ -458,3 +458,18 @@ def test_the_monitor_records_what_happened():
         assert all(0.67 < one.update < 1.21 and 0 < one.alignment <= 1 + 1e-6 for one in found)
         assert all(1 <= one.stable_rank <= 20 for one in found)
     assert not model.first._forward_pre_hooks and not model.last._forward_pre_hooks
+
+
+def test_a_copy_of_an_adaptive_optimiser_has_seen_nothing_and_says_so():
+    layer = nn.Linear(6, 4, bias=False)
+    optimizer = MuonPP(layer.parameters(), adaptive=True)
+    optimizer.observe(layer)
+    layer(draw(6)).sum().backward()  # one row, without a batch
+    optimizer.step()
+    twin, made = copy.deepcopy((layer, optimizer))
+    twin.weight.grad = torch.ones(4, 6)
+    with pytest.raises(InputError, match="nothing was seen that went into its layer"):
+        made.step()
+    made.observe(twin)
+    twin(draw(3, 6))
+    made.step()

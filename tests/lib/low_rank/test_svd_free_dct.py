@@ -277,3 +277,9 @@ def test_a_rank_of_another_run_is_no_state_of_this_matrix():
 def test_wrong_options_are_named(kind, options, said):
     with pytest.raises(InputError, match=said):
         kind([nn.Parameter(draw(9, 6))], **({"rank": 2} | options))
+
+
+@pytest.mark.parametrize("kind", [DCTAdamW, Trion])
+def test_a_basis_that_a_width_has_not_is_refused_before_any_step(kind):
+    with pytest.raises(InputError, match="'hadamard' but the width 12 is no power of two"):
+        kind([nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(12, 16))], rank=2, basis="hadamard")

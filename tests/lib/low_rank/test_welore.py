@@ -206,3 +206,9 @@ def test_two_subspaces_that_were_drawn_overlap_by_their_share():
 def test_the_tracker_says_what_it_cannot_follow(options, message):
     with pytest.raises(InputError, match=message):
         GradientSubspaceTracker(nn.Linear(6, 4), **{"layers": ["weight"]} | options)
+
+
+def test_uniform_ranks_keep_no_more_than_a_threshold_may_where_small_matrices_keep_one():
+    found = {"large": torch.ones(100).double(), **{f"small {i}": torch.ones(2).double() for i in range(20)}}
+    ranks = uniform_ranks(found, 0.8)
+    assert sum(ranks.values()) == 28 and ranks["large"] == 8 and ranks["small 0"] == 1

@@ -396,3 +396,33 @@ def test_a_refused_model_stays_as_it_was():
     assert {name: (type(m), dict(m._parameters)) for name, m in model.named_modules()} == before
     with pytest.raises((RuntimeError, InputError), match="size mismatch"):  # another m at resume
         compressed(0.5).model.load_state_dict(compressed(0.25).model.state_dict())
+
+
+def test_safetensors_has_the_store_once_and_a_model_loads_from_it(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def tied(seed: int) -> nn.Module:
+        model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False))
+        model[2].weight = model[0].weight
+        return compress_model(model, 0.4, seed=seed).model
+
+    there, here = tied(5), tied(6)
+    save_file(there.state_dict(), tmp_path / "m.safetensors")
+    state = load_file(tmp_path / "m.safetensors")
+    assert sum(name.endswith("store.weight") for name in state) == 1 and sum(n.endswith("scale") for n in state) == 2
+    here.load_state_dict(state)
+    assert torch.equal(here(torch.arange(11)), there(torch.arange(11)))
+    every = {f"2.{name[2:]}": tensor for name, tensor in state.items() if name.startswith("0.")}
+    every |= {f"1.{name[2:]}": tensor for name, tensor in state.items() if ".store." in name} | state
+    tied(7).load_state_dict(every)  # as files had it before
+    with pytest.raises(RuntimeError, match=r"store\.weight"):
+        here.load_state_dict({name: tensor for name, tensor in state.items() if not name.endswith("store.weight")})
+
+
+def test_a_padded_row_is_zero_in_the_plain_table_too_and_not_in_the_head_that_was_tied_to_it():
+    model = nn.Sequential(nn.Embedding(11, 8, padding_idx=3), nn.Linear(8, 11, bias=False))
+    model[1].weight = model[0].weight
+    shared = compress_model(model, 0.4).model
+    dense = expand(shared)
+    assert not dense[0].weight[3].any() and dense[1].weight[3].all()
+    torch.testing.assert_close(dense(torch.arange(11)), shared(torch.arange(11)))

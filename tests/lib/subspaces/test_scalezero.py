@@ -323,3 +323,29 @@ def test_a_log_plays_again():
 def test_what_a_controller_refuses(call, said):
     with pytest.raises(InputError, match=said):
         call(play({}))
+
+
+def test_a_state_dict_of_a_later_stage_says_what_trains():
+    there, here = (StagedLoRALinear(nn.Linear(6, 4), 2, 2.0, 3) for _ in range(2))
+    there.set_stage(2)
+    here.load_state_dict(there.state_dict())
+    trained = [name for name, p in here.named_parameters() if p.requires_grad]
+    assert (
+        trained
+        == [name for name, p in there.named_parameters() if p.requires_grad]
+        == ["a.1", "b.1", "logits.0", "logits.1"]
+    )
+    frozen = copy.deepcopy(there).requires_grad_(False)  # as an average of weights is
+    frozen.load_state_dict(there.state_dict())
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_a_layer_in_two_places_is_replaced_in_both_and_once():
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    assert add_stages(model, "*", 2, 2.0, 1) == ["first"]
+    assert model["first"] is model["second"] and model["first"].linear is shared
+    with pytest.raises(InputError, match="no linear layer of the model has a name that matches"):
+        add_stages(model, "*", 2, 2.0, 1)
+    with pytest.raises(InputError, match="no linear layer"):
+        add_stages(shared, "*", 2, 2.0, 1)  # it cannot be replaced in itself

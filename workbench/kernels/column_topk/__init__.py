@@ -9,6 +9,7 @@ x (B, n, m) contiguous, index (B, k) int32. Sums are in float32 or wider.
 """
 
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from workbench.errors import InputError
 from workbench.kernels import dispatch
 
 BACKENDS = ("reference", "triton")
+SAFE = 1e-20  # below this the sum of squares of a column that is a millionth as long may be 0 in float32
 
 
 def column_topk(
@@ -59,7 +61,7 @@ def _choose(x: Tensor, k: int, norm: int, backend: str) -> tuple[Tensor, Tensor]
     path = import_module(f"{__name__}.{dispatch.begin('column_topk', backend)}")
     *batch, n, m = x.shape
     flat = x.contiguous().view(-1, n, m)
-    index = path.column_norms(flat, norm).topk(k, dim=-1).indices.sort(dim=-1).values.int()
+    index = _norms(path, flat, norm).topk(k, dim=-1).indices.sort(dim=-1).values.int()
     return index.view(*batch, k), path.gather_columns(flat, index).view(*batch, n, k)
 
 
@@ -86,6 +88,25 @@ _gather = torch.library.custom_op("workbench::gather_columns", _take, mutates_ar
 @_gather.register_fake
 def _(x, index, backend):
     return x.new_empty((*x.shape[:-1], index.shape[-1]))
+
+
+def in_range(x: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n m"]:
+    """Matrices over a power of two that brings the largest entry of each to 1/2 .. 1, without rounding; 0 stays."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    least, most = wide.flatten(-2).aminmax(dim=-1)
+    largest = torch.maximum(most, -least).double()
+    power = (torch.frexp(largest).mantissa / largest).nan_to_num(1.0)  # of zeros, and of what is not finite, 1
+    power = power.clamp(max=2.0 ** (126 if wide.dtype == torch.float32 else 1022))
+    return wide * power.to(wide.dtype)[..., None, None]
+
+
+def _norms(path: ModuleType, x: Tensor, norm: int) -> Tensor:
+    """The order of a matrix's columns: sums over the rows, of the matrix in range where their squares leave it."""
+    if x.device.type != "cpu":  # no waiting for a GPU to know
+        return path.column_norms(in_range(x), norm)
+    norms = path.column_norms(x, norm)
+    largest = norms.amax(-1)
+    return norms if bool(((largest > SAFE) & largest.isfinite()).all()) else path.column_norms(in_range(x), norm)
 
 
 def _check(x: Tensor, k: int, norm: int) -> None:

@@ -203,8 +203,8 @@ class Replaced:
 def find_linears(model: nn.Module, targets: str | Sequence[str] = "*") -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The linear layers whose names match, each seen as an `nn.Linear`, and what matches and cannot be replaced.
 
-    Left out are packed experts, and layers whose weight is used elsewhere too, as an output's that is tied to the
-    embedding: replaced, the weight would be there still.
+    Left out are packed experts; layers whose weight is used elsewhere too, as an output's that is tied to the
+    embedding: replaced, the weight would be there still; and those whose weight is computed, as under a weight norm.
 
     Raises:
         InputError: a target matches no linear layer, or nothing that can be replaced; or the model is wrapped, compiled
@@ -213,17 +213,17 @@ def find_linears(model: nn.Module, targets: str | Sequence[str] = "*") -> tuple[
     check_model(model)
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     found, left_out = find_targets(model, patterns)
-    users: dict[nn.Parameter, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, p in module._parameters.items():
-            users.setdefault(p, []).append(f"{name}.{key}".lstrip("."))
-    linears = {}
+    users, linears = weight_users(model), {}
     for name, module in found.items():
         if not is_linear(module):
             left_out[name] = "packed with other experts in one tensor"
             continue
         linear = as_linear(module)
-        holder, key = weight_at(linear)
+        try:
+            holder, key = weight_at(linear)
+        except InputError:
+            left_out[name] = "its weight is computed from others"
+            continue
         others = [user for user in users[holder._parameters[key]] if user != f"{name}.{key}"]
         if others:
             left_out[name] = f"its weight is {others[0]} too"
@@ -233,6 +233,16 @@ def find_linears(model: nn.Module, targets: str | Sequence[str] = "*") -> tuple[
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise InputError(f"targets {targets!r} match nothing that can be replaced: {reasons or 'there are none'}")
     return linears, left_out
+
+
+def weight_users(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with all its names, but one only for a module that is in several places."""
+    users: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                users.setdefault(p, []).append(f"{name}.{key}".lstrip("."))
+    return users
 
 
 def replace_linears(

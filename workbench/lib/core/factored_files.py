@@ -36,6 +36,7 @@ from workbench.sealed import sealed_folder, whole
 
 FORMAT = 1
 TENSORS, SIDECAR, CONFIG = "factored.safetensors", "factored.json", "config.json"
+GENERATION = "generation_config.json"
 NO_LAYERS = ("*emb*", "*wte*", "*wpe*", "*lm_head*", "*router*", "*gate", "*norm*", "*ln_*")
 """Names of matrices of a file that are mostly no linear layers, or no ones to compress."""
 
@@ -185,6 +186,8 @@ def load_factored(folder: str | Path, model: nn.Module | None = None) -> nn.Modu
         kind, config = _architecture(there)
         with torch.random.fork_rng(devices=[]):
             model = kind(config)
+        if model.can_generate() and (there / GENERATION).is_file():
+            model.generation_config = type(model.generation_config).from_dict(read_object(there / GENERATION))
     _fill(model, layers, state, folder)
     return model.eval()
 
@@ -199,9 +202,12 @@ def _fill(model: nn.Module, layers: Mapping[str, int], state: dict[str, Tensor],
             o, i = linears[name].weight.shape
             expected.pop(f"{name}.weight")
             expected |= {f"{name}.u": (o, rank), f"{name}.v": (rank, i)}
-    own = set(_once(model))
+    tied = _tied(model, expected)
+    mates = {name: names for names in tied for name in names}
     wrong += [
-        f"{name} is missing" for name in expected if name not in state and (name in own or name[-2:] in (".u", ".v"))
+        f"{name} is missing"
+        for name in expected
+        if name == (names := mates.get(name, [name]))[0] and not any(mate in state for mate in names)
     ]
     wrong += [f"{name} has no place in the model" for name in state if name not in expected]
     wrong += [
@@ -221,7 +227,13 @@ def _fill(model: nn.Module, layers: Mapping[str, int], state: dict[str, Tensor],
     with torch.random.fork_rng(devices=[]):
         replace_linears(model, make)
     model.load_state_dict(state, strict=False, assign=True)
-    if hasattr(model, "tie_weights"):  # an assigned tensor is tied to nothing
+    for names in tied:  # an assigned tensor is tied to nothing
+        (first, *others) = sorted(names, key=lambda name: name not in state)
+        for name in others:
+            if name not in state or torch.equal(state[name], state[first]):
+                parent, _, key = name.rpartition(".")
+                setattr(model.get_submodule(parent), key, _tensor(model, first))
+    if hasattr(model, "tie_weights"):
         model.tie_weights()
 
 
@@ -250,6 +262,21 @@ def _without_bars() -> Iterator[None]:
     finally:
         if there:
             logging.enable_progress_bar()
+
+
+def _tied(model: nn.Module, expected: Mapping[str, Any]) -> list[list[str]]:
+    """The names of each tensor of a model that has several of those expected."""
+    names: dict[int, list[str]] = {}
+    for found in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in found:
+            if name in expected:
+                names.setdefault(id(tensor), []).append(name)
+    return [several for several in names.values() if len(several) > 1]
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    parent, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(parent), key)
 
 
 def _once(model: nn.Module) -> dict[str, Tensor]:

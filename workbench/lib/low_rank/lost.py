@@ -239,7 +239,7 @@ class SLTrainLinear(FactoredLinear):
 
     def merged(self) -> Float[Tensor, "d_out d_in"]:
         low = self.scale * self.b @ self.a
-        return low.flatten().index_add(0, self.places, self.values).view_as(low)
+        return low.flatten().index_add(0, self.places, self.values.to(low.dtype)).view_as(low)
 
 
 @torch.no_grad()

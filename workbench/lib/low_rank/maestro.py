@@ -47,7 +47,7 @@ from workbench.errors import InputError, unknown
 from workbench.lib.core.adapt.adapted import replace_module
 from workbench.lib.core.adapt.put import check_model
 from workbench.lib.core.budget import count_params
-from workbench.lib.core.factored import find_linears, replace_linears
+from workbench.lib.core.factored import find_linears, replace_linears, weight_users
 from workbench.lib.core.train import step_seed
 from workbench.lib.low_rank.ordered import MaestroConv2d, MaestroLinear, Ordered, why_not
 
@@ -153,11 +153,18 @@ def _find(model: nn.Module, patterns: tuple[str, ...]) -> tuple[dict[str, nn.Mod
     check_model(model)
     if not patterns:
         raise InputError("targets is empty but must hold at least one pattern")
-    linears, convolutions, left_out = {}, {}, {}
+    linears, convolutions, left_out, users = {}, {}, {}, weight_users(model)
+
+    def reason(name: str, layer: nn.Module) -> str | None:
+        if "weight" not in layer._parameters:
+            return "a convolution whose weight is computed from others"
+        others = [user for user in users[layer.weight] if user != f"{name}.weight".lstrip(".")]
+        return why_not(layer) or (f"its weight is {others[0]} too" if others else None)
+
     for pattern in patterns:
         here = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and fnmatchcase(n, pattern)}
-        fits = {name: layer for name, layer in here.items() if why_not(layer) is None}
-        left_out |= {name: why for name, layer in here.items() if (why := why_not(layer))}
+        left_out |= {name: why for name, layer in here.items() if (why := reason(name, layer))}
+        fits = {name: layer for name, layer in here.items() if name not in left_out}
         try:
             found, left = find_linears(model, pattern)
         except InputError:

@@ -152,11 +152,17 @@ class MuonPP(MatrixOptimizer):
 
         def keep(p: Tensor, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
             if layer.training and torch.is_grad_enabled():
-                hidden = inputs[0].detach().flatten(0, -2)
+                hidden = inputs[0].detach().reshape(-1, layer.in_features)
                 self._seen[p] = hidden[:: -(-len(hidden) // rows)].clone()
 
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight in mine]
         return [layer.register_forward_pre_hook(partial(keep, layer.weight)) for layer in layers]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which has seen nothing, and of a state dict."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_seen", {})
+        self.__dict__.setdefault("_rows", None)
 
     def _refuse(self) -> None:
         super()._refuse()
@@ -289,8 +295,8 @@ class SpectralMonitor(Hook):
             )
         self._before, self._hidden = {}, {}
 
-    def _keep(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._hidden[name] = inputs[0].detach().flatten(0, -2)
+    def _keep(self, name: str, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        self._hidden[name] = inputs[0].detach().reshape(-1, layer.in_features)
 
 
 @dataclass(frozen=True)

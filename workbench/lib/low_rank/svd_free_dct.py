@@ -38,7 +38,7 @@ from workbench.kernels.dct import dct2_rows, dct_basis
 from workbench.kernels.newton_schulz import newton_schulz
 from workbench.lib.core.optim.matrix import Group, MatrixOptimizer, State
 from workbench.lib.core.optim.projected import ProjectedAdamW, check_rank
-from workbench.lib.core.optim.projectors import ColumnSelector, Projector, make_projector, tall
+from workbench.lib.core.optim.projectors import ColumnSelector, Projector, check_width, make_projector, tall
 
 METHOD = Method(
     slug="svd-free-dct",
@@ -174,7 +174,7 @@ class Trion(MatrixOptimizer):
             raise InputError(f"ns_steps is {group['ns_steps']} but must be at least 1")
         if group["scale"] not in SCALES:
             raise unknown("scale", group["scale"], SCALES)
-        self.projector(group)
+        check_width(self.projector(group), shape)
 
     def projector(self, group: Group) -> Projector:
         return make_projector(group["projector"], group["rank"], group["norm"], group["basis"])

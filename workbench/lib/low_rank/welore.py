@@ -145,6 +145,8 @@ def uniform_ranks(spectra: Spectra, reduction: float) -> dict[str, int]:
     by_loss = sorted(sizes, key=lambda name: ranks[name] - share * sizes[name])
     for name in by_loss[: max(0, keep - sum(ranks.values()))]:
         ranks[name] += 1
+    for _ in range(sum(ranks.values()) - keep):  # a rank of 1 may be more than a small matrix's share
+        ranks[max((name for name in ranks if ranks[name] > 1), key=lambda name: ranks[name] - share * sizes[name])] -= 1
     return ranks
 
 

@@ -48,6 +48,7 @@ from workbench.kernels.random_basis import philox
 from workbench.kernels.shared_store.reference import negative, places
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.modes import evaluating
+from workbench.lib.core.pool import stored_once
 
 METHOD = Method(
     slug="stable-rps",
@@ -179,6 +180,7 @@ class SharedParameterStore(nn.Module):
         self.register_buffer("seed", torch.randint(2**63 - 1, ()) if seed is None else torch.tensor(seed))
         self.weights: list[SharedWeight] = []
         self.finalized = False
+        stored_once(self)
 
     @property
     def numel(self) -> int:
@@ -242,6 +244,7 @@ class SharedWeight(nn.Module):
         self.store, self.offset, self.shape = store, offset, tuple(shape)
         self.register_buffer("scale", torch.full_like(store.weight.detach().sum(), sigma / store.std))
         self._kept: tuple[Tensor, int, Tensor, Tensor] | None = None
+        stored_once(self)
 
     @property
     def numel(self) -> int:
@@ -500,7 +503,9 @@ def _check_ties(model: nn.Module, found: dict[str, nn.Module]) -> None:
 
 
 def expand(model: nn.Module) -> nn.Module:
-    """A copy of a model with the weights that its store makes, as plain layers. Tied weights are tied again.
+    """A copy of a model with the weights that its store makes, as plain layers.
+
+    Tied weights are tied again; but a table with a padded row, which is zero there alone, is its own.
 
     Raises:
         InputError: the model has no shared weights.
@@ -510,12 +515,14 @@ def expand(model: nn.Module) -> nn.Module:
     if not layers:
         raise InputError(f"model is a {type(model).__name__} without shared weights")
     for layer in layers:
-        shared = layer.shared
-        if shared not in made:
-            made[shared] = nn.Parameter(shared().detach().clone())
+        shared, padded = layer.shared, getattr(layer, "padding_idx", None)
+        if (shared, padded) not in made:
+            weight = made[shared, padded] = nn.Parameter(shared().detach().clone())
+            if padded is not None:
+                weight.data[padded] = 0.0
         del layer.shared
         layer.__class__ = next(plain for plain, kind in KINDS.items() if isinstance(layer, kind))
-        layer.weight = made[shared]
+        layer.weight = made[shared, padded]
     return dense
 
 

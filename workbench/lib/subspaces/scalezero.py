@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
+from workbench.lib.core.adapt.adapted import replace_module
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.low_rank import check_rank
 from workbench.lib.core.moe import MoELayer
@@ -143,7 +145,7 @@ class StagedLoRALinear(nn.Module):
     """A linear layer with one adapter for each stage after the first, and a scale for everything.
 
     Attributes:
-        stage: s. `set_stage` enters it.
+        stage: s. `set_stage` enters it, and a state dict from another stage does.
         a, b: the factors A_j (r, I), from N(0, 0.01^2), and B_j (O, r), zero, of stages 1 .. n.
         logits: () each; a_j = 1 + scale_range tanh(logits_j), a_0 that of W_0.
 
@@ -195,6 +197,12 @@ class StagedLoRALinear(nn.Module):
         for parameter in new:
             parameter.requires_grad_(True)
 
+    def _load_from_state_dict(self, *given: Any) -> None:
+        before = int(self.stage)
+        super()._load_from_state_dict(*given)
+        if (stage := int(self.stage)) != before:
+            self.set_stage(stage)
+
     def scales(self) -> Float[Tensor, " parts"]:
         """(n + 1,) a_j."""
         return 1 + self.scale_range * torch.tanh(torch.stack(list(self.logits)))
@@ -230,27 +238,31 @@ def add_stages(
         options: `scale_range` and `dropout`.
 
     Raises:
-        InputError: nothing matches, or something that does is no `nn.Linear`.
+        InputError: nothing matches, or something that does is no `nn.Linear`. What has stages already does not match.
     """
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    staged = {module.linear for module in model.modules() if isinstance(module, StagedLoRALinear)}
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(fnmatch(name, pattern) for pattern in patterns)
+        if isinstance(module, nn.Linear)
+        and module not in staged
+        and name
+        and any(fnmatch(name, pattern) for pattern in patterns)
     ]
     if not found:
         raise InputError(f"targets is {list(patterns)} but no linear layer of the model has a name that matches")
     layers = {name: StagedLoRALinear(model.get_submodule(name), rank, alpha, n_adapters, **options) for name in found}
-    for name, layer in layers.items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
+    for layer in layers.values():
+        replace_module(model, layer.linear, layer)
     return found
 
 
 def enter_stage(transformer: nn.Module, stage: int) -> None:
     """Every staged layer of a transformer enters the stage; after the first, all its other parameters are frozen.
 
-    What lies outside, such as encoders and heads, is left alone. An optimizer may hold all parameters from the
+    What lies outside, such as encoders and heads, is left alone. After a state dict is loaded this has to be called
+    too: it says of staged layers what they train, and of no others. An optimizer may hold all parameters from the
     beginning: what is frozen has no gradient, so that torch's optimizers neither move nor decay it.
 
     Raises:

@@ -160,7 +160,7 @@ def test_a_state_of_another_shape_is_refused_before_anything_changes():
     assert all(torch.equal(target.state_dict()["state"][i][k], v) for i, e in before.items() for k, v in e.items())
     with pytest.raises(InputError, match=r"parameter 1, .* exp_avg \(4,\)"):
         Sign([given(5, 3), given(6)]).load_state_dict(source.state_dict())
-    with pytest.raises(InputError, match="parameter 0"):  # a state of another optimiser
+    with pytest.raises(InputError, match="without 'rank', so it is of another optimiser"):
         GaLoreAdamW([given(5, 3), given(4)], rank=2).load_state_dict(source.state_dict())
     with pytest.raises(ValueError, match="parameter group"):  # torch's own words
         Sign([given(5, 3)]).load_state_dict(source.state_dict())
@@ -242,3 +242,27 @@ def test_wrong_gradients_are_named():
         Sign([p]).step()
     with pytest.raises(InputError, match="but matrices must be real numbers"):
         Sign([nn.Parameter(torch.zeros(5, 3, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (30, 4, 2, 2)])
+def test_a_convolution_with_its_channels_last_makes_the_same_step(shape):
+    plain, last = given(*shape), given(*shape)
+    last.data, last.grad = (t.to(memory_format=torch.channels_last) for t in (last.data, last.grad))
+    for p in (plain, last):
+        optimizer = GaLoreAdamW([p], rank=3)
+        optimizer.step()
+        optimizer.step()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last.detach(), plain.detach().clone())
+
+
+def test_a_state_dict_of_another_optimiser_or_of_options_that_do_not_fit_changes_nothing():
+    p = given(5, 4)
+    optimizer = GaLoreAdamW([p], rank=3)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(InputError, match="without 'matrix', so it is of another optimiser"):
+        optimizer.load_state_dict(torch.optim.AdamW([p]).state_dict())
+    with pytest.raises(InputError, match="rank is 5 but must be from 1 to 4"):  # nothing was made yet: no shapes to see
+        optimizer.load_state_dict(GaLoreAdamW([given(6, 6)], rank=5).state_dict())
+    assert optimizer.state_dict() == before
+    optimizer.step()

@@ -147,3 +147,22 @@ def test_wrong_options_are_named():
         ColumnSelector(2, norm=3)
     with pytest.raises(InputError, match="basis 'dft' is unknown; did you mean 'dct'"):
         ColumnSelector(2, basis="dft")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-36, 1e-25, 1e25, 1e37])
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_the_subspace_does_not_depend_on_the_size_of_a_gradient(name, size, dtype):
+    grad = (draw(9, 8) * torch.logspace(0, -3, 8, dtype=torch.float64)).to(dtype)
+    projector = make_projector(name, 3)
+    (state, low), (scaled, _) = begun(projector, grad), begun(projector, grad * size)
+    q, turned = (basis_of(projector, found, grad) for found in (state, scaled))
+    assert low.isfinite().all()
+    torch.testing.assert_close(turned @ turned.mT, q @ q.mT, atol=1e-3, rtol=0)
+
+
+def test_a_power_of_two_changes_no_bit_of_a_subspace():
+    grad = draw(9, 8).float()
+    for projector in (Power(3), ColumnSelector(3)):
+        (state, _), (scaled, _) = begun(projector, grad), begun(projector, grad * 2.0**-20)
+        assert all(torch.equal(state[key], scaled[key]) for key in state)

@@ -116,8 +116,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """As torch's, but a tensor keeps its type, where torch makes all of the parameter's: indices, float32 moments.
 
         Raises:
-            InputError: a state is none of its parameter: it has other entries or shapes.
+            InputError: a state is none of its parameter: it has other entries or shapes. Or the options of a group are
+                not all there, as of another optimiser, or do not fit its parameters.
         """
+        for group, then in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if missing := [name for name in self.defaults if name not in then]:
+                raise InputError(f"state_dict has a group without {missing[0]!r}, so it is of another optimiser")
+            if len(group["params"]) == len(then["params"]):
+                self._check_group({**then, "params": group["params"]})
         mine, theirs = _flat(self.param_groups), _flat(state_dict["param_groups"])
         states = state_dict["state"]
         if len(mine) == len(theirs):  # else torch says what is wrong
@@ -177,7 +183,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return {"step": torch.zeros(())} | self.fresh(shape, group, **where)
 
     def _step_matrix(self, p: Tensor, shape: torch.Size, group: Group) -> None:
-        grad = whole(p.grad).to(_wide(p)).view(shape)
+        grad = whole(p.grad).to(_wide(p)).reshape(shape)  # of a convolution it may lie with its channels last
         state = self.state[p]
         if not state:
             state |= self._begun(shape, group, dtype=grad.dtype, device=grad.device)
@@ -186,7 +192,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         lr = float(group["lr"])
         if group["weight_decay"]:
             p.mul_(1 - lr * group["weight_decay"])
-        p.add_(parted(update.view(p.shape).to(p.dtype), p), alpha=-lr)
+        p.add_(parted(update.reshape(p.shape).to(p.dtype), p), alpha=-lr)
 
     def _step_others(self, params: list[Tensor], group: Group) -> None:
         for p in params:

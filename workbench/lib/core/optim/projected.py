@@ -20,7 +20,7 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.lib.core.optim.matrix import Group, MatrixOptimizer, State
-from workbench.lib.core.optim.projectors import Projector, make_projector, tall
+from workbench.lib.core.optim.projectors import Projector, check_width, make_projector, tall
 
 
 class ProjectedAdamW(MatrixOptimizer):
@@ -64,7 +64,7 @@ class ProjectedAdamW(MatrixOptimizer):
         check_rank(group["rank"], shape)
         if group["update_gap"] < 1:
             raise InputError(f"update_gap is {group['update_gap']} but must be at least 1")
-        self.projector(group)
+        check_width(self.projector(group), shape)
 
     def projector(self, group: Group) -> Projector:
         return make_projector(group["projector"], group["rank"], group["norm"], group["basis"])

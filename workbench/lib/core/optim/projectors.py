@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError, unknown
-from workbench.kernels.column_topk import column_topk, gather_columns
+from workbench.kernels.column_topk import column_topk, gather_columns, in_range
 from workbench.kernels.dct import dct2_rows, dct3_rows, dct_basis
 from workbench.kernels.walsh_hadamard import walsh_hadamard
 
@@ -110,6 +110,7 @@ class Power(_Kept):
         start = state["basis"]
         if not start.any():
             start = dct_basis(grad.shape[-1], grad.dtype, grad.device)[:, : self.rank]
+        grad = in_range(grad)  # or what is huge or tiny has a square that is infinite or 0
         return {"basis": torch.linalg.qr(grad.mT @ (grad @ start)).Q}
 
 
@@ -132,6 +133,8 @@ class ColumnSelector:
         self.rank, self.norm, self.basis = rank, norm, basis
 
     def fresh(self, stack: tuple[int, ...], m: int, **where: Any) -> State:
+        if self.basis == "hadamard" and m & (m - 1):
+            raise InputError(f"basis is 'hadamard' but the width {m} is no power of two, so it must be another")
         return {"index": torch.zeros(*stack, self.rank, dtype=torch.int32, device=where.get("device"))}
 
     def refresh(self, grad: Tensor, state: State) -> tuple[State, Tensor]:
@@ -206,6 +209,11 @@ def make_projector(name: str, rank: int, norm: int = 2, basis: str = "dct") -> P
     if name not in PROJECTORS:
         raise unknown("projector", name, PROJECTORS)
     return ColumnSelector(rank, norm, basis) if name == "dct" else PROJECTORS[name](rank)
+
+
+def check_width(projector: Projector, shape: torch.Size) -> None:
+    """Raise `InputError` where a projector is not for the width of a matrix (*stack, O, I)."""
+    projector.fresh((), min(shape[-2:]), device="meta")
 
 
 def tall(matrix: Tensor) -> Tensor:
