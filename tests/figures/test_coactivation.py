@@ -45,6 +45,13 @@ def test_transitions_name_both_layers_and_centre_at_independence():
     assert coactivation.transition_matrix(np.full((2, 2), np.nan), ("0", "1")).data[0].zmax == 2
 
 
+def test_a_transition_of_a_rare_expert_does_not_take_all_the_colours():
+    """Lift is over the share of the expert there: of one with a hundredth of a percent it is 10,000."""
+    assert coactivation.transition_ceiling(np.ones((2, 2))) == 2
+    assert coactivation.transition_ceiling(np.full((2, 2), 4.0)) == 4
+    assert coactivation.transition_ceiling(np.full((2, 2), 150.0)) == 10
+
+
 def test_many_experts_get_few_labels():
     figure = coactivation.coactivation_matrix(np.ones((64, 64)))
     assert len(figure.layout.xaxis.tickvals) <= 16
@@ -58,5 +65,6 @@ def test_agreement_is_drawn_above_chance():
     expected = np.array([[np.nan, 1 / 3, -1 / 3], [1 / 3, np.nan, np.nan], [-1 / 3, np.nan, np.nan]])
     np.testing.assert_allclose(cells.z, expected, rtol=1e-6)
     assert cells.zmin == pytest.approx(-1 / 3) and cells.zmax == 1
+    assert list(cells.text[0]) == ["", "0.33", "-0.33"]
     assert list(cells.customdata[0][1]) == ["0", "1", 0.5, 0.25]
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2"]

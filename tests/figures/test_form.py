@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from workbench.figures import form
+from workbench.figures import conflict, form
 from workbench.figures.theme import LIGHT
 
 STEPS = np.array([0, 10, 20])
@@ -52,3 +52,19 @@ def test_what_goes_below_zero_has_zero_in_the_middle_of_its_scale():
     (heat,) = form.form_table(np.array([[-1.0, 3.0]]), what="x").data
     assert [stop for stop, _ in heat.colorscale][2] == 0.25
     assert (heat.zmin, heat.zmax) == (-1, 3)
+
+
+def test_a_form_that_has_not_begun_to_grow_is_on_a_scale_to_1():
+    (heat,) = form.form_history(STEPS, np.zeros((3, 2)), what="scales").data
+    assert (heat.zmin, heat.zmax) == (0, 1)
+
+
+def test_a_cosine_has_the_colours_of_conflict():
+    (heat,) = form.form_table(np.array([[1, -0.5], [-0.5, 1]]), what="cosine", limits=(-0.5, 1)).data
+    (among,) = conflict.expert_cosines(np.array([[1, -0.5], [-0.5, 1]])).data
+    assert (heat.zmin, heat.zmax, heat.colorscale) == (-1, 1, among.colorscale)
+
+
+def test_the_colours_of_many_layers_are_explained():
+    series = {f"{i}.up": (STEPS, np.zeros(3)) for i in range(20)}
+    assert "20 layers: violet the first, green the last" in form.form_lines(series, what="rank").layout.title.text

@@ -78,8 +78,16 @@ def coactivation_matrix(
 
 
 def transition_ceiling(*lifts: np.ndarray) -> float:
-    """The top of a colour scale that fits all the given transition matrices; at least 2."""
-    return float(max([2.0, *(np.nanpercentile(lift, 99.5) for lift in lifts if np.isfinite(lift).any())]))
+    """The top of a colour scale that fits all the given transition matrices; 2 to `STRONGEST`."""
+    tops = [np.nanpercentile(lift, 99.5) for lift in lifts if np.isfinite(lift).any()]
+    return float(min(max([2.0, *tops]), STRONGEST))
+
+
+WRITTEN = 12
+"""Layers up to which their agreement is written in."""
+
+STRONGEST = 10.0
+"""Lift above which colours do not tell: of experts that hardly get a token it is in the hundreds, and 1 beside 0."""
 
 
 def transition_matrix(
@@ -138,6 +146,9 @@ def agreement_matrix(
     (cells,) = figure.data
     pairs = np.asarray(cells.customdata, dtype=object)
     cells.customdata = np.concatenate([pairs, share[..., None], chance[..., None]], axis=-1)
+    if len(names) <= WRITTEN:  # small agreement is hard to tell by its colour
+        written = [["" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values]
+        cells.update(text=written, texttemplate="%{text}")
     return figure
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from workbench.figures.theme import (
+    COSINE_TICKS,
     band_shape,
     blank,
     colour_bar,
-    diverging,
+    cosine_scale,
     expert_ticks,
     mark_step,
     null_line,
@@ -24,14 +25,7 @@ from workbench.figures.theme import (
     theme_named,
 )
 
-
-def _flipped(theme: str) -> list[list]:
-    """Conflict (negative) in orange, agreement in blue, orthogonal neutral."""
-    scale = diverging(theme, -1, 0, 1)
-    return [[stop, colour] for (stop, _), (_, colour) in zip(scale, scale[::-1], strict=True)]
-
-
-BAR = colour_bar({-1: "−1 conflict", 0: "0 null", 1: "1 agree"})
+BAR = colour_bar(COSINE_TICKS)
 
 
 def cosine_matrix(
@@ -64,7 +58,7 @@ def cosine_matrix(
             y=[text(domain) for domain in domains],
             zmin=-1,
             zmax=1,
-            colorscale=_flipped(theme),
+            colorscale=cosine_scale(theme),
             colorbar=BAR,
             text=values,
             texttemplate="%{text}",
@@ -102,7 +96,7 @@ def group_cosines(
             y=list(range(len(groups))),
             zmin=-1,
             zmax=1,
-            colorscale=_flipped(theme),
+            colorscale=cosine_scale(theme),
             colorbar=BAR,
             customdata=np.repeat(
                 np.asarray([text(group) for group in groups], dtype=object)[:, None], len(pairs), axis=1
@@ -135,12 +129,12 @@ def expert_cosines(
 ) -> go.Figure:
     """Cosines (E, E) between the gradients of experts on the parameters that both have; grey where they share none."""
     figure = blank(theme, title, "on what both have · grey = nothing", plot_bgcolor=theme_named(theme).undefined)
-    return _experts(figure, np.clip(matrix, -1, 1), "cosine", colorscale=_flipped(theme), zmin=-1, colorbar=BAR)
+    return _experts(figure, np.clip(matrix, -1, 1), "cosine", colorscale=cosine_scale(theme), zmin=-1, colorbar=BAR)
 
 
 def expert_overlaps(matrix: np.ndarray, *, theme: str = "light", title: str = "Overlap of experts") -> go.Figure:
     """The share (E, E) of the parameters of one expert (row) that another one (column) has as well; 0 .. 1."""
-    figure = blank(theme, title, "share of the row's units that the column has too")
+    figure = blank(theme, title, "share of the row's units in the column")
     return _experts(figure, matrix, "overlap", colorscale=sequential(theme), zmin=0, colorbar=colour_bar())
 
 
@@ -149,8 +143,9 @@ def _experts(figure: go.Figure, matrix: np.ndarray, what: str, **scale: object) 
     np.fill_diagonal(values, np.nan)  # 1 of itself, which says nothing
     hover = f"experts %{{y}} and %{{x}}<br>{what} <b>%{{z:.3f}}</b><extra></extra>"
     figure.add_trace(go.Heatmap(z=values, zmax=1, hovertemplate=hover, hoverongaps=False, xgap=1, ygap=1, **scale))
-    figure.update_xaxes(showgrid=False, **expert_ticks(len(values)))
-    figure.update_yaxes(showgrid=False, autorange="reversed", **expert_ticks(len(values)))
+    ticks = {"title_text": "expert", "showgrid": False} | expert_ticks(len(values))
+    figure.update_xaxes(**ticks)
+    figure.update_yaxes(**ticks | {"range": ticks["range"][::-1]})  # which plotly turns back itself where all is grey
     return figure
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from workbench.figures.theme import (
+    COSINE_TICKS,
     blank,
     colour_bar,
+    cosine_scale,
     diverging,
     mark_step,
     sequential,
@@ -36,8 +38,11 @@ def form_lines(
     ``selected`` one is named. ``limits`` is the y axis.
     """
     colours = theme_named(theme)
-    figure = blank(theme, title or what, f"{text(what)} of each layer", x="step", y=what)
     many = len(series) > 12
+    below = (
+        f"{len(series)} layers: violet the first, green the last" if many else "a line a layer, as of its newest record"
+    )
+    figure = blank(theme, title or what, below, x="step", y=what)
     shades = colours.ordered(len(series))
     for (layer, (steps, values)), name, shade in zip(series.items(), short_names(list(series)), shades, strict=True):
         figure.add_trace(
@@ -113,11 +118,13 @@ def form_table(
 ) -> go.Figure:
     """A matrix at one step as a heat map, ``values`` (m, k), written in where there is room.
 
-    ``names`` are of rows and columns, of a square matrix. Undefined cells are grey.
+    ``names`` are of rows and columns, of a square matrix. Undefined cells are grey. A "cosine" has the colours that it
+    has among conflicts: negative is orange.
     """
     values = np.asarray(values, dtype=np.float64)
-    figure = blank(theme, title or what, f"{text(what)} at this step", plot_bgcolor=theme_named(theme).undefined)
+    figure = blank(theme, title or what, "at this step · grey = undefined", plot_bgcolor=theme_named(theme).undefined)
     rows, columns = ([text(name) for name in names],) * 2 if names else map(list, map(range, values.shape))
+    of_cosines = {"colorscale": cosine_scale(theme), "zmin": -1, "zmax": 1, "colorbar": colour_bar(COSINE_TICKS)}
     written = [["" if np.isnan(value) else f"{value:.2g}" for value in row] for row in values]
     figure.add_trace(
         go.Heatmap(
@@ -130,7 +137,7 @@ def form_table(
             hoverongaps=False,
             xgap=1 if values.size <= WRITTEN else 0,
             ygap=1 if values.size <= WRITTEN else 0,
-            **_scale(theme, values, limits),
+            **(_scale(theme, values, limits) if what != "cosine" else of_cosines),
         )
     )
     kind = {"type": "category"} if names else {}
@@ -142,6 +149,7 @@ def form_table(
 def _scale(theme: str, values: np.ndarray, limits: tuple[float, float] | None) -> dict:
     """From nothing upwards where no value is below 0, else to either side of 0."""
     finite = values[np.isfinite(values)]
-    low, high = limits or (min(0.0, finite.min(initial=0.0)), max(finite.max(initial=0.0), 1e-12))
+    low, high = limits or (finite.min(initial=0.0), finite.max(initial=0.0))
+    high = high if high > low else low + 1  # all 0 so far, as what has not begun to grow
     scale = diverging(theme, low, 0, high) if low < 0 else sequential(theme)
     return {"colorscale": scale, "zmin": low, "zmax": high, "colorbar": colour_bar()}

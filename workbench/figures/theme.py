@@ -192,6 +192,15 @@ def diverging(theme: str, low: float, centre: float, high: float) -> list[list]:
     return [[stop, colour] for stop, colour in zip(stops, colours, strict=True)]
 
 
+def cosine_scale(theme: str) -> list[list]:
+    """A colour scale over [-1, 1]: conflict (negative) in orange, agreement in blue, orthogonal neutral."""
+    scale = diverging(theme, -1, 0, 1)
+    return [[stop, colour] for (stop, _), (_, colour) in zip(scale, scale[::-1], strict=True)]
+
+
+COSINE_TICKS = {-1: "−1 conflict", 0: "0 null", 1: "1 agree"}
+
+
 def sequential(theme: str) -> list[list]:
     """A colour scale from nothing (the card's own colour) to the strongest colour."""
     colours = theme_named(theme).sequential

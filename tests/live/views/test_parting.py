@@ -13,10 +13,22 @@ from workbench.figures.theme import theme_named
 from workbench.lib.core.routing import Context
 from workbench.lib.subspaces.cdsp_moe import CDSPMoELayer
 from workbench.live.store import Run
-from workbench.live.views import ConflictView
+from workbench.live.views import ConflictView, SpectraView
 from workbench.live.watch import watch
 
 STEPS, EVERY, E = 9, 2, 4
+
+
+class Apart(CDSPMoELayer):
+    """One whose experts have nothing in common."""
+
+    def __init__(self):
+        super().__init__(8, 16, E)
+
+    def form_now(self) -> dict:
+        """What a layer tells whose masks do not overlap."""
+        nan = torch.full((E, E), torch.nan)
+        return {"cosine": nan, "overlap": torch.eye(E), "overlap in conflict": torch.nan}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +72,24 @@ def test_the_cards_show_what_the_layer_told(trained: tuple[Path, list]):
             assert list(line.x) == list(range(0, STEPS, EVERY))
 
 
+def test_experts_that_share_nothing_are_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a plain mixture has them, that stands beside such a layer: not an empty picture."""
+    monkeypatch.setenv("WORKBENCH_QUIET", "1")
+    model = Apart()
+    with watch(model, tmp_path / "run", cadence={"routing": 1, "structure": 0, "conflict": 0}) as watched:
+        for _ in range(2):
+            model(torch.randn(9, 8))
+            watched.step(loss=1.0)
+    with Run(tmp_path / "run") as run:
+        view = ConflictView(run)
+        assert len(view.cards["shared"].figures) == 1
+        for name in ("experts", "parted"):
+            assert "share a parameter" in str(view.cards[name].contents[0])
+        assert SpectraView(run).cards["form"].contents[0].args == (
+            "overlap in conflict is undefined in every record so far",
+        )
+
+
 def test_other_runs_have_no_such_cards(tmp_path: Path):
     write_synthetic_run(tmp_path / "run", 11, n_layers=2)
     with Run(tmp_path / "run") as run:
@@ -68,6 +98,13 @@ def test_other_runs_have_no_such_cards(tmp_path: Path):
         for name in ("experts", "shared", "parted"):
             assert not view.cards[name].visible
             assert "no experts of this layer share parameters" in str(view.cards[name].contents[0])
+
+
+def test_the_first_expert_is_at_the_top_and_named():
+    for draw in (expert_cosines, expert_overlaps):
+        axes = draw(np.full((3, 3), np.nan)).layout
+        assert tuple(axes.yaxis.range) == (2.5, -0.5) and tuple(axes.xaxis.range) == (-0.5, 2.5)
+        assert axes.xaxis.title.text == axes.yaxis.title.text == "expert"
 
 
 def test_conflict_is_orange_and_what_is_undefined_is_left_out():

@@ -28,6 +28,7 @@ from workbench.live.views import (
     Overview,
     SpectraView,
 )
+from workbench.live.views.card import EMPTY
 from workbench.live.views.readings import Nothing, Readings, counterpart
 from workbench.live.views.selection import Selection
 from workbench.live.views.spectra import history
@@ -376,6 +377,18 @@ def test_before_the_first_record_there_is_no_spectrum(growing):
     np.testing.assert_allclose(figure(view, "spectrum").data[1].y, weight / weight[0], rtol=1e-6)
 
 
+def test_a_row_of_cards_without_anything_is_low_until_there_is_something(growing):
+    growing.grow(1)
+    card = SpectraView(growing.run).cards["spectrum"]
+    nothing = Nothing("nothing yet")
+    card.show([nothing])  # beside cards that may have something
+    assert card._slots.height == card.height
+    card.show([nothing, nothing])
+    assert card._slots.height == card._slots[0].height == EMPTY
+    card.show([nothing, "something"])
+    assert card._slots.height == card._slots[1].height == card.height
+
+
 # -- the form of layers that change
 
 
@@ -409,6 +422,11 @@ def test_a_model_whose_form_stays_has_no_cards_for_it(tmp_path):
     for card in ("form", "table"):
         assert not view.cards[card].visible
         assert "no layer of this model tells a form" in str(view.cards[card].contents[0])
+
+
+def test_a_table_is_chosen_by_the_part_of_its_layers_name_that_tells_it_from_others(run):
+    names = list(SpectraView(run).form.table.options)
+    assert names[:2] == ["0 · importance", "0 · overlap"]
 
 
 # -- conflict
@@ -499,7 +517,7 @@ def test_without_recursions_there_is_no_depth(single):
     view = DepthView(selection=Selection())
     view.visible = True
     view.selection.run = readings
-    assert messages(view) == ["no layer of this run has recursions, so that its tokens had a depth"] * 3
+    assert messages(view) == ["no layer of this run has recursions, so that its tokens had a depth"]  # in one card
 
 
 # -- loss

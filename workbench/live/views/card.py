@@ -11,6 +11,7 @@ from workbench.live.views.plot import Plot
 from workbench.live.views.readings import Nothing
 
 NARROW = 260  # pixels, of what says why there is nothing beside another run's plot
+EMPTY = 120  # pixels, the height of a row in which no run has anything
 
 
 class Card(pn.viewable.Viewer):
@@ -25,6 +26,7 @@ class Card(pn.viewable.Viewer):
         self.title, self.span, self.height, self.on_click = title, span, height, on_click
         self.contents: list[go.Figure | str | Nothing] = []
         self._key: object = None
+        self._height = height
         self._slot_kinds: list[type] = []
         self._slots = pn.Row(sizing_mode="stretch_width", height=height, margin=0)
         text = f"<details><summary>How to read this</summary><p>{how}</p></details>"
@@ -58,6 +60,7 @@ class Card(pn.viewable.Viewer):
         if kinds != self._slot_kinds:
             self._slot_kinds = kinds
             beside = wide and any(not isinstance(content, Nothing) for content in contents)
+            self._slots.height = self._height = EMPTY if wide and not beside else self.height
             self._slots.objects = [self._pane(content, step, beside) for content in contents]
             return
         for pane, content in zip(self._slots, contents, strict=True):
@@ -84,7 +87,7 @@ class Card(pn.viewable.Viewer):
         return all(pane.settled for pane in self._slots if isinstance(pane, Plot))
 
     def _pane(self, content: go.Figure | str | Nothing, step: int | None, beside: bool) -> pn.viewable.Viewable:
-        size = {"sizing_mode": "stretch_width", "height": self.height, "margin": 0}
+        size = {"sizing_mode": "stretch_width", "height": self._height, "margin": 0}
         if beside and isinstance(content, Nothing):
             size |= {"max_width": NARROW}
         if isinstance(content, go.Figure):

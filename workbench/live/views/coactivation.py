@@ -30,7 +30,8 @@ HOW = {
     "one. 1 (neutral) means that the two layers route independently; orange cells are paths through the network.",
     "agreement": "Layers that share their experts, or the depths at which one layer is applied: how many more tokens "
     "than by chance have the same first expert in both. 0 (neutral) means that they choose independently, 1 that every "
-    "token goes to the same expert again; chance is what their loads give. A shared router that does this at all "
+    "token goes to the same expert again; chance is what their loads give. 0@2 is layer 0 the third time that it is "
+    "applied. A shared router that does this at all "
     "depths has learned nothing from depth.",
     "pairs": "The strongest pairs of the matrix, with the number of tokens that both took in the records summed. "
     "With few tokens a large value is easily chance: sum more records.",

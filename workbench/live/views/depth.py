@@ -40,6 +40,9 @@ class DepthView(View):
         }
 
     def draw(self, shown: list[Readings]) -> None:
+        deep = any(layer.recursive for run in shown for layer in run.layers)
+        for card in ("evaluation", "text"):  # where there are none, one card says so
+            self.cards[card].visible = deep
         for card, record in (("training", DEPTH), ("evaluation", on_validation(DEPTH))):
             newest = self.stamps(lambda run, record=record: run.newest(record.name(self._layer(run).name)))
             self.put(card, lambda card=card, record=record: self._shares(card, record), newest)

@@ -6,6 +6,7 @@ import numpy as np
 import panel as pn
 
 from workbench.figures import form as figures
+from workbench.figures.theme import short_names
 from workbench.live.records import FORM, FORM_TABLE
 from workbench.live.views.bar import widget
 from workbench.live.views.card import Card
@@ -51,7 +52,9 @@ class FormCards:
         """Fill both cards for the runs on show."""
         told = [(layer, what, shape) for layer, form in _forms(shown[0]).items() for what, shape in form.items()]
         numbers = list(dict.fromkeys(what for _, what, shape in told if not shape))
-        tables = {f"{layer or 'model'} · {what}": (layer, what) for layer, what, shape in told if shape}
+        layers = list(dict.fromkeys(layer for layer, _, shape in told if shape))
+        short = dict(zip(layers, short_names(layers), strict=True))  # or the list would end before what they tell
+        tables = {f"{short[layer] or 'model'} · {what}": (layer, what) for layer, what, shape in told if shape}
         for control, options, card in ((self.number, numbers, "form"), (self.table, tables, "table")):
             values = list(options.values()) if isinstance(options, dict) else options
             if control.options != options:
@@ -78,11 +81,14 @@ class FormCards:
 
     def _line_figures(self, found: list) -> list:
         values = [line for series in present(found) for _, line in series.values()]
-        top = max([1e-9, *(float(np.nanmax(line, initial=0.0)) for line in values)])
+        top = max([0.0, *(float(np.nanmax(line, initial=0.0)) for line in values)])
         low = min([0.0, *(float(np.nanmin(line, initial=0.0)) for line in values)])
+        top = top if top > low else 1.0  # nothing has begun to grow
         what = self.number.value
 
         def build(run: Readings, series: dict):
+            if all(np.isnan(line).all() for _, line in series.values()):
+                raise Nothing(f"{what} is undefined in every record so far")
             title = f"{what.capitalize()} of the layers{self.view.suffix(run)}"
             return figures.form_lines(series, what=what, title=title, limits=(1.06 * low, 1.06 * top), **self.view.look)
 
@@ -128,7 +134,8 @@ class FormCards:
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
     """Of the scale of all values: from 0 or below, or from above 0 for one in logarithms, where they span decades."""
-    low, high = float(values.min()), max(float(values.max()), 1e-12)
+    low, high = float(values.min()), float(values.max())
+    high = high if high > low else low + 1
     least = float(values[values > 0].min(initial=high))
     return (max(least, DECADES * high), high) if low >= 0 and least < high / 100 else (low, high)
 

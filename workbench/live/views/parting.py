@@ -83,6 +83,8 @@ class PartingCards:
 
     def _cosines(self, run: Readings, data: Pairs):
         matrix = data.tables["cosine"][data.row(self.view.selection.step)]
+        if np.isnan(matrix[~np.eye(len(matrix), dtype=bool)]).all():
+            raise Nothing("at this step no two experts that had tokens share a parameter")
         title = f"Gradient cosine, {data.layer}{self.view.suffix(run)}"
         return figures.expert_cosines(matrix, theme=self.view.selection.theme, title=title)
 
@@ -92,5 +94,7 @@ class PartingCards:
         return figures.expert_overlaps(matrix, theme=self.view.selection.theme, title=title)
 
     def _lines(self, run: Readings, data: Pairs):
+        if all(np.isnan(values).all() for _, values in data.lines.values()):
+            raise Nothing("so far no two experts that had tokens share a parameter: none conflict, none agree")
         title = f"Parted or not, {data.layer}{self.view.suffix(run)}"
         return figures.parting_lines(data.lines, title=title, **self.view.look)
