@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
+from workbench.bench import BENCHES
 from workbench.cli.compress import add_compress
 from workbench.cli.merge import add_merge
 from workbench.errors import InputError, unknown
@@ -95,7 +96,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("--html", metavar="FILE", required=True, help="the file to write; it needs nothing beside it")
 
     sub = command("bench", "time the operators beside their peers and the bound of the hardware")
-    sub.add_argument("names", nargs="*", metavar="NAME", help="what to time, such as moe (default: everything)")
+    sub.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHES)} (default: everything)")
     sub.add_argument("--threads", type=whole(1), nargs="+", metavar="N", help="numbers of threads (default: 1 2)")
     sub.add_argument(
         "--repeats", type=whole(1), metavar="N", help="rounds of each measurement (default: the bench's own)"
