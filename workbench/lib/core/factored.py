@@ -288,7 +288,7 @@ def factorise(model: nn.Module, ranks: int | Mapping[str, int], targets: str | S
     """
 
     def make(layer: nn.Linear, name: str) -> LowRankLinear | None:
-        rank = ranks if isinstance(ranks, int) else ranks.get(name)
+        rank = ranks.get(name) if isinstance(ranks, Mapping) else ranks
         if rank is None:
             return None
         try:

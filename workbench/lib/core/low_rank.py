@@ -4,6 +4,7 @@ Tensor letters: N tokens, I input width, O output width, E experts, r rank, P ro
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -173,8 +174,10 @@ class MadeFactors(nn.Module):
 
 def check_rank(rank: int, d_in: int, d_out: int) -> None:
     """Raises InputError where no update of a layer of these widths has the rank."""
-    if not 1 <= rank <= min(d_in, d_out):
-        raise InputError(f"rank is {rank} but must be between 1 and the layer's smaller width, {min(d_in, d_out)}")
+    if not isinstance(rank, Integral) or not 1 <= rank <= min(d_in, d_out):
+        raise InputError(
+            f"rank is {rank!r} but must be between 1 and the layer's smaller width, {min(d_in, d_out)}, and whole"
+        )
 
 
 def fitting_rank(rank: int | None, layer: nn.Linear, default: int = 8) -> int:

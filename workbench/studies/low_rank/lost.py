@@ -157,5 +157,5 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
-    power=Power((FULL, LOW), effect=MARGIN),
+    power=Power((FULL, LOW), effect=MARGIN, deviation={"small": (0.03756, 12)}),
 )

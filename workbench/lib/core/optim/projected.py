@@ -13,6 +13,7 @@ State of a matrix: two moments (n, r), in float32 or wider, and what the project
 """
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -106,8 +107,8 @@ class ProjectedAdamW(MatrixOptimizer):
 
 def check_rank(rank: int, shape: torch.Size) -> None:
     """Raise `InputError` unless a rank is one of a matrix (*stack, O, I)."""
-    if not 1 <= rank <= min(shape[-2:]):
+    if not isinstance(rank, Integral) or not 1 <= rank <= min(shape[-2:]):
         raise InputError(
-            f"rank is {rank} but must be from 1 to {min(shape[-2:])}, the smaller side of a matrix {tuple(shape)}; a "
+            f"rank is {rank!r} but must be from 1 to {min(shape[-2:])}, the smaller side of a matrix {tuple(shape)}, and whole; a "
             'group may have another rank, or "matrix": False'
         )
