@@ -109,6 +109,6 @@ def check_rank(rank: int, shape: torch.Size) -> None:
     """Raise `InputError` unless a rank is one of a matrix (*stack, O, I)."""
     if not isinstance(rank, Integral) or not 1 <= rank <= min(shape[-2:]):
         raise InputError(
-            f"rank is {rank!r} but must be from 1 to {min(shape[-2:])}, the smaller side of a matrix {tuple(shape)}, and whole; a "
-            'group may have another rank, or "matrix": False'
+            f"rank is {rank!r} but must be from 1 to {min(shape[-2:])}, the smaller side of a matrix {tuple(shape)}, "
+            'and whole; a group may have another rank, or "matrix": False'
         )
