@@ -9,7 +9,8 @@ from workbench.errors import InputError
 from workbench.figures.theme import blank, null_label, null_shape, rgba, text, theme_named
 
 GAP = 0.05  # between panels, as a share of the figure
-HEIGHT = 330
+HEIGHT = 350
+TOP = 0.9  # of the panels; their names are above it
 
 
 def rate_curves(
@@ -102,7 +103,7 @@ def norm_traces(
     traces, shapes = [], []
     for panel, values in enumerate(panels.values()):
         axis = "" if panel == 0 else str(panel + 1)
-        layout[f"yaxis{axis}"] |= {"type": "log", "tickformat": "~g", "dtick": 1, "showticklabels": True}
+        layout[f"yaxis{axis}"] |= {"type": "log", "tickformat": "~g", "dtick": "D2", "showticklabels": True}
         for width, shade, row in zip(widths, colours.ordered(len(widths)), values, strict=True):
             traces.append(
                 go.Scatter(
@@ -137,7 +138,7 @@ def _panels(names: Sequence[str], theme: str, *, x: str, y: str, notes: list[dic
     for panel, name in enumerate(names):
         axis, left = "" if panel == 0 else str(panel + 1), panel * (share + GAP)
         layout[f"xaxis{axis}"] = {"domain": [left, left + share], "anchor": f"y{axis}", "title": {"text": text(x)}}
-        layout[f"yaxis{axis}"] = {"anchor": f"x{axis}", "showticklabels": panel == 0}
+        layout[f"yaxis{axis}"] = {"anchor": f"x{axis}", "showticklabels": panel == 0, "domain": [0, TOP]}
         if panel == 0:
             layout["yaxis"]["title"] = {"text": text(y)}
         notes.append(
@@ -148,7 +149,7 @@ def _panels(names: Sequence[str], theme: str, *, x: str, y: str, notes: list[dic
                 "x": left,
                 "xref": "paper",
                 "xanchor": "left",
-                "y": 1,
+                "y": TOP,
                 "yref": "paper",
                 "yanchor": "bottom",
             }
