@@ -15,10 +15,9 @@ In the released code (github.com/StyxXuan/smora) z + c stands for z in the gates
 form. The two cannot be told apart while c is small against z, as it is there: gamma = 1e-5 takes 10,000 steps to
 matter. The default here, 1e-3, is meant for short runs.
 
-The released code moves the bias inside the forward pass. Here a forward only counts the load; the bias moves once an
-optimizer step, by the load of all its batches: at its end, or, in a loop that does not tell of it, at the next forward
-in training that finds the router's weights changed. A forward that activation checkpointing repeats sees the bias it
-saw before, and counts nothing.
+The released code moves the bias inside the forward pass. Here a forward only counts the load; the bias moves at the end
+of the training step, or, in a loop that knows of no such end, at the next forward in training. A forward that
+activation checkpointing repeats sees the bias it saw before, and counts nothing.
 
 The sum is computed densely, all R ranks at once and multiplied by the gates: on a CPU nothing is faster while R is not
 much above the layer's width. `indexed_low_rank` computes the k ranks alone, to check it by.
@@ -126,7 +125,6 @@ class RankRouter(nn.Module):
         self.reduce = nn.Identity() if router_dim is None else nn.Linear(d_in, router_dim, bias=False)
         self.projection = nn.Linear(d_in if router_dim is None else router_dim, n_blocks, bias=False)
         self.bias = LossFreeBias(n_blocks, bias_rate) if bias_rate else None
-        self._norm = 0.0  # of the weights at the last count
 
     def set_top_k(self, top_k: int) -> None:
         """Change K from the next forward on; the scale alpha / k of the update stays."""
@@ -143,7 +141,7 @@ class RankRouter(nn.Module):
         probs = log_z.softmax(-1)
         counted = self.bias is not None and self.training and not recomputing()
         if counted:
-            self._notice_step()
+            self.bias.after_step()  # of the last forward, unless the training loop has done it
         if self.bias is None:
             biased = log_z
         else:
@@ -158,21 +156,6 @@ class RankRouter(nn.Module):
         if counted:
             self.bias.count(routing, None if context is None else context.mask)
         return routing
-
-    @torch.compiler.disable  # a number of the weights decides
-    def _notice_step(self) -> None:
-        """Move the bias if the weights are others than at the last count, unless the training loop has done it.
-
-        Under gradient accumulation they are the same in all batches of a step. Where a step leaves them, as the first
-        does while B is 0 and gives no gradient, its load counts with the next one's. Where nothing trains them, as with
-        one active block, whose gate is constant, it moves at each forward. It is their norm that is looked at: the
-        version that torch counts is not moved by its fused optimizers.
-        """
-        weight = self.projection.weight
-        norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-        if norm != self._norm or self.top_k == 1 or not weight.requires_grad:
-            self.bias.after_step()
-        self._norm = norm
 
 
 class RankRoutedLoRA(RoutedLinear):
