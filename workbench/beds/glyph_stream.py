@@ -147,7 +147,8 @@ class GlyphStream:
     def _nats(self, model: nn.Module, batch: Interleaved) -> tuple[Float[Tensor, "batch time"], Context]:
         """What each target costs, 0 for padding."""
         domain = batch.domain.repeat_interleave(batch.inputs.shape[1])
-        context = Context(domain=domain, modality=batch.modality.flatten())
+        real = (batch.targets != PAD).flatten()  # what is said after is padding to a router too
+        context = Context(domain=domain, modality=batch.modality.flatten(), mask=real)
         logits = model(batch.inputs, context)
         return F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=PAD, reduction="none"), context
 

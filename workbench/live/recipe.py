@@ -44,7 +44,9 @@ class Recipe:
     top_k: int = _value(2, 1, 512, "experts per token (expert-choice: on average)")
     d_hidden: int = _value(64, 1, 16_384, "hidden width of an expert")
     d_shared: int = _value(0, 0, 16_384, "hidden width of a shared expert; 0 for none")
-    router: str = _value("linear", help="linear, cosine, recurrent, fixed-random, hash or expert-choice")
+    router: str = _value(
+        "linear", help="linear, cosine, recurrent, fixed-random, hash, expert-choice or expert-choice-sigmoid"
+    )
     balance: float | None = _value(
         None, 0, 10, f"coefficient of the balance loss (default: {BALANCE} if the router has one)"
     )
@@ -171,10 +173,10 @@ def _hash(recipe: Recipe) -> "list[Router]":
 
 
 def _expert_choice(recipe: Recipe) -> "list[Router]":
-    from workbench.lib.core.routers import ExpertChoiceRouter
+    from workbench.lib.core.expert_choice import ExpertChoiceRouter
 
-    capacity = recipe.top_k
-    return [ExpertChoiceRouter(recipe.d_model, recipe.n_experts, capacity) for _ in range(recipe.n_layers)]
+    capacity, score = recipe.top_k, "sigmoid" if recipe.router == "expert-choice-sigmoid" else "softmax"
+    return [ExpertChoiceRouter(recipe.d_model, recipe.n_experts, capacity, score) for _ in range(recipe.n_layers)]
 
 
 def _sizes(recipe: Recipe) -> tuple[int, int, int]:
@@ -195,10 +197,11 @@ ROUTERS: dict[str, Callable[[Recipe], "list[Router]"]] = {
     "fixed-random": _fixed_random,
     "hash": _hash,
     "expert-choice": _expert_choice,
+    "expert-choice-sigmoid": _expert_choice,
 }
 """What `Recipe.router` may be: recipe -> the routers of all layers."""
 
-WITHOUT_BALANCE = ("hash", "expert-choice")
+WITHOUT_BALANCE = ("hash", "expert-choice", "expert-choice-sigmoid")
 """Routers that are balanced by construction and have no balance loss."""
 
 _TYPES = {item.name: get_type_hints(Recipe)[item.name] for item in fields(Recipe)}

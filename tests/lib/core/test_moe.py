@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from workbench.errors import InputError
+from workbench.lib.core.expert_choice import ExpertChoiceRouter
 from workbench.lib.core.experts import GLU, GLUExperts
 from workbench.lib.core.moe import MoELayer, moe_layers, within_capacity
-from workbench.lib.core.routers import ExpertChoiceRouter, LinearRouter
+from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Context, Routing
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from workbench.lib.core.expert_choice import ExpertChoiceRouter
 from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.moe import MoELayer, moe_layers
-from workbench.lib.core.routers import ExpertChoiceRouter, HashRouter
+from workbench.lib.core.routers import HashRouter
 from workbench.lib.core.routing import Context, Routing
 from workbench.live.probes import find
 from workbench.live.probes.routing import RoutingProbe

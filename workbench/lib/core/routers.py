@@ -1,9 +1,9 @@
-"""Token-choice routing, and the baselines every routing study needs: linear, fixed random, hash, expert choice.
+"""Token-choice routing, and the baselines every routing study needs: linear, fixed random, hash.
+
+Where experts choose tokens is `expert_choice`.
 
 Tensor letters: N tokens, D model width, E experts, K active experts per token.
 """
-
-import math
 
 import torch
 from jaxtyping import Bool, Float
@@ -154,36 +154,3 @@ class HashRouter(nn.Module):
             raise InputError("context.token_ids is None but a HashRouter routes by token id: give the (tokens,) ids")
         indices = self.table[context.token_ids]
         return Routing.fixed(indices, x.new_full(indices.shape, 1 / self.top_k), self.n_experts)
-
-
-class ExpertChoiceRouter(nn.Module):
-    """Experts choose tokens: each takes the C tokens of highest probability (Zhou et al. 2022, 2202.09368).
-
-    Perfectly balanced by construction; a token may get none or several experts. The choice looks at the whole batch,
-    future tokens included, so as a causal language model it is a training-time upper baseline, not a decoder.
-
-    Args:
-        capacity: mean number of experts per token; C = ceil(capacity * N / E), at most N.
-    """
-
-    top_k = None
-
-    def __init__(self, d_model: int, n_experts: int, capacity: float = 2.0):
-        super().__init__()
-        check_top_k(1, n_experts)
-        if not 0 < capacity <= n_experts:
-            raise InputError(f"capacity is {capacity} but must be above 0 and at most n_experts = {n_experts}")
-        self.n_experts, self.capacity = n_experts, capacity
-        self.coefficients: dict[str, float] = {}
-        self.projection = nn.Linear(d_model, n_experts, bias=False)
-        nn.init.normal_(self.projection.weight, std=0.02)
-
-    def forward(self, x: Float[Tensor, "tokens dim"], context: Context | None = None) -> Routing:
-        check_tokens(x)
-        logits = self.projection(x)
-        check_finite(logits)
-        probs = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-        per_expert = min(math.ceil(self.capacity * x.shape[0] / self.n_experts), x.shape[0])
-        tokens = probs.topk(per_expert, dim=0).indices
-        mask = torch.zeros_like(probs, dtype=torch.bool).scatter(0, tokens, True)
-        return Routing.ragged(mask, probs, probs=probs, logits=logits)

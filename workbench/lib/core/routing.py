@@ -145,7 +145,8 @@ class Context:
         token_ids: (N,) vocabulary ids, for routers that look at the token itself (hash routing).
         domain: (N,) domain or task of each token.
         modality: (N,) modality of each token.
-        mask: (N,) False for tokens that count in no balance loss and in no load, such as padding; None: all count.
+        mask: (N,) False for tokens that count in no balance loss and in no load and that no expert chooses, such as
+            padding; None: all count.
         bias: (E,) on the selection, where it has moved since the call that is repeated; None: the router's own.
         state: the previous router's state (recurrent routers); None at the first MoE layer.
         aux: sum over layers of the weighted auxiliary losses; add it to the task loss before `backward`.
