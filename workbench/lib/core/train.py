@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
+from workbench.lib.core.optim.matrix import undecayed
 from workbench.lib.core.task import Task
 
 
@@ -140,11 +141,14 @@ def is_attended() -> bool:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only. Parameters of one or no dimension and embeddings are not decayed."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    """AdamW with weight decay on matrices only.
+
+    Not decayed are parameters of one or no dimension, embeddings, and those that a module names as `undecayed`.
+    """
+    spared = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()} | undecayed(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    others = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in spared]
+    others = [p for p in trained if p.ndim < 2 or id(p) in spared]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},

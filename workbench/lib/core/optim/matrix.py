@@ -231,7 +231,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0, heads: Iterabl
     """The trained parameters of a model as groups: matrices, and those that are no matrices to such an optimiser.
 
     Embeddings, and what is tied to them, are no matrices, nor are `heads`: modules or parameters by name, a head or
-    learned positions. Weight decay is that of all but vectors and embeddings.
+    learned positions. Weight decay is that of all but vectors, embeddings and what is `undecayed`, no matrix either.
 
     Raises:
         InputError: the model has nothing called like one of `heads`.
@@ -243,7 +243,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0, heads: Iterabl
     def owned(kinds: type | tuple[type, ...]) -> set[int]:
         return {id(p) for m in modules.values() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
 
-    tables, lines = owned((nn.Embedding, nn.EmbeddingBag)), owned((nn.Conv1d, nn.ConvTranspose1d))
+    tables = owned((nn.Embedding, nn.EmbeddingBag)) | undecayed(model)
+    lines = owned((nn.Conv1d, nn.ConvTranspose1d))
     out = {id(p) for name in heads for p in ([named[name]] if name in named else modules[name].parameters())}
     groups = {
         "matrices": {"params": [], "weight_decay": weight_decay},
@@ -260,6 +261,11 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0, heads: Iterabl
             kind = "lines" if id(p) in lines else "matrices"
         groups[kind]["params"].append(p)
     return [group for group in groups.values() if group["params"]]
+
+
+def undecayed(model: nn.Module) -> set[int]:
+    """The ids of the parameters that a module of the model names in its `undecayed`: weight decay is not for them."""
+    return {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "undecayed", ())}
 
 
 def _wide(p: Tensor) -> torch.dtype:
