@@ -4,7 +4,7 @@ Tensor letters: B batch, H heads, T time, D model width, d head width.
 """
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +17,8 @@ class Attention(nn.Module):
 
     Args:
         n_heads: H; divides `d_model`.
-        causal: whether a token sees only itself and what comes before it.
+        causal: whether a token sees only itself and what comes before it, and where it stands in a prefix that the
+            context names (`Context.prefix`), all of that.
         rope: rotate queries and keys by their position, see `rope`.
     """
 
@@ -56,8 +57,30 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch time dim"], context: Context | None = None
     ) -> Float[Tensor, "*batch time dim"]:
-        y = F.scaled_dot_product_attention(*self.heads(x), is_causal=self.causal)
+        if self.causal and context is not None and context.prefix is not None:
+            mask = prefix_mask(context.prefix, x.shape[-2])
+            y = F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(*self.heads(x), is_causal=self.causal)
         return self.out(y.transpose(-3, -2).flatten(-2))
+
+
+def prefix_mask(prefix: Int64[Tensor, " batch"], time: int) -> Bool[Tensor, "batch 1 time time"]:
+    """Who sees whom in a prefix language model: True where a row's token (third axis) sees another (fourth).
+
+    The first `prefix` tokens of a row see each other; what comes after them sees itself and all before it. A prefix of
+    0 or 1 is causal attention.
+
+    Raises:
+        InputError: a prefix is below 0 or above `time`.
+    """
+    if prefix.ndim != 1 or bool(((prefix < 0) | (prefix > time)).any()):
+        raise InputError(
+            f"prefix has shape {tuple(prefix.shape)} and values {prefix.flatten().tolist()[:8]} but must be one number "
+            f"a row, between 0 and its {time} tokens"
+        )
+    place = torch.arange(time, device=prefix.device)
+    return ((place <= place[:, None]) | (place < prefix[:, None, None]))[:, None]
 
 
 def rope(

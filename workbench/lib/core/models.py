@@ -53,6 +53,8 @@ class ResidualStack(nn.Module):
 class DecoderLM(nn.Module):
     """Decoder-only transformer: pre-norm blocks, tied embedding and output matrix.
 
+    With a `prefix` in its context it is a prefix language model: the head of each row is read in both directions.
+
     Args:
         vocab: V.
         ffn: gives the feed-forward block of each layer, see `MakeFFN`.
@@ -96,12 +98,26 @@ class DecoderLM(nn.Module):
         context = context if context is not None else Context()
         if context.token_ids is None:
             context.token_ids = tokens.flatten()
+        if context.prefix is not None:
+            self._check_prefix(tokens, context.prefix)
         x = self.embedding(tokens)
         if self.position is not None:
             x = x + self.position[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, context)
         return self.norm(x) @ self.embedding.weight.T
+
+    def _check_prefix(self, tokens: Tensor, prefix: Tensor) -> None:
+        """Another attention would not read the prefix, and be causal without a word."""
+        if prefix.shape != tokens.shape[:1]:
+            raise InputError(f"context.prefix has shape {tuple(prefix.shape)} but must have one of {len(tokens)} rows")
+        for layer, block in enumerate(self.blocks):
+            found = getattr(block, "attention", block)
+            if type(found) is not Attention or not found.causal:
+                raise InputError(
+                    f"context.prefix is given but layer {layer} has {type(found).__name__}: only "
+                    "Attention(causal=True) knows a prefix"
+                )
 
 
 class VisionClassifier(nn.Module):

@@ -148,6 +148,7 @@ class Context:
         mask: (N,) False for tokens that count in no balance loss and in no load and that no expert chooses, such as
             padding; None: all count.
         bias: (E,) on the selection, where it has moved since the call that is repeated; None: the router's own.
+        prefix: (B,) tokens at the head of each row that see each other, before causal ones; see `prefix_mask`.
         state: the previous router's state (recurrent routers); None at the first MoE layer.
         aux: sum over layers of the weighted auxiliary losses; add it to the task loss before `backward`.
         calls: the calls of each layer in this pass, for checkpoints that repeat them; see `lib.core.recompute`.
@@ -160,6 +161,7 @@ class Context:
     modality: Int64[Tensor, " tokens"] | None = None
     mask: Bool[Tensor, " tokens"] | None = None
     bias: Float[Tensor, " experts"] | None = None
+    prefix: Int64[Tensor, " batch"] | None = None
     state: Tensor | None = None
     aux: Tensor | float = 0.0
     calls: dict[Any, list] = field(default_factory=dict, repr=False)
