@@ -100,7 +100,7 @@ def ternary(
     """
     weights, losses = _checked(weights, losses, domains, 3)
     colours = theme_named(theme)
-    below = "dark is low, which is better · each triangle has its own colours · grey: not measured"
+    below = "strong colour: low, which is better · grey: not measured"
     figure = blank(theme, title, below, margin={"l": 34, "r": 16, "t": 92, "b": 46})
     shown, n = _hover(weights, losses, domains, unit), max(len(losses), 1)
     width = (1 - GAP * (n - 1) - 0.08) / n
@@ -177,7 +177,7 @@ def parallel(
     names = [*map(text, domains), *(f"<b>{text(name)}</b>" for name in losses)]
     top = float(weights.max(initial=0.0)) or 1.0
     heights = np.hstack([weights, *(top * _scaled(values)[:, None] for values in losses.values())])  # (M, K + losses)
-    figure = blank(theme, title, "a line a mixture, dark is low, which is better · thick: the best", y="share")
+    figure = blank(theme, title, "a line a mixture · strong colour: low, which is better", y="share")
     shown, best, shares = _hover(weights, losses, domains, unit), _best(first), _scaled(first)
     for i in np.argsort(-np.nan_to_num(first, nan=np.inf), kind="stable"):  # the best is drawn last, on top
         shade = _shade(colours, shares[i]) if i != best else colours.accent
