@@ -18,6 +18,7 @@ from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
 from workbench.kernels.random_basis import random_basis, random_basis_adjoint
 from workbench.kernels.route_metadata import route_metadata
+from workbench.kernels.selective_scan import selective_scan
 from workbench.kernels.shared_store import shared_linear, shared_weight
 from workbench.kernels.span_attention import span_attention, span_decode
 from workbench.kernels.topk_softmax import topk_softmax
@@ -44,6 +45,7 @@ __all__ = [
     "random_basis_adjoint",
     "register_transformers",
     "route_metadata",
+    "selective_scan",
     "shared_linear",
     "shared_weight",
     "span_attention",
