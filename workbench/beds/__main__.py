@@ -22,7 +22,10 @@ from workbench.lib import data
 from workbench.lib.data import store
 from workbench.lib.data.sets import SETS
 
-BEDS = ("images", "digit_experts", "shifted_digits", "byte_model", "restoration", "tables", "dynamics", "glyph_stream")
+BEDS = (
+    *("images", "digit_experts", "shifted_digits", "byte_model", "restoration", "tables", "dynamics"),
+    *("glyph_stream", "spoken_stream"),
+)
 """Modules with `NEEDS` (data sets), settings, `prepare(settings)` and `measure(settings)`."""
 
 

@@ -83,7 +83,8 @@ class GlyphStream:
 
     metric, unit, higher_is_better = "bits_per_token", "bits/token", False
     name, domains = "glyph-stream", ORDERS
-    vocab = VOCAB
+    modalities, starts = MODALITIES, (FIRST_CODE,)  # the first token of each modality but text
+    vocab, length = VOCAB, LENGTH
 
     def __init__(self, faces: Sequence[str] = FACES):
         found = data.load("glyph-names", faces=faces)
@@ -113,19 +114,19 @@ class GlyphStream:
         orders = torch.randint(len(ORDERS), (size,), generator=generator)
         if domain is not None:
             orders = torch.full((size,), domain)
-        return _batch(rows[chosen, orders], orders)
+        return self._batch(rows[chosen, orders], orders)
 
     def batches(self, split: str, size: int) -> Iterator[Interleaved]:
         for order in range(len(ORDERS)):
             for rows in self._rows(split)[:, order].split(size):
-                yield _batch(rows, torch.full((len(rows),), order))
+                yield self._batch(rows, torch.full((len(rows),), order))
 
     def loss(self, model: nn.Module, batch: Interleaved) -> tuple[Tensor, Context]:
         bits, context = self._nats(model, batch.to(device_of(model)))
         return bits.sum() / (batch.targets != PAD).sum(), context
 
     def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
-        total = torch.zeros(len(ORDERS), len(MODALITIES), 2, dtype=torch.float64)  # bits, and tokens
+        total = torch.zeros(len(ORDERS), len(self.modalities), 2, dtype=torch.float64)  # bits, and tokens
         seen = [0] * len(ORDERS)
         with evaluating(model):
             for batch in self.batches(split, EVALUATION_BATCH):
@@ -135,12 +136,13 @@ class GlyphStream:
                 seen[order] += 1
                 batch = batch.to(device_of(model))
                 bits = self._nats(model, batch)[0].double() / math.log(2)
-                for modality in range(len(MODALITIES)):
-                    said = (batch.targets != PAD) & ((batch.targets >= FIRST_CODE) == bool(modality))
+                kinds = self._kinds(batch.targets)
+                for modality in range(len(self.modalities)):
+                    said = (batch.targets != PAD) & (kinds == modality)
                     total[order, modality] += torch.stack([bits[said].sum(), said.sum()]).cpu()
         by_order, by_modality = (total.sum(axis)[:, 0] / total.sum(axis)[:, 1] for axis in (1, 0))
         named = dict(zip(ORDERS, by_order.tolist(), strict=True)) | dict(
-            zip(MODALITIES, by_modality.tolist(), strict=True)
+            zip(self.modalities, by_modality.tolist(), strict=True)
         )
         return {self.metric: float(by_order.mean())} | {f"{self.metric}/{name}": bits for name, bits in named.items()}
 
@@ -151,6 +153,14 @@ class GlyphStream:
         context = Context(domain=domain, modality=batch.modality.flatten(), mask=real)
         logits = model(batch.inputs, context)
         return F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=PAD, reduction="none"), context
+
+    def _batch(self, rows: Tensor, orders: Tensor) -> Interleaved:
+        inputs, targets = rows[:, :-1].long(), rows[:, 1:].long()
+        return Interleaved(inputs.masked_fill(targets == PAD, PAD), targets, orders, self._kinds(inputs))
+
+    def _kinds(self, tokens: Tensor) -> Tensor:
+        """Modality of each token."""
+        return sum((tokens >= start).long() for start in self.starts)
 
     def _rows(self, split: str) -> Tensor:
         if split not in self.rows:
@@ -211,20 +221,15 @@ def rows_of(
     return rows
 
 
-def _batch(rows: Tensor, orders: Tensor) -> Interleaved:
-    inputs, targets = rows[:, :-1].long(), rows[:, 1:].long()
-    return Interleaved(inputs.masked_fill(targets == PAD, PAD), targets, orders, (inputs >= FIRST_CODE).long())
-
-
 def unigram_bits(task: GlyphStream, split: str = "test") -> dict[str, float]:
     """Bits per token by how often each token of its modality is said in training, one added to each."""
-    bits, training, judged = (
-        {},
-        task.rows["train"][:, :, 1:].flatten().long(),
-        task.rows[split][:, :, 1:].flatten().long(),
+    training, judged = (
+        sum(batch.targets.flatten().bincount(minlength=task.vocab) for batch in task.batches(part, EVALUATION_BATCH))
+        for part in ("train", split)
     )
-    for name, part in (("text", slice(1, FIRST_CODE)), ("image", slice(FIRST_CODE, VOCAB))):
-        counts, said = (tokens.bincount(minlength=VOCAB)[part].double() for tokens in (training, judged))
+    bits = {}
+    for name, first, end in zip(task.modalities, (1, *task.starts), (*task.starts, task.vocab), strict=True):
+        counts, said = training[first:end].double(), judged[first:end].double()
         share = (counts + 1) / (counts + 1).sum()
         bits[name] = -float((said * share.log2()).sum() / said.sum())
     return bits
@@ -235,14 +240,18 @@ def prepare(settings: Mapping[str, Any] = SMALL) -> GlyphStream:
 
 
 def measure(settings: Mapping[str, Any] = SMALL) -> list[Measured]:
-    """A plain decoder that is told nothing of modalities."""
-    task, width = prepare(settings), settings["width"]
+    return measured(prepare(settings), settings)
+
+
+def measured(task: GlyphStream, settings: Mapping[str, Any]) -> list[Measured]:
+    """What a plain decoder reaches that is told nothing of modalities."""
+    width = settings["width"]
     model = seeded(
-        0, lambda: DecoderLM(VOCAB, width, settings["layers"], 4, lambda layer: GLU(width, 2 * width), LENGTH)
+        0, lambda: DecoderLM(task.vocab, width, settings["layers"], 4, lambda layer: GLU(width, 2 * width), task.length)
     )
     train(model, task, TrainConfig(settings["steps"], settings["batch"], eval_batches=4))
     reached, trivial = task.evaluate(model, "test"), unigram_bits(task)
-    about = f"{len(task.rows['train']):,} rows of {LENGTH} tokens"
+    about = f"{len(task.rows['train']):,} rows of {task.length} tokens"
     return [
         Measured(
             name,
@@ -250,8 +259,8 @@ def measure(settings: Mapping[str, Any] = SMALL) -> list[Measured]:
             "decoder (trivial: unigram)",
             "bits/token",
             trivial[name],
-            reached[f"bits_per_token/{name}"],
+            reached[f"{task.metric}/{name}"],
             math.nan,
         )
-        for name in MODALITIES
+        for name in task.modalities
     ]

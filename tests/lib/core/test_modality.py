@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core.modality import ByModality, ModalityLinear, by_modality, modality_of
+from workbench.lib.core.modality import ByModality, InTurns, ModalityLinear, by_modality, modality_of
 
 N, D, OUT, M = 13, 5, 3, 3
 
@@ -111,6 +111,16 @@ def test_parts_of_any_kind_are_called_with_their_own_tokens_only():
 def test_masks_say_the_same_as_ids():
     _, modality = tokens(0, 2)
     assert torch.equal(modality_of(modality == torch.arange(M)[:, None]), modality)
+
+
+def test_tokens_without_modalities_are_given_them_in_turns():
+    class Told(nn.Module):
+        def forward(self, x, context):
+            assert x.shape == (1, N, D)
+            return x + context.modality[None, :, None]
+
+    turns = torch.tensor([0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2, 0])
+    assert torch.equal(InTurns(Told(), M, run=2)(torch.zeros(N, D)), turns[:, None].expand(N, D).float())
 
 
 def test_wrong_ids_are_refused_by_name():

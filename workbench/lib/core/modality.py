@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from workbench.errors import InputError
+from workbench.lib.core.routing import Context
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,22 @@ class ModalityLinear(nn.Module):
         """x (..., D) for N tokens in all, and their modality (N,): as in `by_modality`."""
         y = by_modality(x.reshape(-1, x.shape[-1]), modality, self.parts)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class InTurns(nn.Module):
+    """A layer that knows modalities, as one of tokens alone: some of the first, some of the second, and so on again.
+
+    (N, D) -> (N, D), one sequence for the layer: `layer(x (1, N, D), context)`. For inputs that come without
+    modalities, such as those of the catalogue's examples.
+
+    Args:
+        run: tokens of a modality that follow each other.
+    """
+
+    def __init__(self, layer: nn.Module, n_modalities: int, run: int = 4):
+        super().__init__()
+        self.layer, self.n_modalities, self.run = layer, n_modalities, run
+
+    def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+        modality = torch.arange(len(x), device=x.device) // self.run % self.n_modalities
+        return self.layer(x[None], Context(modality=modality))[0]

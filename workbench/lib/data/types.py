@@ -109,6 +109,27 @@ class Glyphs:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Series:
+    """Series of unequal lengths with labels.
+
+    Attributes:
+        splits: split -> a list of (points float32 (length, channels), label).
+        classes: name of each label.
+        manifest: set -> source, version, licence, sha256 (of the points and labels), rows, splits (rows each).
+    """
+
+    name: str
+    splits: dict[str, list[tuple[Float[Tensor, "_ channels"], int]]]
+    classes: tuple[str, ...]
+    manifest: dict[str, dict]
+
+    def __repr__(self) -> str:
+        channels = self.splits["train"][0][0].shape[1]
+        rows = _sizes(self.manifest[self.name])
+        return f"Series({self.name!r}: {rows} rows of {channels} channels, {len(self.classes)} classes)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Trajectories:
     """Trajectories of families of dynamical systems.
 
