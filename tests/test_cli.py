@@ -203,7 +203,7 @@ def test_study_passes_on_what_is_asked_and_prints_the_result(shell, monkeypatch:
     options = ("--preset", "smoke", "--seed", 3, "--seeds", 12, "--jobs", 1, "--fresh", "--json")
     status, out, _ = shell("study", "rmoe", *options)
     assert (status, json.loads(out)) == (0, {"verdict": "reproduced"})
-    assert asked == [("rmoe", "small", 0, None, None, False), ("rmoe", "smoke", 3, 12, 1, True)]
+    assert asked == [("rmoe", "small", None, None, None, False), ("rmoe", "smoke", 3, 12, 1, True)]
 
 
 def test_an_interrupted_study_says_that_it_goes_on(shell, monkeypatch: pytest.MonkeyPatch):
@@ -225,7 +225,7 @@ def test_study_prints_the_seeds_that_are_needed(shell, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("workbench.studies.core.load_study", lambda slug: Study())
     assert shell("study", "rmoe", "--power", "--preset", "smoke") == (0, "12 seeds\n", "")
-    assert asked == [("smoke", 0, None)]
+    assert asked == [("smoke", None, None)]
     status, _, err = shell("study", "rmoe", "--power", "--fresh")
     assert status == 2 and "--power takes neither --seeds nor --fresh" in err
 

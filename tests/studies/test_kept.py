@@ -57,6 +57,14 @@ def test_a_rule_sees_the_same_of_a_row_that_ran_and_of_one_that_is_kept():
         assert math.isnan(row.extra["nan"]) and math.copysign(1, row.extra["3"][0]) == -1
 
 
+def test_a_preset_may_begin_at_another_seed_than_0():
+    later = replace(STUDY, presets={"smoke": STUDY.presets["smoke"] | {"first_seed": 7}})
+    first, asked = later.execute("smoke"), later.execute("smoke", seed=0)
+    assert [*first.seeds] == [7, 8] and [*asked.seeds] == [0, 1]
+    again = STUDY.execute("smoke", seed=7)
+    assert dict(again.origin) == {"kept": 6}, "the first seed makes no row another"
+
+
 def test_more_seeds_run_only_what_is_missing_and_their_interval_is_another():
     few = STUDY.execute("smoke")
     more = STUDY.execute("smoke", seeds=8)

@@ -77,7 +77,9 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub = command("study", "run a paper's claim as a comparison and print the verdict")
     sub.add_argument("slug", metavar="SLUG", help="its name in the catalogue, such as rmoe")
     sub.add_argument("--preset", choices=PRESETS, default="small", help="how much to spend (default: small)")
-    sub.add_argument("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N", help="first seed (default: 0)")
+    sub.add_argument(
+        "--seed", type=whole(0, 2**31 - 1), metavar="N", help="first seed (default: the preset's, mostly 0)"
+    )
     sub.add_argument(
         "--seeds",
         type=whole(1),

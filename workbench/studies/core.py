@@ -34,7 +34,8 @@ class Study:
         metric, unit, higher_is_better: what a row's `metric` is.
         rule: in words, what `judge` does; printed with every result.
         presets: name -> settings: "smoke" (seconds), "small" (a minute or two on two cores), "full" (a GPU or a night).
-            The key "seeds" holds the number of seeds.
+            The key "seeds" holds the number of seeds, and "first_seed" the first of them where it is not 0: where
+            others were looked at before the study was as it is.
         arms: names of the arms, the paper's method and its baselines; or settings -> names, where presets differ.
         run: (arm, seed, settings) -> Row; a module-level function, because it runs in another process.
         judge: (rows, settings) -> Judgement.
@@ -80,21 +81,22 @@ class Study:
     def execute(
         self,
         preset: str,
-        seed: int = 0,
+        seed: int | None = None,
         seeds: int | None = None,
         jobs: int | None = None,
         progress: Progress | None = None,
         fresh: bool = False,
     ) -> StudyResult:
         """Run every arm at every seed that is not there yet, and judge; see `run_study`."""
-        least = int(self.settings(preset)["seeds"])
+        asked = seeds_of(self.settings(preset))
+        least, first = len(asked), asked[0] if seed is None else seed
         if seeds is not None and not least <= seeds <= MOST_SEEDS:
             raise InputError(f"seeds is {seeds} but must be from {least}, as {preset} has, to {MOST_SEEDS}")
         given = () if fresh else self._stored_rows(preset)
-        return self._judged(preset, range(seed, seed + (seeds or least)), jobs, progress, given, fresh)
+        return self._judged(preset, range(first, first + (seeds or least)), jobs, progress, given, fresh)
 
     def measure_power(
-        self, preset: str, seed: int = 0, jobs: int | None = None, progress: Progress | None = None
+        self, preset: str, seed: int | None = None, jobs: int | None = None, progress: Progress | None = None
     ) -> Measured:
         """Run the baselines of `power` alone, or read what is kept of them, and say how many seeds the preset needs.
 
@@ -107,20 +109,21 @@ class Study:
         for arm in self.power.baselines:
             if arm not in arms:
                 raise unknown("arm", arm, arms)
-        seeds = range(seed, seed + SEEDS)
+        first = seeds_of(self.presets[preset])[0] if seed is None else seed
+        seeds = range(first, first + SEEDS)
         rows, _ = self._gather(preset, seeds, self.power.baselines, jobs, progress, self._stored_rows(preset))
         return measured(self, preset, Rows(rows))
 
     def store(self, jobs: int | None = None, progress: Progress | None = None) -> StudyResult:
         """Write the result of "small" into the package, of kept rows and of what has to be run."""
-        result = self._judged("small", range(int(self.presets["small"]["seeds"])), jobs, progress)
+        result = self._judged("small", seeds_of(self.presets["small"]), jobs, progress)
         stored.write(result, row_settings(result.settings))
         return result
 
     def foreign(self, found: Stored) -> str | None:
         """Why a stored result does not belong to this study as it is declared; None where it does."""
         settings = self.presets[found.preset]
-        plan = [(arm, seed) for seed in range(int(settings["seeds"])) for arm in self.arms_of(settings)]
+        plan = [(arm, seed) for seed in seeds_of(settings) for arm in self.arms_of(settings)]
         if found.version != self.version:
             return f"is of version {found.version} and the study is of version {self.version}"
         if found.settings != sheets.plain(row_settings(settings)):
@@ -171,15 +174,21 @@ class Study:
         return gather(self.slug, row_settings(self.presets[preset]), self.run, plan, jobs, progress, given, fresh)
 
 
+def seeds_of(settings: Settings) -> range:
+    """The seeds that a preset asks for."""
+    first = int(settings.get("first_seed", 0))
+    return range(first, first + int(settings["seeds"]))
+
+
 def row_settings(settings: Settings) -> Settings:
-    """What a row is told of a preset: all but the number of seeds, which makes no row another."""
-    return {key: value for key, value in settings.items() if key != "seeds"}
+    """What a row is told of a preset: all but which seeds, which make no row another."""
+    return {key: value for key, value in settings.items() if key not in ("seeds", "first_seed")}
 
 
 def run_study(
     slug: str,
     preset: str = "small",
-    seed: int = 0,
+    seed: int | None = None,
     seeds: int | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -190,7 +199,7 @@ def run_study(
     Args:
         slug: of a ready system, see `workbench.methods()`.
         preset: "smoke", "small" or "full".
-        seed: the first seed.
+        seed: the first seed; by default the preset's, which is 0 unless it says so.
         seeds: how many; by default as many as the preset has. With more, the intervals hold at every look, so that
             seeds may be added for as long as they are wanted; they are wider than those of a number that was fixed.
         jobs: processes, one thread each; default all cores (one for smoke).

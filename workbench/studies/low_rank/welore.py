@@ -55,7 +55,8 @@ RULE = (
 SMALL = {"cap": 65_536, "width": 64, "layers": 3, "length": 32, "steps": 1000, "batch": 16, "decay": 0.5}
 PRESETS = {
     "smoke": bed.SMOKE | {"layers": 2, "tune_steps": 5, "rates": (3e-4, 3e-2), "seeds": 2},
-    "small": SMALL | {"tune_steps": 80, "rates": (3e-4, 3e-3, 3e-2), "seeds": 12},
+    # Seeds 0 to 11 had been run before the study was as it is.
+    "small": SMALL | {"tune_steps": 80, "rates": (3e-4, 3e-3, 3e-2), "seeds": 24, "first_seed": 12},
     "full": bed.FULL | {"decay": 0.5, "tune_steps": 1000, "rates": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "seeds": 12},
 }
 
