@@ -8,6 +8,7 @@ the operator itself, registered with torch, checks its arguments and chooses the
 # Imported here and not on demand: an operator has the name of its folder, and a folder that is imported before its
 # operator is asked for would stand here in its place.
 from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
+from workbench.kernels.column_adam import column_adam
 from workbench.kernels.column_topk import column_topk, gather_columns
 from workbench.kernels.dct import dct2_rows, dct3_rows, dct_basis
 from workbench.kernels.gather_sum import gather_sum
@@ -30,6 +31,7 @@ __all__ = [
     "RoutePlan",
     "block_gate_topk",
     "block_sparse_attention",
+    "column_adam",
     "column_topk",
     "dct2_rows",
     "dct3_rows",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.kernels import newton_schulz
+from workbench.kernels import dispatch, native, newton_schulz
 from workbench.lib.core.optim import projectors
 from workbench.lib.core.optim.projectors import BASES, ColumnSelector
 from workbench.lib.low_rank.svd_free_dct import SCALES, DCTAdamW, Trion, pack, unpack
@@ -36,6 +36,13 @@ def walked(kind, shape, steps, dtype=torch.float64, start=None, **options):
 
 
 # -- DCT-AdamW
+
+
+def test_a_wide_matrix_takes_the_path_in_c_and_the_same_steps():
+    found, _, _ = walked(DCTAdamW, (140, 130), range(4), rank=20, dtype=torch.float32)
+    assert dispatch.last_backend("column_adam") == ("native" if native.compiler() else "cpu")
+    expected, _, _ = walked(DCTAdamW, (140, 130), range(4), rank=20)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (6, 6)])
@@ -97,7 +104,8 @@ def test_an_error_of_few_bits_is_off_by_half_a_step_at_most(bits):
 
 @pytest.mark.parametrize("kind", [DCTAdamW, Trion])
 def test_the_order_of_the_columns_does_not_matter(kind, monkeypatch):
-    expected, _, _ = walked(kind, (9, 6), range(6), rank=3)
+    fed = {"error_feedback": True} if kind is DCTAdamW else {}  # which chooses apart from the rest of its step
+    expected, _, _ = walked(kind, (9, 6), range(6), rank=3, **fed)
     select = ColumnSelector.select
     calls = []
 
@@ -108,11 +116,11 @@ def test_the_order_of_the_columns_does_not_matter(kind, monkeypatch):
         return index[order], low[:, order]
 
     monkeypatch.setattr(ColumnSelector, "select", shuffled)
-    found, _, _ = walked(kind, (9, 6), range(6), rank=3)
+    found, _, _ = walked(kind, (9, 6), range(6), rank=3, **fed)
     assert torch.allclose(found, expected, atol=1e-10)
     if kind is DCTAdamW:  # as released: the moments of a column go to another
-        found, _, _ = walked(kind, (9, 6), range(6), rank=3, remap=False)
-        assert not torch.allclose(found, walked(kind, (9, 6), range(6), rank=3, remap=True)[0], atol=1e-4)
+        found, _, _ = walked(kind, (9, 6), range(6), rank=3, remap=False, **fed)
+        assert not torch.allclose(found, walked(kind, (9, 6), range(6), rank=3, remap=True, **fed)[0], atol=1e-4)
     assert len(calls) >= 6
 
 
@@ -144,7 +152,7 @@ def test_the_whole_rank_is_a_change_of_basis(shape, basis, monkeypatch):
         adam.step()
     assert torch.allclose(projectors.tall(found), turned.detach() @ c.T, atol=1e-10)
     monkeypatch.setattr(DCTAdamW, "adam", lambda self, low, state, group: low)
-    plain, _, path = walked(DCTAdamW, shape, range(4), rank=6, lr=0.1, basis=basis)
+    plain, _, path = walked(DCTAdamW, shape, range(4), rank=6, lr=0.1, basis=basis, error_feedback=True)
     assert torch.allclose(plain, path[0] - 0.1 * sum(draw(*shape, seed=step) for step in range(4)), atol=1e-12)
 
 

@@ -45,17 +45,21 @@ def _backward(y: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _plan(m: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """For rows of m: "spread" makes v of x, "gather" x of v; "parts" makes y of the parts of i W, Re before Im, "pairs"
-    these of y; "turns" is i exp(-i pi k / 2m) with the scale, "back" its inverse."""
+    these of y; "turns" is `turns`, "back" its inverse."""
     with torch.inference_mode(False):
-        k = torch.arange(m // 2 + 1)
-        turns = torch.polar(
-            torch.full(k.shape, (2 / m) ** 0.5, dtype=torch.float64), pi / 2 - pi * k.double() / (2 * m)
-        )
-        turns[0] = 1j * m**-0.5
+        k, by = torch.arange(m // 2 + 1), turns(m)
         wide = torch.complex128 if dtype == torch.float64 else torch.complex64
         at = torch.arange(m)
         spread = torch.cat([at[::2], at[1::2].flip(0)])
         parts = torch.where(at <= m // 2, 2 * at + 1, 2 * (m - at))
         pairs = torch.stack([(m - k) % m, k], 1).flatten()
         plan = {"spread": spread, "gather": spread.argsort(), "parts": parts, "pairs": pairs}
-        return plan | {"turns": turns.to(wide), "back": (1 / turns).to(wide)}
+        return plan | {"turns": by.to(wide), "back": (1 / by).to(wide)}
+
+
+def turns(m: int) -> Tensor:
+    """i exp(-i pi k / 2m) with the scale, for k = 0 .. m/2, of double precision."""
+    k = torch.arange(m // 2 + 1, dtype=torch.float64)
+    by = torch.polar(torch.full_like(k, (2 / m) ** 0.5), pi / 2 - pi * k / (2 * m))
+    by[0] = 1j * m**-0.5
+    return by

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
 from workbench.kernels.block_sparse_attention.index import BlockIndex
+from workbench.kernels.column_adam import column_adam
 from workbench.kernels.moe_mlp import ACTIVATIONS, moe_mlp
 from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
@@ -336,7 +337,31 @@ def shared(draw: random.Random, native: bool) -> list[Call]:
     return [Call(f"shared_{name}", function, arguments) for name, function in named.items()]
 
 
-IN_C = (experts, bank, attention, gate, models, seeded, transforms, shared)
+def columns(draw: random.Random, native: bool) -> list[Call]:
+    """Every index is taken, as none is asked what is there."""
+    n, m = draw.choice(WIDTHS), draw.choice((5, 64, *range(127, 133), 255, 256))
+    r = draw.randrange(1, m + 1)
+    arguments = {
+        "grad": torch.randn(n, m + draw.choice((0, 3)))[:, :m],
+        "exp_avg": torch.randn(n, r),
+        "exp_avg_sq": torch.rand(n, r),
+        "index": torch.randint(-3, m + 3, (r,), dtype=torch.int32),
+        "step": draw.choice((1, 2, 1000)),
+        "norm": draw.choice((1, 2)),
+        "remap": draw.random() < 0.7,
+        "backend": "native" if native else draw.choice(("native", "native", "reference")),
+    }
+
+    def stepped(grad, exp_avg, exp_avg_sq, index, step, norm, remap, backend):
+        if not native and backend == "reference":  # it looks columns up by the index
+            index = index.clamp(0, m - 1)
+        how = {"step": step, "norm": norm, "remap": remap, "backend": backend}
+        return column_adam(grad, exp_avg, exp_avg_sq, index, **how)
+
+    return [Call("column_adam", stepped, arguments)]
+
+
+IN_C = (experts, bank, attention, gate, models, seeded, transforms, shared, columns)
 
 
 def damaged(draw: random.Random, call: Call) -> Call:

@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -132,6 +132,18 @@ INLINE vec larger(vec a, vec b)
     return (vec)_mm512_max_ps((__m512)a, (__m512)b);
 #else
     return where(a > b, a, b);
+#endif
+}
+
+INLINE vec square_root(vec x)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX__)
+    return (vec)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
 #endif
 }
 

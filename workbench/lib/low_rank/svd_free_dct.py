@@ -34,6 +34,7 @@ from torch import Tensor
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
+from workbench.kernels.column_adam import column_adam
 from workbench.kernels.dct import dct2_rows, dct_basis
 from workbench.kernels.newton_schulz import newton_schulz
 from workbench.lib.core.optim.matrix import Group, MatrixOptimizer, State
@@ -110,6 +111,15 @@ class DCTAdamW(ProjectedAdamW):
 
     def fresh(self, shape: torch.Size, group: Group, **where: Any) -> State:
         return super().fresh(shape, group, **where) | self._packed(torch.zeros(_lying(shape), **where), group)
+
+    def counted(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """As `ProjectedAdamW.counted`; all in one operator where a choice of cosines is all there is."""
+        new = int(state["step"]) % group["update_gap"] == 0
+        if not new or group["error_feedback"] or (group["projector"], group["basis"]) != ("dct", "dct"):
+            return super().counted(grad, state, group)
+        how = {key: group[key] for key in ("norm", "remap", "betas", "eps")}
+        moments = state["exp_avg"], state["exp_avg_sq"], state["index"]
+        return column_adam(grad, *moments, step=int(state["step"]) + 1, **how)
 
     def subspace(self, grad: Tensor, state: State, group: Group) -> Tensor:
         if not group["error_feedback"]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.kernels.column_adam.reference import adam
 from workbench.lib.core.optim.matrix import Group, MatrixOptimizer, State
 from workbench.lib.core.optim.projectors import Projector, check_width, make_projector, tall
 
@@ -78,11 +79,14 @@ class ProjectedAdamW(MatrixOptimizer):
 
     def direction(self, grad: Tensor, state: State, group: Group) -> Tensor:
         lying = tall(grad)
-        low = self.subspace(lying, state, group)
-        out = self.projector(group).lift(self.adam(low, state, group), state, lying.shape[-1])
+        out = self.projector(group).lift(self.counted(lying, state, group), state, lying.shape[-1])
         if group["scale"] != 1:
             out.mul_(group["scale"])
         return out if lying is grad else out.mT
+
+    def counted(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """u (*stack, n, r), in the subspace of this step; counts `grad` (*stack, n, m) into the moments."""
+        return self.adam(self.subspace(grad, state, group), state, group)
 
     def subspace(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """g (*stack, n, r), in the subspace of this step, which may be a new one."""
@@ -98,11 +102,7 @@ class ProjectedAdamW(MatrixOptimizer):
 
     def adam(self, low: Tensor, state: State, group: Group) -> Tensor:
         """u (*stack, n, r); counts `low` into the moments."""
-        (b1, b2), t = group["betas"], int(state["step"]) + 1
-        state["exp_avg"].lerp_(low, 1 - b1)
-        state["exp_avg_sq"].mul_(b2).addcmul_(low, low, value=1 - b2)
-        root, bias = state["exp_avg_sq"].sqrt(), 1 - b1**t  # both biases are corrected in the denominator
-        return state["exp_avg"] / root.mul_(bias / (1 - b2**t) ** 0.5).add_(bias * group["eps"])
+        return adam(low, state["exp_avg"], state["exp_avg_sq"], int(state["step"]) + 1, *group["betas"], group["eps"])
 
 
 def check_rank(rank: int, shape: torch.Size) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError, unknown
+from workbench.kernels.column_adam.reference import kept
 from workbench.kernels.column_topk import column_topk, gather_columns, in_range
 from workbench.kernels.dct import dct2_rows, dct3_rows, dct_basis
 from workbench.kernels.walsh_hadamard import walsh_hadamard
@@ -158,10 +159,7 @@ class ColumnSelector:
 
     def remap(self, lows: Sequence[Tensor], old: State, new: State) -> list[Tensor]:
         """Columns that stay keep what they have, new ones begin with zeros: no product is needed."""
-        before, order = old["index"].sort(-1)
-        at = torch.searchsorted(before, new["index"]).clamp_(max=self.rank - 1)
-        stays, source = before.gather(-1, at) == new["index"], order.gather(-1, at)
-        return [gather_columns(low, source).mul_(stays.to(low.dtype).unsqueeze(-2)) for low in lows]
+        return kept(lows, old["index"], new["index"])
 
     def vectors(self, m: int, index: Int[Tensor, "*stack r"], like: Tensor) -> Float[Tensor, "*stack m r"]:
         """Q, of the type of `like` and where it is."""
