@@ -199,7 +199,7 @@ def test_calls_that_cannot_be_are_refused_on_every_path(tmp_path):
 def test_c_and_python_say_the_same_of_a_plan_and_of_an_index(compiler):
     """The two ways to look at one: whatever the form allows, both take it or both refuse it."""
     seen = {"taken": 0, "refused": 0}
-    for call in itertools.islice(calls(seed=2), 400):
+    for call in itertools.islice(calls(seed=2), 800):
         given = call.arguments
         if any(isinstance(x, torch.Tensor) and not x.ndim for x in given.values()):
             continue
