@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.spatial.distance
 import scipy.stats
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from sklearn.metrics.cluster import contingency_matrix, expected_mutual_informat
 
 from workbench.errors import InputError
 from workbench.lib.measures import information
-from workbench.lib.measures.information import entropy, mutual_information
+from workbench.lib.measures.information import entropy, jensen_shannon, mutual_information
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -118,3 +119,13 @@ def test_bad_arguments():
         mutual_information(counts, column_k=2)
     with pytest.raises(InputError, match="row_k is 0"):
         mutual_information(counts, row_k=0)
+
+
+def test_jensen_shannon_by_hand():
+    assert float(jensen_shannon(torch.tensor([[4, 0], [0, 2]]))) == pytest.approx(1)
+    assert float(jensen_shannon(torch.tensor([[4, 0], [2, 2]]))) == pytest.approx(0.5579, abs=1e-4)
+    counts = torch.randint(1, 20, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    p = counts / counts.sum(-1, keepdim=True)
+    for found, rows in zip(jensen_shannon(counts).tolist(), p.numpy(), strict=True):
+        pairs = [scipy.spatial.distance.jensenshannon(rows[a], rows[b], base=2) for a, b in ((0, 1), (0, 2), (1, 2))]
+        assert found == pytest.approx(sum(pairs) / 3, rel=1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core.experts import GLUExperts, MLPExperts
+from workbench.lib.core.experts import GLUExperts, MLPExperts, expert_outputs
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import HashRouter, LinearRouter
 from workbench.lib.core.routing import Context, Routing
@@ -19,7 +19,6 @@ from workbench.lib.merging.sub_moe import (
     cluster_weights,
     compress_model,
     compress_moe,
-    expert_outputs,
     merge_cluster,
     merge_experts,
     rank_for,

@@ -7,10 +7,10 @@ import torch
 
 from workbench.beds import byte_domains as bed
 from workbench.beds.byte_domains import DOMAINS
-from workbench.lib.core.experts import GLUExperts
+from workbench.lib.core.experts import GLUExperts, expert_outputs
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import LinearRouter
-from workbench.lib.merging.sub_moe import ExpertStats, expert_outputs, merge_experts
+from workbench.lib.merging.sub_moe import ExpertStats, merge_experts
 from workbench.studies.merging.mixtures import INITS, upcycled, with_experts
 from workbench.studies.merging.sub_moe import (
     ARMS,

@@ -25,7 +25,6 @@ from workbench.studies.subspaces.cdsp_moe import (
     Symbols,
     build,
     grating_images,
-    jensen_shannon,
     judge,
     judged,
 )
@@ -147,11 +146,6 @@ def test_the_information_is_that_of_experts_and_tasks(task: Symbols):
     assert told["information"] == pytest.approx(math.log2(3), abs=0.01) and told["distance"] == pytest.approx(1)
     assert abs(untold["information"]) < 0.01 and untold["distance"] == pytest.approx(0, abs=1e-6)
     assert torch.tensor(told["routing"]).shape == (2, 3, 16)
-
-
-def test_jensen_shannon_by_hand():
-    assert float(jensen_shannon(torch.tensor([[4, 0], [0, 2]]))) == pytest.approx(1)
-    assert float(jensen_shannon(torch.tensor([[4, 0], [2, 2]]))) == pytest.approx(0.5579, abs=1e-4)
 
 
 @pytest.mark.study

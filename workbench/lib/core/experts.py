@@ -3,6 +3,8 @@
 Tensor letters: N tokens, D model width, H expert hidden width, E experts, P routed pairs.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -48,6 +50,22 @@ class GLUExperts(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens dim"], routing: Routing) -> Float[Tensor, "tokens dim"]:
         return moe_mlp(x, self.gate_up, self.down, plan_of(routing), score_of(routing, x))
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of a bank of SwiGLU experts without the bank: gate_up (E, 2H, D), gate first, and down (E, D, H)."""
+
+    gate_up: Float[Tensor, "experts twice dim"]
+    down: Float[Tensor, "experts dim hidden"]
+
+
+def expert_outputs(
+    experts: GLUExperts | ExpertWeights, x: Float[Tensor, "tokens dim"]
+) -> Float[Tensor, "experts tokens dim"]:
+    """What every expert says of every token, whether it is routed there or not."""
+    gate, up = torch.einsum("nd,ehd->enh", x, experts.gate_up).chunk(2, dim=-1)
+    return torch.einsum("enh,edh->end", F.silu(gate) * up, experts.down)
 
 
 class MLPExperts(nn.Module):

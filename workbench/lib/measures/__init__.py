@@ -4,7 +4,7 @@
 - `information`: mutual information of a count table with its expected value under independence
 - `coactivation`: which experts of one layer are chosen together; `curveball`: the same against fixed margins
 - `transition`: from the experts of one layer to those of the next
-- `pools`: how the layers share one pool of experts
+- `pools`: how the layers share one pool of experts; `redundancy`: how much the experts of a layer say the same
 - `conflict`: gradients of several tasks against each other, from Gramians of two half batches
 - `spectra`: singular values and the measures of a spectrum; `operators`: norms and alignments of matrices
 - `random_matrix`: what an i.i.d. matrix of the same shape gives; `power_law`: the tail exponent

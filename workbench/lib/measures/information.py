@@ -1,7 +1,9 @@
 """Mutual information of a table of counts, and what chance alone would give."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from jaxtyping import Float64, Num
@@ -54,6 +56,22 @@ def entropy(weights: Num[Tensor, "*batch n"]) -> Float64[Tensor, "*batch"]:
     share = weights / weights.sum(-1, keepdim=True)
     # 0 ln 0 = 0 by the clamp: a third of the time of torch.special.entr, which is not vectorised
     return (share * -share.clamp(min=TINY).log()).sum(-1)
+
+
+def jensen_shannon(counts: Num[Tensor, "*batch classes n"]) -> Float64[Tensor, "*batch"]:
+    """Mean Jensen-Shannon distance between the rows of tables, over their pairs; base 2, so 0 (alike) .. 1 (apart).
+
+    The root of the divergence, which is a metric (Endres and Schindelin 2003).
+    """
+    share = counts.double() / counts.sum(-1, keepdim=True)
+    pairs = [
+        (
+            entropy((share[..., a, :] + share[..., b, :]) / 2)
+            - (entropy(share[..., a, :]) + entropy(share[..., b, :])) / 2
+        )
+        for a, b in combinations(range(counts.shape[-2]), 2)
+    ]
+    return (torch.stack(pairs).clamp(min=0) / math.log(2)).sqrt().mean(0)
 
 
 def mutual_information(

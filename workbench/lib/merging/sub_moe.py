@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
-from workbench.lib.core.experts import GLUExperts
+from workbench.lib.core.experts import GLUExperts, expert_outputs
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.moe import MoELayer, moe_layers
 from workbench.lib.core.routers import LinearRouter
@@ -113,12 +113,6 @@ class ExpertStats:
         if not self.tokens:
             raise InputError("the statistics have seen no tokens: give them some with update(x)")
         return self.total_output / self.tokens
-
-
-def expert_outputs(experts: GLUExperts, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "experts tokens dim"]:
-    """o_e(x) of every expert for every token."""
-    gate, up = torch.einsum("nd,ehd->enh", x, experts.gate_up).chunk(2, dim=-1)
-    return torch.einsum("enh,edh->end", F.silu(gate) * up, experts.down)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, ExpertStats]:

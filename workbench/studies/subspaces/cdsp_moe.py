@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import combinations
 from statistics import fmean
 
 import torch
@@ -24,7 +23,7 @@ from workbench.lib.core.observe import observing
 from workbench.lib.core.routing import Context
 from workbench.lib.core.task import ArrayTask, Batch
 from workbench.lib.core.train import Hook, State, TrainConfig, train
-from workbench.lib.measures.information import entropy, mutual_information
+from workbench.lib.measures.information import jensen_shannon, mutual_information
 from workbench.lib.subspaces.cdsp_moe import METHOD, CDSPMoELayer, cdsp_layers, two_speeds
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, trained_row, training_budget
@@ -212,19 +211,6 @@ def evaluated(model: VisionClassifier, task: Symbols, batches: list[Batch]) -> f
     model.eval()
     right = [task.value(model(batch.inputs, task.context(batch)), batch) * len(batch) for batch in batches]
     return float(sum(right)) / sum(map(len, batches))
-
-
-def jensen_shannon(counts: Tensor) -> Tensor:
-    """Mean Jensen-Shannon distance (base 2, 0 .. 1) between the rows of tables (..., tasks, experts)."""
-    share = counts.double() / counts.sum(-1, keepdim=True)
-    pairs = [
-        (
-            entropy((share[..., a, :] + share[..., b, :]) / 2)
-            - (entropy(share[..., a, :]) + entropy(share[..., b, :])) / 2
-        )
-        for a, b in combinations(range(counts.shape[-2]), 2)
-    ]
-    return (torch.stack(pairs).clamp(min=0) / math.log(2)).sqrt().mean(0)
 
 
 def judge(rows: Rows, settings: Settings) -> Judgement:
