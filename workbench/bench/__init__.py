@@ -14,6 +14,7 @@ BENCHES = {
     "hadamard": "workbench.bench.hadamard",
     "optimisers": "workbench.bench.optimisers",
     "shared": "workbench.bench.shared",
+    "scan": "workbench.bench.scan",
 }
 
 

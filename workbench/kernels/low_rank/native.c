@@ -111,26 +111,6 @@ static void transpose(long rows, long columns, const float *x, long stride, floa
         for (i = 0; i < rows; i++) to[j * pitch + i] = x[i * stride + j];
 }
 
-/* a[0] + a[1], a[2] + a[3], ..., b[0] + b[1], ... */
-INLINE vec pairs(vec a, vec b)
-{
-#if defined(__clang__)
-    vec sum;
-    for (int i = 0; i < LANES / 2; i++) {
-        sum[i] = a[2 * i] + a[2 * i + 1];
-        sum[LANES / 2 + i] = b[2 * i] + b[2 * i + 1];
-    }
-    return sum;
-#else
-    ivec even, odd;
-    for (int i = 0; i < LANES; i++) {
-        even[i] = 2 * i;
-        odd[i] = 2 * i + 1;
-    }
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-#endif
-}
-
 /* A vector into a register. It is volatile because gcc would read it from memory again for each of its products. */
 INLINE vec once(const float *at) { return *(const volatile vec *)at; }
 

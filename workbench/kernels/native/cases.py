@@ -23,6 +23,7 @@ from workbench.kernels.moe_mlp import ACTIVATIONS, moe_mlp
 from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
 from workbench.kernels.random_basis import random_basis, random_basis_adjoint
+from workbench.kernels.selective_scan import kept_shape
 from workbench.kernels.shared_store import shared_linear, shared_weight
 from workbench.kernels.trim_elect_merge import DIVIDE, ELECT, magnitude_threshold, trim_elect_merge
 from workbench.kernels.walsh_hadamard import walsh_hadamard
@@ -361,7 +362,40 @@ def columns(draw: random.Random, native: bool) -> list[Call]:
     return [Call("column_adam", stepped, arguments)]
 
 
-IN_C = (experts, bank, attention, gate, models, seeded, transforms, shared, columns)
+def scans(draw: random.Random, native: bool) -> list[Call]:
+    batch, channels, states = draw.randrange(3), draw.choice(WIDTHS), draw.choice((1, 2, 3, 4, 5, 8, 9, 16))
+    steps = draw.choice((0, 1, 3, 16, 17, 63, 64, 65, 130))
+
+    def cube():
+        """Steps side by side, channels side by side, or neither."""
+        layout = draw.randrange(3)
+        if layout == 2:
+            return torch.randn(batch, channels, 2 * steps)[..., ::2]
+        return torch.randn(batch, steps, channels).transpose(1, 2) if layout else torch.randn(batch, channels, steps)
+
+    arguments = {
+        "x": cube(),
+        "delta": cube(),
+        "a": -torch.rand(channels, states),
+        "b": torch.randn(batch, states, steps),
+        "c": torch.randn(batch, steps, states).transpose(1, 2),
+        "d": torch.randn(channels),
+        "z": cube(),
+        "state": torch.randn(batch, channels, states),
+        "backend": "native" if native else draw.choice(("native", "native", "reference")),
+    }
+    x, *rest, state, backend = arguments.values()
+    kept = {"grad": cube(), "grad_last": state, "x": x} | dict(
+        zip(("delta", "a", "b", "c", "d", "z"), rest, strict=True)
+    )
+    kept |= {"kept": torch.randn(kept_shape(x, arguments["a"])), "backend": backend}
+    return [
+        Call("selective_scan", lambda *given: ops.selective_scan(*given, True), arguments),
+        Call("selective_scan_backward", ops.selective_scan_backward, kept),
+    ]
+
+
+IN_C = (experts, bank, attention, gate, models, seeded, transforms, shared, columns, scans)
 
 
 def damaged(draw: random.Random, call: Call) -> Call:

@@ -118,6 +118,26 @@ INLINE void transpose4(const float *from, long row, float *to, long to_row)
     *(quad *)(to + 3 * to_row) = MIX(ef, gh, 2, 3, 6, 7);
 }
 
+/* a[0] + a[1], a[2] + a[3], ..., b[0] + b[1], ... */
+INLINE vec pairs(vec a, vec b)
+{
+#if defined(__clang__)
+    vec sum;
+    for (int i = 0; i < LANES / 2; i++) {
+        sum[i] = a[2 * i] + a[2 * i + 1];
+        sum[LANES / 2 + i] = b[2 * i] + b[2 * i + 1];
+    }
+    return sum;
+#else
+    ivec even, odd;
+    for (int i = 0; i < LANES; i++) {
+        even[i] = 2 * i;
+        odd[i] = 2 * i + 1;
+    }
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+#endif
+}
+
 /* How far apart the rows of a buffer are: an odd number of cache lines, so that a column does not fall into few sets of
  * the cache. */
 INLINE long pitched(long n) { return ((n + 15) / 16 | 1) * 16; }

@@ -4,7 +4,8 @@ With D_t = softplus(delta_t), for every channel i with its N states
 
     h_t = exp(D_t a) h_{t-1} + D_t x_t b_t,        y_t = (c_t . h_t + d x_t) silu(z_t)
 
-Paths: "reference". What a path provides, as functions of its module:
+Paths: "reference" and "native" (float32; without a C compiler the reference runs). What a path provides, as functions
+of its module:
 
     forward(x, delta, a, b, c, d, z, state, save: bool) -> (y, last, kept)
     backward(grad, grad_last, x, delta, a, b, c, d, z, kept) -> the gradients of x, delta, a, b, c, d, z and state
@@ -16,6 +17,7 @@ Tensor letters: B batch, I channels, N states of a channel, L steps.
 """
 
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -25,7 +27,8 @@ from workbench.errors import InputError
 from workbench.kernels import dispatch
 from workbench.kernels.selective_scan.reference import CHUNK
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
+NATIVE = Path(__file__).with_name("native.c")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,13 +63,13 @@ def selective_scan(
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
     _check(x, delta, a, b, c, d, z, state)
-    chosen = dispatch.choose("selective_scan", backend, x.device, BACKENDS, x.dtype)
+    chosen = dispatch.choose("selective_scan", backend, x.device, BACKENDS, x.dtype, NATIVE)
     wide = torch.promote_types(x.dtype, torch.float32)
     a, d = a.to(wide), d.to(wide)
     state = x.new_zeros(x.shape[0], *a.shape, dtype=wide) if state is None else state.to(wide)
     tensors = (x, delta, a, b, c, d, z, state)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _forward(*tensors, chosen, save)[:2]
+    return (_run if dispatch.unseen(x) else _forward)(*tensors, chosen, save)[:2]
 
 
 @torch.library.custom_op("workbench::selective_scan", mutates_args=())
@@ -84,8 +87,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, in the layout of x, the last state, and what the backward wants to see again."""
     _check(x, delta, a, b, c, d, z, state)
+    _check_wide(x, a=a, d=d, state=state)
     dispatch.admit("selective_scan", backend, x.device, BACKENDS, x.dtype)
-    path = _path(dispatch.begin("selective_scan", backend))
+    return _run(x, delta, a, b, c, d, z, state, backend, save)
+
+
+def _run(x, delta, a, b, c, d, z, state, backend, save) -> tuple[Tensor, Tensor, Tensor]:
+    path = _path(dispatch.begin("selective_scan", backend, NATIVE))
     return path.forward(x, delta, a, b, c, d, z, state, save)
 
 
@@ -114,6 +122,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, delta, a, b, c, d, z and state."""
     _check(x, delta, a, b, c, d, z, grad_last, "grad_last")
+    _check_wide(x, a=a, d=d, grad_last=grad_last)
     dispatch.admit("selective_scan", backend, x.device, BACKENDS, x.dtype)
     for name, tensor, shape, dtype in (("grad", grad, x.shape, x.dtype), ("kept", kept, kept_shape(x, a), a.dtype)):
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
@@ -121,7 +130,7 @@ def _backward(
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} but must be {dtype} of "
                 f"shape {tuple(shape)} on {x.device}"
             )
-    path = _path(dispatch.begin("selective_scan.backward", backend))
+    path = _path(dispatch.begin("selective_scan.backward", backend, NATIVE))
     return path.backward(grad, grad_last, x, delta, a, b, c, d, z, kept)
 
 
@@ -154,7 +163,7 @@ _forward.register_autograd(_grads, setup_context=_setup)
 
 def _path(backend: str):
     """The module of a path, imported when it is used: importing an operator must not import triton."""
-    return import_module(f"{__name__}.{backend}")
+    return import_module(f"{__name__}.{'reference' if backend == 'cpu' else backend}")
 
 
 def _check(x, delta, a, b, c, d, z, state, called: str = "state") -> None:
@@ -186,3 +195,11 @@ def _check(x, delta, a, b, c, d, z, state, called: str = "state") -> None:
     for name, tensor in (("delta", delta), ("a", a), ("b", b), ("c", c), ("d", d), ("z", z), (called, state)):
         if tensor is not None and tensor.device != x.device:
             raise InputError(f"{name} is on {tensor.device} but must be where x is, on {x.device}")
+
+
+def _check_wide(x: Tensor, **tensors: Tensor) -> None:
+    """What the public function has cast, where it may come from anywhere."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for name, tensor in tensors.items():
+        if tensor.dtype != wide:
+            raise InputError(f"{name} is {tensor.dtype} but must be {wide} where x is {x.dtype}")
