@@ -1,0 +1,1 @@
+"""The studies of the data_mixtures family."""
