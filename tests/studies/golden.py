@@ -47,6 +47,7 @@ TEXT = {
     "lost",
     "welore",
     "mixture-of-recursions",
+    "linear-dmo",
 }
 """The studies that learn the text of this Python."""
 
