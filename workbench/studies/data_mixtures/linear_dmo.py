@@ -215,7 +215,7 @@ STUDY = Study(
     judge=judge,
     tested="Losses of merged experts of three domains rank mixtures as training on them does, better than the mean of "
     "the experts' own losses and better the longer the experts were trained.",
-    power=Power(("loss-average", "linear"), effect=0.1),
+    power=Power(("loss-average", "ceiling"), effect=0.15, deviation={"small": (0.151, 12)}),
     main="merge",
     trainings=lambda arm: 1 if arm in BUDGETS else "ranks by models of the bed, or at random",  # the first expert's
 )
