@@ -6,6 +6,7 @@ from torch import nn
 
 from workbench.errors import InputError
 from workbench.lib.core.modality import ByModality, InTurns, ModalityLinear, by_modality, modality_of
+from workbench.lib.core.routing import Context
 
 N, D, OUT, M = 13, 5, 3, 3
 
@@ -98,6 +99,18 @@ def test_sorted_once_serves_every_layer():
     assert groups.counts == tuple(modality.bincount(minlength=M).tolist()) and groups.present == (0, 1, 2)
     assert torch.equal(modality[groups.order], modality.sort().values)
     assert torch.equal(layer()(x, groups), layer()(x, modality))
+
+
+def test_a_context_is_sorted_once_and_again_where_it_tells_something_else():
+    _, modality = tokens(0, 1, 2)
+    context = Context(modality=modality)
+    groups = ByModality.told(context, M)
+    assert groups.counts == ByModality.of(modality, M).counts and ByModality.told(context, M) is groups
+    assert ByModality.told(context, M + 1).counts == (*groups.counts, 0)
+    context.modality = modality.flip(0)
+    assert torch.equal(ByModality.told(context, M).order, ByModality.of(modality.flip(0), M).order)
+    with pytest.raises(InputError, match="modality is None"):
+        ByModality.told(Context(), M)
 
 
 def test_parts_of_any_kind_are_called_with_their_own_tokens_only():

@@ -45,6 +45,15 @@ class ByModality:
         counts = torch.bincount(modality, minlength=n_modalities).tolist()
         return cls(modality.argsort(stable=True), tuple(counts))
 
+    @classmethod
+    def told(cls, context: Context, n_modalities: int) -> "ByModality":
+        """From what the context tells, sorted once in a forward pass for all layers that ask. Raises as `of`."""
+        modality, groups = context.notes.get((cls, n_modalities), (None, None))
+        if groups is None or modality is not context.modality:
+            groups = cls.of(context.modality, n_modalities)
+            context.notes[cls, n_modalities] = context.modality, groups
+        return groups
+
     @property
     def present(self) -> tuple[int, ...]:
         """The modalities that have tokens."""

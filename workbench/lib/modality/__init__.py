@@ -1,0 +1,1 @@
+"""Modality: experts for text, images and sound. One file per system."""
