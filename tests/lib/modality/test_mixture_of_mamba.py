@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from workbench.errors import InputError
 from workbench.lib.core.budget import count_params, measure_budget
@@ -256,6 +257,19 @@ def test_it_announces_the_modalities_where_something_is_split():
         ((routing, _),) = seen[made]
         assert torch.equal(routing.expert, modality.flatten()) and routing.top_k == 1
         assert routing.counts.tolist() == modality.flatten().bincount(minlength=M).tolist()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_a_checkpoint_it_announces_once_and_learns_the_same(reentrant):
+    made = block()
+    u, modality = inputs()
+    grad = torch.randn(B, T, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    wanted = torch.autograd.grad(made(u, told(modality)), [u, *made.parameters()], grad)
+    with observing(announcing(made)) as seen:
+        checkpoint(made, u, told(modality), use_reentrant=reentrant).backward(grad)
+    assert len(seen[made]) == 1
+    for found, one in zip((u.grad, *(p.grad for p in made.parameters())), wanted, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-12, atol=1e-12)
 
 
 def test_sequences_shorter_than_the_convolution_and_batches_of_one_modality():

@@ -28,6 +28,7 @@ from workbench.lib.core.mamba import MambaBlock, MambaCache, Projection
 from workbench.lib.core.modality import ByModality, InTurns, ModalityLinear
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.observe import Announcing, outputs
+from workbench.lib.core.recompute import recomputing
 from workbench.lib.core.routing import Context, Routing
 
 METHOD = Method(
@@ -108,7 +109,7 @@ class MixtureOfMambaBlock(MambaBlock, Announcing):
     ) -> tuple[Float[Tensor, "*batch time dim"], MambaCache]:
         """As in `MambaBlock`; `context.modality` is of the tokens u alone, not of those of the cache."""
         out = super().prefill(u, context, cache)
-        if self.split and self.observed:
+        if self.split and self.observed and not recomputing():
             modality = context.modality[:, None]
             self.announce(Routing.fixed(modality, torch.ones_like(modality, dtype=u.dtype), self.n_experts), context)
         return out
