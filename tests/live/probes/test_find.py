@@ -14,6 +14,7 @@ from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.observe import Announcing
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Routing
+from workbench.lib.modality.mixture_of_mamba import MixtureOfMambaBlock
 from workbench.lib.subspaces.scalezero import add_stages
 from workbench.live.probes import find
 from workbench.live.probes.routing import RoutingProbe
@@ -185,6 +186,12 @@ def test_a_reader_has_to_give_the_routing_of_these_experts():
 def test_wrong_readers_are_refused(routers: dict, message: str):
     with pytest.raises(InputError, match=message):
         find.blocks(nn.ModuleDict({"moe": OldBlock()}), routers)
+
+
+def test_of_a_state_space_the_projections_are_matrices_and_the_rates_are_not():
+    model = nn.Sequential(MixtureOfMambaBlock(8, n_modalities=2, d_state=4, split=("in", "dt")))
+    names = [matrix.name for matrix in find.matrices(model, find.blocks(model))]
+    assert names == ["0.in_proj.parts.0", "0.in_proj.parts.1", "0.x_proj", "0.out_proj"]  # the step's has rank 1
 
 
 def test_a_layer_with_lora_is_no_mixture_and_does_not_look_like_one():

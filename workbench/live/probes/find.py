@@ -169,8 +169,13 @@ def _all_matrices(model: nn.Module, found: list[Block]) -> Iterator[Matrix | Low
             continue
         # a list is of parameters that belong to no layer, as the logits of a mask over the weights of a model
         table = isinstance(module, nn.Linear | nn.Embedding | nn.ParameterList) or id(module) in routers
+        rates = getattr(module, "undecayed", ())  # of a state space: a table by which nothing is multiplied
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and (parameter.ndim == 3 or (parameter.ndim == 2 and table)):
+            if (
+                key not in rates
+                and parameter.requires_grad
+                and (parameter.ndim == 3 or (parameter.ndim == 2 and table))
+            ):
                 path = f"{name}.{key}".strip(".").removesuffix(".weight")
                 yield from _split(path, key, module, parameter)
 
