@@ -16,6 +16,7 @@ from workbench.live.store import RunWriter
 VOCABULARY = 256  # bytes
 WIDTH = 128
 GROUPS = ("embedding", "attention", "router", "experts", "head")
+MODALITIES = ("text", "image")
 CADENCE = {"routing": 10, "structure": 50, "conflict": 100, "evaluation": 500}  # steps
 CAPACITY_FACTOR = 1.25
 POOL = "blocks.0.ffn.experts"
@@ -65,6 +66,7 @@ def synthetic_meta(
             "pools": {POOL: _layers(n_layers)} if n_layers > 1 else {},
             "forms": {layer: {"rank": [], "importance": [1, RANK], "overlap": [3, 3]} for layer in _layers(n_layers)},
             "domains": list(domains),
+            "modalities": list(MODALITIES),
             "vocabulary": "bytes",
             "parameters": 15_000,
             "active_parameters": 9_000,
@@ -115,10 +117,15 @@ def synthetic_steps(
                 tensors |= {f"form_table/{name}/importance": importance, f"form_table/{name}/overlap": _overlap(step)}
             if step % CADENCE["structure"] == 0:
                 tensors[f"depth_text/{names[-1]}"] = text
-                tensors |= _structure(names, layers)
+                tensors |= _structure(names, layers, batch)
                 tensors |= _spectra(rng, n_layers, n_experts, step)
         if step % CADENCE["conflict"] == 0:
             tensors |= {f"conflict/{group}": _conflict(rng, len(domains), i) for i, group in enumerate(GROUPS)}
+            others = np.random.default_rng((seed, step))  # what came before this was recorded stays as it was
+            for i, group in enumerate(GROUPS):
+                tensors[f"conflict_by_modality/{group}"] = _conflict(others, len(MODALITIES), i + len(GROUPS))
+            for by, n in (("domain", len(domains)), ("modality", len(MODALITIES))):
+                tensors |= _gradients(others, by, n, n_layers, n_experts)
             tensors |= {f"tokens/{name}": layer.take_tokens() for name, layer in zip(names, layers, strict=True)}
         if step % CADENCE["evaluation"] == 0:
             for i, domain in enumerate(domains):
@@ -143,6 +150,9 @@ class _Batch:
         self.domain = rng.integers(n_domains, size=n_tokens)
         common = (rng.zipf(1.3, size=n_tokens) - 1) % VOCABULARY
         self.token = (common + 37 * self.domain) % VOCABULARY
+        self.modality = (self.token >= VOCABULARY // 2).astype(int)
+        parts = (("domain", self.domain, n_domains), ("modality", self.modality, len(MODALITIES)))
+        self.parts = {by: np.eye(n, dtype=np.float32)[label] for by, label, n in parts}  # (N, parts)
 
 
 class _Layer:
@@ -182,11 +192,11 @@ class _Layer:
         }
 
     def loads(self, batch: _Batch) -> dict[str, np.ndarray]:
-        domains = np.eye(len(self.by_domain), dtype=np.float32)[batch.domain]  # (N, domains)
+        by_part = {f"load_by_{by}": (parts.T @ self.mask).astype(np.uint32) for by, parts in batch.parts.items()}
         return {
             "load": self.mask.sum(axis=0).astype(np.uint32),
             "importance": self.p.mean(axis=0).astype(np.float32),
-            "load_by_domain": (domains.T @ self.mask).astype(np.uint32),
+            **by_part,
         }
 
     def dropped(self) -> np.ndarray:
@@ -201,12 +211,15 @@ class _Layer:
         return counts
 
 
-def _structure(names: list[str], layers: list[_Layer]) -> dict[str, np.ndarray]:
+def _structure(names: list[str], layers: list[_Layer], batch: _Batch) -> dict[str, np.ndarray]:
     """Pairs of experts that share tokens, within a layer (K >= 2) and from a layer to the next."""
     found = {}
     for i, (name, layer) in enumerate(zip(names, layers, strict=True)):
         if layer.top_k >= 2:
             found[f"coactivation/{name}"] = (layer.mask.T @ layer.mask).astype(np.uint32)
+            for by, parts in batch.parts.items():
+                pairs = np.einsum("np,ni,nj->pij", parts, layer.mask, layer.mask, optimize=True)
+                found[f"coactivation_by_{by}/{name}"] = pairs.round().astype(np.uint32)
         if i + 1 < len(layers):
             found[f"transition/{name}"] = (layer.mask.T @ layers[i + 1].mask).astype(np.uint32)
     if len(layers) > 1:
@@ -233,6 +246,16 @@ def _spectra(rng: np.random.Generator, n_layers: int, n_experts: int, step: int)
             growth = 1 + 0.5 * np.log1p(step / 100) * np.exp(-rank / 4) if what == "weight" else 1.0
             values = scale * growth * rank**-decay * np.exp(0.05 * rng.standard_normal(rank.size))
             found[f"spectrum/{what}/{name}"] = -np.sort(-values).astype(np.float32)
+    return found
+
+
+def _gradients(rng: np.random.Generator, by: str, n: int, n_layers: int, n_experts: int) -> dict[str, np.ndarray]:
+    """Descending singular values of each part's gradient; those of later parts fall faster."""
+    found = {}
+    for name, shape in _matrices(n_layers, n_experts).items():
+        rank, decay = np.arange(1, min(shape) + 1), 0.8 + 0.3 * np.arange(n)[:, None]
+        values = 0.1 * rank**-decay * np.exp(0.05 * rng.standard_normal((n, rank.size)))
+        found[f"gradients_by_{by}/{name}"] = -np.sort(-values).astype(np.float32)
     return found
 
 

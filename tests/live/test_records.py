@@ -11,8 +11,10 @@ from workbench.live import records
 from workbench.live.recipe import Recipe
 from workbench.live.records import (
     AGREEMENT,
+    BY_MODALITY,
     DEPTH,
     DEPTH_TEXT,
+    DIVISIONS,
     FORM,
     FORM_TABLE,
     LOAD,
@@ -43,14 +45,15 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_every_series_is_recorded_as_described(run: Run):
     meta = run.meta["model"]
-    sizes = {"E": 4, "E'": 4, "D": 2, "V": 256, "R": 5, "N": 256}
+    sizes = {"E": 4, "E'": 4, "D": 2, "M": 2, "V": 256, "R": 5, "N": 256}
     assert [layer["n_experts"] for layer in meta["layers"]] == [4, 4]
     for name in run.names():
         record = find(name)
         assert record is not None and record != TRAIN, f"{name} has no description"
         assert run.dtype(name) == record.dtype, name
         if record.dtype:
-            n = {"n": min(meta["matrices"][record.of(name)[1]])} if record == SPECTRUM else {}
+            of_matrix = record in (SPECTRUM, *(by.gradients for by in DIVISIONS.values()))
+            n = {"n": min(meta["matrices"][record.of(name)[-1]])} if of_matrix else {}
             if record == AGREEMENT:
                 n = {"L": len(meta["pools"][record.of(name)[0]])}
             if record == FORM_TABLE:
@@ -72,7 +75,10 @@ def test_every_series_is_recorded_when_described(run: Run):
 
 def test_every_description_is_of_something_that_is_recorded(run: Run):
     depths = {DEPTH, DEPTH_TEXT, on_validation(DEPTH), on_validation(DEPTH_TEXT)}
-    others = set() if run.meta["recipe"].get("name") == "synthetic" else {FORM, FORM_TABLE, AGREEMENT} | depths
+    by = BY_MODALITY
+    modal = {by.load, on_validation(by.load), by.coactivation, by.conflict, by.gradients}
+    synthetic = run.meta["recipe"].get("name") == "synthetic"
+    others = set() if synthetic else {FORM, FORM_TABLE, AGREEMENT} | depths | modal
     assert {find(name) for name in run.names()} == set(RECORDS) - {TRAIN} - others
 
 

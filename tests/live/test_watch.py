@@ -88,11 +88,12 @@ def test_a_watched_script_records_every_name_at_its_cadence(task, home):
         for name in layers:
             expected |= {f"{what}/{name}": two for what in ("load", "importance", "load_by_domain")}
             expected |= {f"router/{name}/{what}": two for what in measured}
-            expected |= {f"coactivation/{name}": four, f"tokens/{name}": six}
+            expected |= {f"coactivation/{name}": four, f"coactivation_by_domain/{name}": four, f"tokens/{name}": six}
             expected |= {f"valid/{what}/{name}": [8] for what in ("load", "importance", "load_by_domain")}
         expected["transition/blocks.0.ffn"] = four
         for matrix in described["matrices"]:
             expected |= {f"spectrum/{what}/{matrix}": four for what in ("weight", "update", "gradient")}
+            expected[f"gradients_by_domain/{matrix}"] = six
         expected |= {f"conflict/{group}": six for group in described["groups"]}
         expected |= {f"valid/{name}": [8] for name in ("bits_per_byte", "bits_per_byte/a", "bits_per_byte/b")}
         assert steps == expected
@@ -129,7 +130,8 @@ def test_gradients_are_those_the_optimizer_used_whatever_comes_before_the_record
         assert names and early.names("spectrum/") == late.names("spectrum/")
         for name in names:
             np.testing.assert_array_equal(early.tensors(name)[1], late.tensors(name)[1])
-        assert early.names("conflict/") == []  # without a task there are no domains to compare
+        # without a task there are no domains to compare
+        assert early.names("conflict/") == early.names("gradients_by_domain/") == []
         assert early.meta["model"]["domains"] == [] and "load_by_domain/blocks.0.ffn" not in early.names()
 
 

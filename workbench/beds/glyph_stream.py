@@ -125,6 +125,12 @@ class GlyphStream:
         bits, context = self._nats(model, batch.to(device_of(model)))
         return bits.sum() / (batch.targets != PAD).sum(), context
 
+    def modality_loss(self, model: nn.Module, batch: Interleaved, modality: int) -> Tensor:
+        """The mean loss of the tokens of one modality that are said; 0 where there are none."""
+        batch = batch.to(device_of(model))
+        said = (batch.targets != PAD) & (self._kinds(batch.targets) == modality)
+        return self._nats(model, batch)[0][said].sum() / said.sum().clamp(min=1)
+
     def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
         total = torch.zeros(len(ORDERS), len(self.modalities), 2, dtype=torch.float64)  # bits, and tokens
         seen = [0] * len(ORDERS)

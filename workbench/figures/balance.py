@@ -120,15 +120,16 @@ def routing_information(
     baseline: np.ndarray,
     layers: Sequence[str],
     *,
+    of: str = "domain",
     theme: str = "light",
     title: str = "Routing information",
     step: float | None = None,
     selected: int | None = None,
     ceiling: float | None = None,
 ) -> go.Figure:
-    """Mutual information between expert and domain over time, one line per layer, with its shuffled baseline.
+    """Mutual information between expert and domain, or what ``of`` names, a line per layer, with its shuffled baseline.
 
-    ``information`` and ``baseline`` (L, S) as shares of the entropy of the domains, 0 .. 1; the baseline is what
+    ``information`` and ``baseline`` (L, S) as shares of the entropy of the domain, 0 .. 1; the baseline is what
     shuffled domains would still show, and is drawn dashed for the selected layer (the first, if none is). ``ceiling``
     fixes the y axis (a share too).
     """
@@ -149,9 +150,9 @@ def routing_information(
     figure = blank(
         theme,
         title,
-        "mutual information ÷ entropy of the domains",
+        f"mutual information ÷ entropy of the {of}",
         x="step",
-        y="% of domain entropy",
+        y=f"% of {of} entropy",
         data=[*traces, null],
         legend_title_text="layer",
     )

@@ -9,12 +9,12 @@ import plotly.graph_objects as go
 from workbench.figures.theme import band_shape, blank, mark_step, null_line, rgba, text, theme_named
 
 OBJECTS = ("weight", "update", "gradient")
-"""What a spectrum is taken of; each has its colour in every figure here."""
+"""What a spectrum is taken of; each has its colour in every figure here, and others have the colours behind these."""
 
 
-def _colour(theme: str, name: str) -> str:
+def _colour(theme: str, name: str, place: int = len(OBJECTS)) -> str:
     palette = theme_named(theme).cycle
-    return palette[OBJECTS.index(name)] if name in OBJECTS else palette[3]
+    return palette[OBJECTS.index(name) if name in OBJECTS else place % len(palette)]
 
 
 def spectrum(
@@ -57,8 +57,8 @@ def spectrum(
 
     if first is not None:
         line(first, "weight at first", color=rgba(_colour(theme, "weight"), 0.45), width=1.4, dash="dot")
-    for name, sigma in values.items():
-        line(sigma, name, color=_colour(theme, name), width=2)
+    for place, (name, sigma) in enumerate(values.items()):
+        line(sigma, name, color=_colour(theme, name, place), width=2)
     if null is not None:
         line(null, "Marchenko–Pastur", color=colours.null, width=1.5, dash="dash")
     figure.update_yaxes(type="log", tickformat="~g", dtick=1)
@@ -117,7 +117,7 @@ def rank_lines(
     look = MEASURES[measure]
     subtitle, unit = look.subtitle.replace("÷ n", f"÷ {of}"), look.unit.replace("of n", f"of {of}")
     figure = blank(theme, title or look.title, subtitle, x="step", y=unit)
-    for name, (steps, values) in series.items():
+    for place, (name, (steps, values)) in enumerate(series.items()):
         steps, values = np.asarray(steps), np.asarray(values, dtype=np.float64)
         figure.add_trace(
             go.Scatter(
@@ -125,7 +125,7 @@ def rank_lines(
                 y=values.astype(np.float32),
                 name=text(name),
                 mode="lines+markers" if len(steps) < 3 else "lines",
-                line={"color": _colour(theme, name), "width": 1.9},
+                line={"color": _colour(theme, name, place), "width": 1.9},
                 hovertemplate=f"{text(name)} · step %{{x}}<br><b>%{{y:.4g}}</b><extra></extra>",
             )
         )

@@ -96,6 +96,7 @@ _MODEL = {
     "pools": _name_to(_are(_is_text)),
     "forms": _name_to(_name_to(lambda shape: shape == [] or _is_shape(shape))),
     "domains": _are(_is_text),
+    "modalities": _are(_is_text),
     "adaptation": _is_adaptation,
     "vocabulary": _is_text,
 }
@@ -109,8 +110,8 @@ _META = {
     "data": (lambda value: isinstance(value, dict), "data sets by name"),
     "model": (
         _is_model,
-        "layers (name, n_experts, top_k, recursive), groups, matrices, low_rank, pools, forms, domains, adaptation "
-        "and vocabulary",
+        "layers (name, n_experts, top_k, recursive), groups, matrices, low_rank, pools, forms, domains, "
+        "modalities, adaptation and vocabulary",
     ),
     "weights_sha256": (_or_none(_is_text), "text"),
 }

@@ -3,9 +3,9 @@
 A name is a pattern filled in: `LOAD.name("blocks.0.ffn")` is "load/blocks.0.ffn". Writers make names here, and readers
 ask here what a name is (`find`). A scalar is a float64; a tensor has a numpy dtype and a shape in these letters:
 
-    E experts, E' experts of the next layer, D domains, V token ids, n singular values (the shorter side of the matrix),
-    m rows and k columns of a table, L layers that use one pool of experts, R depths (from none to all recursions),
-    N tokens
+    E experts, E' experts of the next layer, D domains, M modalities, V token ids, n singular values (the shorter side
+    of the matrix), m rows and k columns of a table, L layers that use one pool of experts, R depths (from none to all
+    recursions), N tokens
 
 What is due at the cadence "routing" is recorded where "structure" is due as well.
 """
@@ -79,6 +79,9 @@ LOAD = Record(
 )
 IMPORTANCE = Record("importance/{layer}", "routing", "mean probability of each expert", "float32", ("E",))
 LOAD_BY_DOMAIN = Record("load_by_domain/{layer}", "routing", "assignments by domain and expert", "uint32", ("D", "E"))
+LOAD_BY_MODALITY = Record(
+    "load_by_modality/{layer}", "routing", "assignments by modality and expert", "uint32", ("M", "E")
+)
 DEPTH = Record(
     "depth/{layer}", "routing", "tokens by the number of recursions they went through, from none to all", "uint32",
     ("R",),
@@ -94,6 +97,13 @@ DROPPED = Record(
 COACTIVATION = Record(
     "coactivation/{layer}", "structure", "tokens that chose both of two experts; the load on the diagonal",
     "uint32", ("E", "E"),
+)  # fmt: skip
+COACTIVATION_BY_DOMAIN = Record(
+    "coactivation_by_domain/{layer}", "structure", "the same of the tokens of each domain", "uint32", ("D", "E", "E")
+)
+COACTIVATION_BY_MODALITY = Record(
+    "coactivation_by_modality/{layer}", "structure", "the same of the tokens of each modality", "uint32",
+    ("M", "E", "E"),
 )  # fmt: skip
 TRANSITION = Record(
     "transition/{layer}", "structure", "tokens by expert here and expert in the next layer", "uint32", ("E", "E'")
@@ -118,9 +128,49 @@ CONFLICT = Record(
     "conflict/{group}", "conflict", "Gram matrices of the domains' gradients of a group of parameters, of two half "
     "batches: within the first, within the second, across", "float64", (3, "D", "D"),
 )  # fmt: skip
+CONFLICT_BY_MODALITY = Record(
+    "conflict_by_modality/{group}", "conflict", "the same of the gradients of each modality's own loss", "float64",
+    (3, "M", "M"),
+)  # fmt: skip
+GRADIENTS_BY_DOMAIN = Record(
+    "gradients_by_domain/{matrix}", "conflict", "singular values of the gradient of each domain's own loss, without "
+    "balance losses, on the batches of the conflict; 0 where a loss has none", "float32", ("D", "n"),
+)  # fmt: skip
+GRADIENTS_BY_MODALITY = Record(
+    "gradients_by_modality/{matrix}", "conflict", "the same of each modality's own loss", "float32", ("M", "n")
+)
 TOKENS = Record(
     "tokens/{layer}", "conflict", "assignments by expert and token id since the last record", "uint32", ("E", "V")
 )
+
+
+@dataclass(frozen=True)
+class Division:
+    """One way in which the tokens and the loss of a task fall into parts, and what is recorded of each part.
+
+    Attributes:
+        name: of a part, "domain".
+        parts: of all of them, "domains": under this name a task and the model of a run's meta have their names.
+    """
+
+    name: str
+    parts: str
+    load: Record
+    coactivation: Record
+    conflict: Record
+    gradients: Record
+
+    def names(self, of: Any) -> tuple[str, ...]:
+        """The parts of a task or of the model of a run's meta, in the order of every record; none where it has none."""
+        found = of.get(self.parts) if isinstance(of, dict) else getattr(of, self.parts, None)
+        return tuple(found or ())
+
+
+BY_DOMAIN = Division("domain", "domains", LOAD_BY_DOMAIN, COACTIVATION_BY_DOMAIN, CONFLICT, GRADIENTS_BY_DOMAIN)
+BY_MODALITY = Division(
+    "modality", "modalities", LOAD_BY_MODALITY, COACTIVATION_BY_MODALITY, CONFLICT_BY_MODALITY, GRADIENTS_BY_MODALITY
+)
+DIVISIONS = {division.name: division for division in (BY_DOMAIN, BY_MODALITY)}
 
 
 def on_validation(record: Record) -> Record:
@@ -129,7 +179,7 @@ def on_validation(record: Record) -> Record:
     return replace(record, pattern=f"valid/{record.pattern}", cadence=EVALUATION, meaning=meaning)
 
 
-LOADS = (LOAD, IMPORTANCE, LOAD_BY_DOMAIN, DEPTH)
+LOADS = (LOAD, IMPORTANCE, LOAD_BY_DOMAIN, LOAD_BY_MODALITY, DEPTH)
 """What is counted of every layer, in training and in evaluation."""
 
 VALIDATION = Record("valid/{metric}", EVALUATION, 'a metric on validation data; "metric/domain" is that of one domain')
@@ -138,7 +188,18 @@ VALIDATION = Record("valid/{metric}", EVALUATION, 'a metric on validation data; 
 RECORDS = (
     *(LOSS, STEP_SECONDS, LEARNING_RATE, GRAD_NORM, AUX, TRAIN, PROBE_SECONDS, STORE_SECONDS),
     *(SUPPORT, PROBABILITY_SUPPORT, CONFIDENCE, ENTROPY),
-    *(*LOADS, DEPTH_TEXT, DROPPED, COACTIVATION, TRANSITION, AGREEMENT, SPECTRUM, FORM, FORM_TABLE, CONFLICT, TOKENS),
+    *(*LOADS, DEPTH_TEXT, DROPPED, COACTIVATION, COACTIVATION_BY_DOMAIN, COACTIVATION_BY_MODALITY, TRANSITION),
+    *(
+        AGREEMENT,
+        SPECTRUM,
+        FORM,
+        FORM_TABLE,
+        CONFLICT,
+        CONFLICT_BY_MODALITY,
+        GRADIENTS_BY_DOMAIN,
+        GRADIENTS_BY_MODALITY,
+    ),
+    TOKENS,
     *map(on_validation, (*LOADS, DEPTH_TEXT)),
     VALIDATION,
 )

@@ -34,12 +34,12 @@ from workbench.lib.core.budget import count_params
 from workbench.lib.core.task import Task
 from workbench.live.probes import find
 from workbench.live.probes.blocks import Reader
-from workbench.live.probes.conflict import ConflictProbe, undisturbed
+from workbench.live.probes.conflict import ConflictProbe, compared, undisturbed
 from workbench.live.probes.form import FormProbe
 from workbench.live.probes.routing import RoutingProbe
 from workbench.live.probes.spectra import SpectrumProbe
 from workbench.live.provenance import revision, versions
-from workbench.live.records import PROBE_SECONDS, SPECTRUM, STORE_SECONDS, TOKENS, TRAIN, VALIDATION
+from workbench.live.records import DIVISIONS, PROBE_SECONDS, SPECTRUM, STORE_SECONDS, TOKENS, TRAIN, VALIDATION
 from workbench.live.store import DATABASE, Run, RunWriter, new_folder, run_name
 from workbench.paths import home
 
@@ -52,9 +52,11 @@ class Cadence:
     """Steps between two records of a kind; 0 for none. Every kind is recorded at the first step, too.
 
     Attributes:
-        routing: load, importance, load by domain, drops, confidence of the routers; the form of layers that tell it.
+        routing: load, importance, load by domain and modality, drops, confidence of the routers; the form of layers
+            that tell it.
         structure: co-activation, transitions, singular spectra.
-        conflict: gradient conflict between domains, and the token ids of every expert.
+        conflict: gradient conflict between domains and between modalities, spectra of their gradients, and the token
+            ids of every expert.
     """
 
     routing: int = 10
@@ -92,7 +94,8 @@ def watch(
         model: any module; see `probes.find` for what is recognised in it. Parameters that are trained later, such as
             adapters, must be there already.
         run: name of a new run (kept in the user's runs), a folder for it, or an open writer; None for a new name.
-        task: where gradient conflict draws batches of each domain from; None for a model without domains.
+        task: where gradient conflict draws batches of each domain from; None for a model without domains. One that has
+            `modalities`, their names, may have `modality_loss(model, batch, modality)`, the mean loss of one.
         total_steps: how many steps are planned, for the views.
         cadence: see `Cadence`; a mapping may give some of its values.
         seed: of the batches and starts that probes draw.
@@ -210,12 +213,13 @@ def _writer(folder: Path, entries: dict[str, Any], more: dict[str, Any], resume:
 
 def _difference(past: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first thing in which the descriptions of two models differ, in words."""
-    for part in ("layers", "matrices", "groups", "domains", "forms"):
+    for part in ("layers", "matrices", "groups", "domains", "modalities", "forms"):
         before, after = (_by_name(described.get(part) or {}) for described in (past, now))
         for name in [*before, *after]:
             if before.get(name) != after.get(name):
                 was, is_ = (found.get(name, "not there") for found in (before, after))
-                return f"{part[:-1].replace('matrice', 'matrix')} {name!r} is {is_} but was {was}"
+                one = {"matrices": "matrix", "modalities": "modality"}.get(part, part[:-1])
+                return f"{one} {name!r} is {is_} but was {was}"
     return None
 
 
@@ -245,7 +249,7 @@ def describe(
             layer: {what: list(shape) for what, shape in shapes.items()}
             for layer, shapes in FormProbe(model).shapes.items()
         },
-        "domains": list(task.domains) if task else [],
+        **{by.parts: list(by.names(task)) for by in DIVISIONS.values()},
         "adaptation": adapted and {"slug": adapted.adapter.slug, "options": adapted.options, **adapted.report()},
         "vocabulary": "bytes" if getattr(task, "vocab", None) == 256 else None,
         "parameters": count_params(model),
@@ -293,12 +297,13 @@ class Watch:
         self.model, self.task, self.cadence, self.seed = model, task, cadence, seed
         self.blocks = find.blocks(model, routers)
         self.groups = find.groups(model, self.blocks)
-        self.domains = task.domains if task else ()
-        self.routing = RoutingProbe(model, self.blocks, len(self.domains), getattr(task, "vocab", None))
+        parts = {by.name: len(by.names(task)) for by in DIVISIONS.values()}
+        self.routing = RoutingProbe(model, self.blocks, parts, getattr(task, "vocab", None))
         self.spectra = SpectrumProbe(find.matrices(model, self.blocks))
         self.form = FormProbe(model)
-        pairs = len(self.domains) > 1 and cadence.conflict and self.groups
-        self.conflict = ConflictProbe(model, task, self.groups, conflict_rows) if pairs else None
+        pairs = any(compared(task, by) for by in DIVISIONS.values()) and cadence.conflict and self.groups
+        dense = self.spectra.dense
+        self.conflict = ConflictProbe(model, task, self.groups, conflict_rows, dense) if pairs else None
         self.writer: RunWriter | None = None
         self._folder: Path | None = None
         self.next_step = 0
@@ -408,8 +413,8 @@ class Watch:
         text = f"{layers if sizes else 'no mixture of experts'}, {matrices} matrices"
         if self.form.shapes:
             text += f", {len(self.form.shapes)} layers that tell their form"
-        if self.conflict:
-            text += f", {len(self.domains)} domains"
+        for by in self.conflict.divisions if self.conflict else ():
+            text += f", {len(by.names(self.task))} {by.parts}"
         if unread := find.unread(self.model, self.blocks):
             text += f"; not read: {', '.join(unread)}, say how with watch(..., routers={{...}})"
         return text
@@ -434,7 +439,8 @@ class Watch:
     def _prepare(self) -> None:
         """Get ready for the next step, before its forward pass."""
         cadence, step = self.cadence, self.next_step
-        self.routing.arm(cadence.due("routing", step) or cadence.due("structure", step))
+        structure = cadence.due("structure", step)
+        self.routing.arm(cadence.due("routing", step) or structure, structure)
         self.routing.seconds = self.routing.evaluation_seconds = 0.0
         if cadence.due("structure", step):
             self.spectra.remember()

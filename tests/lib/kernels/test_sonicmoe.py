@@ -246,7 +246,7 @@ def test_sonicmoe_rounded_loads_reach_the_live_probes():
     model = torch.nn.Sequential(SonicMoE(D, 4, 2, H, routing="rounding", tile=16))
     blocks = find.blocks(model)
     assert [(block.name, block.n_experts, block.top_k) for block in blocks] == [("0", 4, 2)]
-    probe, seen = RoutingProbe(model, blocks, 0, None), []
+    probe, seen = RoutingProbe(model, blocks, {}, None), []
     model[0].observe(lambda _, routing, context: seen.append(routing))
     probe.arm(True)
     model(torch.randn(50, D))

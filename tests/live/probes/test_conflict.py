@@ -79,7 +79,7 @@ def test_observers_come_back_after_an_error(model, task):
 def test_training_with_probes_is_bit_equal_to_training_without(model, task, capacity: float | None):
     class Probes(Hook):
         def __init__(self, module: nn.Module):
-            self.routing = RoutingProbe(module, find.blocks(module), 3, 256)
+            self.routing = RoutingProbe(module, find.blocks(module), {"domain": 3}, 256)
             self.spectra = SpectrumProbe(find.matrices(module, self.routing.found))
             self.conflict = ConflictProbe(module, task, find.groups(module, self.routing.found), rows=2)
 

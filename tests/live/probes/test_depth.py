@@ -39,7 +39,7 @@ class Model(nn.Module):
 
 def test_depths_are_counted_in_training_and_in_evaluation_apart():
     model = Model()
-    probe = RoutingProbe(model, find.blocks(model), 0, 256)
+    probe = RoutingProbe(model, find.blocks(model), {}, 256)
     probe.arm(True)
     first, second = torch.arange(40).view(2, 20), torch.zeros(3, 5).long()
     model(first), model(second)  # gradient accumulation
@@ -59,7 +59,7 @@ def test_depths_are_counted_in_training_and_in_evaluation_apart():
 
 def test_a_long_batch_shows_its_beginning():
     model = Model()
-    probe = RoutingProbe(model, find.blocks(model), 0, 256)
+    probe = RoutingProbe(model, find.blocks(model), {}, 256)
     probe.arm(True)
     model(torch.arange(2 * TEXT))
     assert probe.take(structure=True)[1]["depth_text/deep"][0].tolist() == list(range(TEXT))

@@ -47,7 +47,7 @@ def tokens(n: int = 30) -> torch.Tensor:
 
 
 def probed(model: nn.Module) -> RoutingProbe:
-    probe = RoutingProbe(model, find.blocks(model), 0, None)
+    probe = RoutingProbe(model, find.blocks(model), {}, None)
     probe.arm(True)
     return probe
 

@@ -151,7 +151,7 @@ def test_a_decision_that_was_guessed_wrong_is_not_recorded_and_one_that_is_told_
     module, x = nn.ModuleDict({"moe": OwnWay()}), torch.randn(20, D)
     module["moe"].top_k = 1
     expected = torch.bincount(module["moe"].gate(x)[:, ::2].argmax(1) * 2, minlength=E)
-    probe = RoutingProbe(module, find.blocks(module), 0, None)
+    probe = RoutingProbe(module, find.blocks(module), {}, None)
     probe.arm(True)
     module["moe"](x)
     assert probe.take(structure=False) == ({}, {})
@@ -161,7 +161,7 @@ def test_a_decision_that_was_guessed_wrong_is_not_recorded_and_one_that_is_told_
         best = output[:, ::2].max(1, keepdim=True)
         return Routing.fixed(best.indices * 2, best.values, E)
 
-    probe = RoutingProbe(module, find.blocks(module, {"*.gate": (E, chosen)}), 0, None)
+    probe = RoutingProbe(module, find.blocks(module, {"*.gate": (E, chosen)}), {}, None)
     probe.arm(True)
     module["moe"](x)
     assert probe.take(structure=False)[1]["load/moe"].tolist() == expected.tolist()

@@ -20,7 +20,7 @@ E, K, D = 4, 2, 16
 
 
 def probe(module: nn.Module, domains: int = 0, vocabulary: int | None = None) -> RoutingProbe:
-    return RoutingProbe(module, find.blocks(module), domains, vocabulary)
+    return RoutingProbe(module, find.blocks(module), {"domain": domains}, vocabulary)
 
 
 def recorded(module: nn.Module) -> dict[str, list[tuple[Routing, Context]]]:

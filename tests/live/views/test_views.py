@@ -29,6 +29,7 @@ from workbench.live.views import (
     SpectraView,
 )
 from workbench.live.views.card import EMPTY
+from workbench.live.views.coactivation import WINDOW
 from workbench.live.views.readings import Nothing, Readings, counterpart
 from workbench.live.views.selection import Selection
 from workbench.live.views.spectra import history
@@ -186,7 +187,7 @@ def test_the_busiest_expert_is_looked_into_until_one_is_clicked(run):
     share = np.sort(tokens[3] / tokens[3].sum())[::-1]
     np.testing.assert_allclose(figure(view, "tokens").data[0].x, 100 * share[:12])
     by_domain = run.tensor("load_by_domain/blocks.0.ffn")[1]
-    np.testing.assert_allclose(figure(view, "domains").data[0].x, 100 * by_domain[:, 3] / by_domain[:, 3].sum())
+    np.testing.assert_allclose(figure(view, "parts").data[0].x, 100 * by_domain[:, 3] / by_domain[:, 3].sum())
     assert figure(view, "share").data[0].marker.line.width[3] == 2
     view.choose_expert(None)
     assert f"expert {load.argmax()}</b>" in figure(view, "tokens").layout.title.text
@@ -314,7 +315,8 @@ def test_ranks_of_the_chosen_matrix_over_time(run):
     null = figure(view, "stable_rank").layout.annotations[0]
     assert null.y == pytest.approx(0.25)  # a square random matrix
     names = [line.name for line in figure(view, "spectrum").data]
-    assert names == ["weight at first", "weight", "update", "gradient", "Marchenko–Pastur"]
+    own = [f"gradient, {domain}" for domain in ("python", "docs", "names")]
+    assert names == ["weight at first", "weight", "update", "gradient", *own, "Marchenko–Pastur"]
 
 
 def test_the_size_of_a_step_is_its_norm_over_the_rate(run, other):
@@ -460,6 +462,69 @@ def test_one_domain_has_no_conflict(tmp_path):
     with RunWriter.create(tmp_path / "one", {"model": {"domains": ["python"], "groups": {"trunk": 9}}}):
         pass
     assert "at least two domains" in messages(ConflictView(Run(tmp_path / "one")))[0]
+
+
+# -- by domain, or by modality
+
+
+def test_every_measure_of_parts_is_of_domains_or_of_modalities_as_chosen(run):
+    selection = Selection()
+    selection.choose(run)
+    imbalance, conflict, spectra, together = (
+        kind(selection=selection) for kind in (ImbalanceView, ConflictView, SpectraView, CoactivationView)
+    )
+    for view in (imbalance, conflict, spectra, together):
+        view.visible = True
+    imbalance.choose_expert(3)
+    for by, names in (("domain", ["python", "docs", "names"]), ("modality", ["text", "image"])):
+        selection.by = by
+        load = run.tensor(f"load_by_{by}/blocks.0.ffn")[1]
+        (bars, *_) = figure(imbalance, "parts").data
+        assert list(figure(imbalance, "parts").layout.yaxis.ticktext) == names
+        np.testing.assert_allclose(bars.x, 100 * load[:, 3] / load[:, 3].sum(), rtol=1e-6)
+        information = routing_information(double(run.tensors(f"load_by_{by}/blocks.0.ffn")[1]), 2, null="first_order")
+        drawn = figure(imbalance, "information")
+        np.testing.assert_allclose(drawn.data[0].y, 100 * information.normalised.numpy(), rtol=1e-5)
+        assert f"% of {by} entropy" in drawn.layout.yaxis.title.text
+        gramians = run.tensors("conflict/router" if by == "domain" else "conflict_by_modality/router")[1]
+        conflict.group.value = "router"
+        cosines = conflict_stats(torch.as_tensor(gramians), 3000).cosine[-1]
+        np.testing.assert_allclose(figure(conflict, "cosine").data[0].customdata, cosines, rtol=1e-5)
+        assert list(figure(conflict, "cosine").data[0].x) == names
+        assert len(figure(conflict, "groups").data[0].x) == len(names) * (len(names) - 1) // 2
+        own = {line.name: line for line in figure(spectra, "spectrum").data if line.name.startswith("gradient, ")}
+        assert list(own) == [f"gradient, {name}" for name in names]
+        assert len({line.line.color for line in figure(spectra, "spectrum").data}) >= 3 + len(names)
+        values = run.tensor(f"gradients_by_{by}/{spectra.matrix.value}")[1]
+        np.testing.assert_allclose(own[f"gradient, {names[-1]}"].y, values[-1] / values[-1, 0], rtol=1e-5)
+        assert list(together.part.options) == ["all", *names]
+        for which in range(len(names)):
+            together.part.value = which
+            counts = run.tensors(f"coactivation_by_{by}/blocks.0.ffn")[1][-WINDOW:, which].sum(0)
+            heat = figure(together, "matrix").data[0]
+            order = np.array([int(cell[0]) for cell in heat.customdata[:, 0]])
+            lift = coactivation(double(counts), "lift_corrected").values.numpy()
+            np.testing.assert_allclose(heat.z, lift[np.ix_(order, order)], rtol=1e-6)
+            assert names[which] in figure(together, "matrix").layout.title.text
+
+
+def test_the_choice_is_offered_where_a_run_has_both_and_else_made(run, tmp_path):
+    view = ConflictView(run)
+    choice = next(control for control in view.controls if "by modality" in getattr(control, "options", ()))
+    assert choice.visible and choice.value == "domain"
+    choice.value = "modality"
+    assert view.selection.by == "modality" and list(figure(view, "cosine").data[0].x) == ["text", "image"]
+    with RunWriter.create(tmp_path / "plain", {"model": {"domains": ["a", "b"], "groups": {"trunk": 9}}}) as writer:
+        writer.tensors(0, {"conflict/trunk": np.ones((3, 2, 2))})
+        writer.commit(0)
+    view.selection.choose(tmp_path / "plain")
+    assert not choice.visible and view.selection.by == "domain"
+    assert list(figure(view, "cosine").data[0].x) == ["a", "b"]
+    model = {"domains": ["only"], "modalities": ["text", "image", "speech"], "groups": {"trunk": 9}}
+    with RunWriter.create(tmp_path / "modal", {"model": model}) as writer:
+        writer.tensors(0, {"conflict_by_modality/trunk": np.ones((3, 3, 3))})
+        writer.commit(0)
+    assert list(figure(ConflictView(tmp_path / "modal"), "cosine").data[0].x) == ["text", "image", "speech"]
 
 
 # -- depth

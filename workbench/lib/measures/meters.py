@@ -211,17 +211,24 @@ class ConflictMeter:
         self.groups = {name: list(group) for name, group in groups.items()}
         self.n_parameters = {name: size(group) for name, group in self.groups.items()}
 
-    def gramians(self, losses: Mapping[str, Callable[[int], Tensor]]) -> dict[str, Float64[Tensor, "3 tasks tasks"]]:
-        """[G1, G2, X] of every group; one backward pass per task and half, `.grad` stays untouched.
+    def gradients(self, losses: Mapping[str, Callable[[int], Tensor]]) -> list[list[Gradients]]:
+        """Of each half the gradients of every task, in their order; one backward pass each, `.grad` stays untouched.
 
         Args:
             losses: by task, a function of the half (0 or 1) that returns the task's own mean loss on that half batch.
                 The halves must be independent samples.
         """
-        halves: list[list[Gradients]] = [
+        return [
             [gradients(lambda loss=loss, half=half: loss(half), self.groups) for loss in losses.values()]
             for half in range(2)
         ]
+
+    def gramians(self, losses: Mapping[str, Callable[[int], Tensor]]) -> dict[str, Float64[Tensor, "3 tasks tasks"]]:
+        """[G1, G2, X] of every group, from the `gradients` of these losses."""
+        return self.gramians_of(self.gradients(losses))
+
+    def gramians_of(self, halves: list[list[Gradients]]) -> dict[str, Float64[Tensor, "3 tasks tasks"]]:
+        """[G1, G2, X] of every group, from what `gradients` found."""
         return {
             name: gramians(*([[of_member(member, task) for member in group] for task in tasks] for tasks in halves))
             for name, group in self.groups.items()

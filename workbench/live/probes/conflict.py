@@ -1,6 +1,6 @@
-"""Do the domains of the data pull a group of parameters in different directions?"""
+"""Do the domains of the data, or its modalities, pull a group of parameters in different directions?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,41 +9,85 @@ from torch import Tensor, nn
 
 from workbench.lib.core.observe import quiet
 from workbench.lib.core.task import Task
-from workbench.lib.measures.gradients import Member
+from workbench.lib.measures.gradients import Gradients, Member
 from workbench.lib.measures.meters import ConflictMeter
-from workbench.live.records import CONFLICT
+from workbench.live.probes.find import Matrix
+from workbench.live.probes.spectra import spectra
+from workbench.live.records import BY_DOMAIN, BY_MODALITY, Division
 
 
 class ConflictProbe:
-    """Gradients of every domain's own mean loss on two independent half batches; all that is kept are Gramians.
+    """Gradients of every part's own mean loss on two independent half batches: Gramians, and spectra of a sample.
+
+    The parts are domains, whose loss is that of a batch of the domain, and modalities, where the task has several and a
+    `modality_loss`: that of the tokens of one, in batches of all.
 
     The model runs in evaluation mode, without dropout, router noise or balance losses, so that the gradient is that of
     the task alone and nothing a training step counts is touched. Costs 2 n backward passes over `rows` rows and, while
-    it runs, the memory of 2 n gradients, for n domains.
+    it runs, the memory of 2 n gradients, for n parts.
 
     Args:
         groups: trained parameters by group, see `find.groups`.
         rows: rows of each half batch.
+        matrices: whose gradients' singular values are taken, of the mean of the two halves.
     """
 
-    def __init__(self, model: nn.Module, task: Task, groups: Mapping[str, Sequence[Member]], rows: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        groups: Mapping[str, Sequence[Member]],
+        rows: int,
+        matrices: Sequence[Matrix] = (),
+    ):
         self.model, self.task, self.rows = model, task, rows
         self.meter = ConflictMeter(groups)
+        self.matrices = list(matrices)
+        losses = {BY_DOMAIN: self._domain_loss, BY_MODALITY: self._modality_loss}
+        self.divisions = [by for by in losses if compared(task, by)]
+        self._losses = {by: losses[by] for by in self.divisions}
 
     def take(self, seed: int) -> dict[str, np.ndarray]:
-        """[G1, G2, X] float64 (3, n, n) by their `records.CONFLICT`, on batches that `seed` draws."""
-        generator = torch.Generator().manual_seed(seed)
+        """By the records of each `Division`: [G1, G2, X] float64 (3, n, n) of every group, spectra float32 (n, k).
 
-        def loss(domain: int):
-            return lambda half: self.task.loss(self.model, self._batch(generator, domain))[0]
+        On batches that `seed` draws.
+        """
+        found: dict[str, np.ndarray] = {}
+        for by in self.divisions:
+            generator = torch.Generator().manual_seed(seed)
+            losses = {name: self._losses[by](part, generator) for part, name in enumerate(by.names(self.task))}
+            with undisturbed(self.model), torch.enable_grad():
+                halves = self.meter.gradients(losses)
+            gramians = self.meter.gramians_of(halves)
+            found |= {by.conflict.name(group): values.numpy() for group, values in gramians.items()}
+            found |= self._spectra(by, halves, seed)
+        return found
 
-        losses = {name: loss(i) for i, name in enumerate(self.task.domains)}
-        with undisturbed(self.model), torch.enable_grad():
-            gramians = self.meter.gramians(losses)
-        return {CONFLICT.name(group): values.numpy() for group, values in gramians.items()}
+    @torch.no_grad()
+    def _spectra(self, by: Division, halves: list[list[Gradients]], seed: int) -> dict[str, np.ndarray]:
+        def mean(matrix: Matrix, part: int) -> Tensor:
+            both = [half[part].get(id(matrix.parameter)) for half in halves]
+            zero = torch.zeros_like(matrix.parameter)
+            return matrix.pick(sum(zero if gradient is None else gradient for gradient in both) / 2)
 
-    def _batch(self, generator: torch.Generator, domain: int):
+        n = len(halves[0])
+        wanted = {(m.name, part): mean(m, part) for m in self.matrices for part in range(n)}
+        values = spectra(wanted, torch.Generator().manual_seed(seed))
+        return {by.gradients.name(m.name): np.stack([values[m.name, part] for part in range(n)]) for m in self.matrices}
+
+    def _domain_loss(self, domain: int, generator: torch.Generator) -> Callable[[int], Tensor]:
+        return lambda half: self.task.loss(self.model, self._batch(generator, domain))[0]
+
+    def _modality_loss(self, modality: int, generator: torch.Generator) -> Callable[[int], Tensor]:
+        return lambda half: self.task.modality_loss(self.model, self._batch(generator, None), modality)
+
+    def _batch(self, generator: torch.Generator, domain: int | None):
         return self.task.batch("train", self.rows, generator, domain=domain)
+
+
+def compared(task: Task | None, by: Division) -> bool:
+    """Whether there is anything to compare: several parts, and a loss of each."""
+    return len(by.names(task)) > 1 and (by is BY_DOMAIN or hasattr(task, "modality_loss"))
 
 
 @contextmanager

@@ -247,17 +247,17 @@ class Inputs:
             )
 
     def without_padding(self, block: Block, routing: Routing, context: Context) -> tuple[Routing, Context]:
-        """The routing of the tokens that are no padding, and their ids, where the batch is known to be these tokens."""
+        """The routing of the tokens that are no padding, and what is known of them, where the batch is these tokens."""
         decoder = self.two_sided and "decoder" in block.path.split(".")
         ids, real = self.sides.get("decoder_" if decoder else "", (None, None))
         ids = ids if ids is not None and ids.numel() == routing.n_tokens else context.token_ids
+        real = real if real is not None and real.numel() == routing.n_tokens else context.mask
+        told = {"token_ids": ids, "domain": context.domain, "modality": context.modality}
         if real is None or real.numel() != routing.n_tokens or bool(real.all()):
-            return routing, Context(token_ids=ids, domain=context.domain)
+            return routing, Context(**told)
         keep = real.to(routing.expert.device)
-        domain = None if context.domain is None else context.domain.to(keep.device)[keep]
-        return _tokens_of(routing, keep), Context(
-            token_ids=None if ids is None else ids.to(keep.device)[keep], domain=domain
-        )
+        kept = {name: None if part is None else part.to(keep.device)[keep] for name, part in told.items()}
+        return _tokens_of(routing, keep), Context(**kept)
 
 
 def _tokens_of(routing: Routing, keep: Tensor) -> Routing:

@@ -1,7 +1,7 @@
 """What the routers of a model decide, counted over the training batch of one step and over an evaluation."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from workbench.lib.core.recompute import recomputing
 from workbench.lib.core.routing import Context, Routing
+from workbench.lib.measures.coactivation import pair_sums
 from workbench.lib.measures.meters import RoutingMeter
 from workbench.lib.measures.routing import counts_by_class, effective_support_size
 from workbench.live.probes.find import Block, Inputs, pools
@@ -18,11 +19,11 @@ from workbench.live.records import (
     CONFIDENCE,
     DEPTH,
     DEPTH_TEXT,
+    DIVISIONS,
     DROPPED,
     ENTROPY,
     IMPORTANCE,
     LOAD,
-    LOAD_BY_DOMAIN,
     PROBABILITY_SUPPORT,
     SUPPORT,
     TOKENS,
@@ -32,7 +33,7 @@ from workbench.live.records import (
 )
 
 LARGEST_TABLE = 2**17
-"""Cells (experts x vocabulary) of the largest table of token counts that is kept."""
+"""Cells of the largest tables that are kept: experts by token ids, and pairs of experts by domains or modalities."""
 
 TEXT = 256
 """Tokens of a batch whose depths are kept one by one."""
@@ -41,13 +42,12 @@ Values = tuple[dict[str, float], dict[str, np.ndarray]]
 
 
 class _Tally:
-    """Sums over batches: what `RoutingMeter` holds, the load by domain, and the effective support sizes."""
+    """Sums over batches: what `RoutingMeter` holds, loads and pairs by part, and the effective support sizes."""
 
-    def __init__(self, found: list[Block], n_domains: int):
-        self.n_domains = n_domains
+    def __init__(self, found: list[Block], parts: Mapping[str, int], pairs: bool):
         self.meter = RoutingMeter([block.name for block in found], [block.n_experts for block in found], None)
         self.load = {block.name: torch.zeros(block.n_experts, dtype=torch.int64) for block in found}
-        self.by_domain = {block.name: torch.zeros(n_domains, block.n_experts, dtype=torch.int64) for block in found}
+        self.parts = {name: _Parts(found, n, pairs) for name, n in parts.items() if n}
         self.support: dict[str, tuple[float, int]] = {}  # by series: sum over tokens and their number
         self.pools = [_Agreement(name, users) for name, users in pools(found).items()]
         self.depth = {b.name: torch.zeros(b.n_experts + 1, dtype=torch.int64) for b in found if b.recursive}
@@ -55,7 +55,6 @@ class _Tally:
         self.tokens = 0
 
     def add(self, block: Block, routing: Routing, context: Context) -> None:
-        domain = context.domain
         self.tokens += routing.n_tokens
         self.load[block.name] += routing.counts.cpu()
         if routing.top_k is not None:
@@ -70,12 +69,9 @@ class _Tally:
         self._add_support(SUPPORT.name(block.name), served)
         if routing.probs is not None:
             self._add_support(PROBABILITY_SUPPORT.name(block.name), routing.probs)
-        if domain is not None and self.n_domains:
-            label = domain.to(routing.expert.device)[routing.token]
-            self.by_domain[block.name] += counts_by_class(
-                routing.expert, label, self.n_domains, routing.n_experts
-            ).cpu()
-
+        for name, part in self.parts.items():
+            if (label := getattr(context, name)) is not None:
+                part.add(block, routing, label.to(routing.expert.device))
         if block.recursive:
             self._add_depth(block, routing.active_counts.cpu(), context.token_ids)
 
@@ -104,11 +100,40 @@ class _Tally:
         found = {LOAD: _uint32(self.load[name])}
         if counts.probabilities:
             found[IMPORTANCE] = self.meter.importance(name).numpy().astype(np.float32)
-        if self.by_domain[name].any():
-            found[LOAD_BY_DOMAIN] = _uint32(self.by_domain[name])
+        for division, part in self.parts.items():
+            if part.load[name].any():
+                found[DIVISIONS[division].load] = _uint32(part.load[name])
         if name in self.depth:
             found[DEPTH] = _uint32(self.depth[name])
         return found
+
+
+class _Parts:
+    """Assignments by the parts of one division, domains or modalities, and pairs of experts by them.
+
+    Attributes:
+        load: layer -> (C, E) of C parts.
+        pairs: layer -> (C, E, E); of layers where that is not too large, if wanted.
+    """
+
+    def __init__(self, found: list[Block], n: int, pairs: bool):
+        self.n = n
+        self.load = {block.name: torch.zeros(n, block.n_experts, dtype=torch.int64) for block in found}
+        tables = {block.name: (n, block.n_experts, block.n_experts) for block in found if pairs}
+        self.pairs = {
+            name: torch.zeros(shape, dtype=torch.int64)
+            for name, shape in tables.items()
+            if torch.Size(shape).numel() <= LARGEST_TABLE
+        }
+
+    def add(self, block: Block, routing: Routing, label: Tensor) -> None:
+        counts = counts_by_class(routing.expert, label[routing.token], self.n, routing.n_experts)
+        self.load[block.name] += counts.cpu()
+        if block.name in self.pairs and routing.top_k != 1:
+            selected = routing.mask()
+            for part in range(self.n):
+                mine = selected[label == part]
+                self.pairs[block.name][part] += pair_sums(mine, mine).cpu()
 
 
 class _Agreement:
@@ -151,7 +176,7 @@ class RoutingProbe:
     Args:
         model: the whole model.
         found: its blocks.
-        n_domains: number of domains in `context.domain`; 0 where there are none.
+        parts: how many there are in `context.domain` and in `context.modality`, by "domain" and "modality".
         vocabulary: number of token ids, or None not to count experts by token.
 
     Attributes:
@@ -159,9 +184,9 @@ class RoutingProbe:
         doubts: what is wrong with a layer, by its name; it is not recorded then, unless its experts are at fault.
     """
 
-    def __init__(self, model: nn.Module, found: list[Block], n_domains: int, vocabulary: int | None):
-        self.found, self.n_domains = found, n_domains
-        self.armed = False
+    def __init__(self, model: nn.Module, found: list[Block], parts: Mapping[str, int], vocabulary: int | None):
+        self.found, self.parts = found, parts
+        self.armed = self._pairs = False
         self.seconds = self.evaluation_seconds = 0.0
         self._muted = self._closed = False
         self.doubts: dict[str, str] = {}
@@ -183,9 +208,9 @@ class RoutingProbe:
         for remove in (*self._remove, *([self._inputs.remove] if self._inputs else [])):
             remove()
 
-    def arm(self, armed: bool) -> None:
-        """Whether to count the training forwards from here on; forgets what was counted."""
-        self.armed = armed
+    def arm(self, armed: bool, structure: bool = True) -> None:
+        """Whether to count the training forwards from here on, for `structure` too; forgets what was counted."""
+        self.armed, self._pairs = armed, structure
         self._train = self._valid = None
 
     def take(self, structure: bool) -> Values:
@@ -212,6 +237,9 @@ class RoutingProbe:
                 tensors[DEPTH_TEXT.name(name)] = tally.text[name]
             if structure and int(counts.pairs.sum()) > int(counts.pairs.diagonal().sum()):
                 tensors[COACTIVATION.name(name)] = _uint32(counts.pairs)
+                for division, part in tally.parts.items():
+                    if name in part.pairs and part.pairs[name].any():
+                        tensors[DIVISIONS[division].coactivation.name(name)] = _uint32(part.pairs[name])
             if structure and i + 1 < len(self.found) and counts.transition.any():
                 tensors[TRANSITION.name(name)] = _uint32(counts.transition)
         if structure:
@@ -281,13 +309,13 @@ class RoutingProbe:
             self._checks[block.name].chosen += routing.counts.cpu()
         routing, context = self._inputs.without_padding(block, routing, context)
         if block.module.training:
-            tally = self._train = self._train or _Tally(self.found, self.n_domains)
+            tally = self._train = self._train or _Tally(self.found, self.parts, self._pairs)
             table = self.tokens.get(block.name)
             if table is not None and context.token_ids is not None and int(context.token_ids.max()) < table.shape[1]:
                 ids = context.token_ids.to(routing.expert.device)[routing.token]
                 table += counts_by_class(routing.expert, ids, table.shape[1], routing.n_experts).T.cpu()
         else:
-            tally = self._valid = self._valid or _Tally(self.found, self.n_domains)
+            tally = self._valid = self._valid or _Tally(self.found, self.parts, pairs=False)
         tally.add(block, routing, context)
         spent = time.perf_counter() - began
         if block.module.training:

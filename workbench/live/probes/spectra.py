@@ -1,7 +1,7 @@
 """Singular values of sampled matrices: of the weights, of one step's change to them, and of their gradients."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class SpectrumProbe:
                 gradient = matrix.pick(matrix.parameter.grad)
             if gradient is not None:
                 wanted[SPECTRUM.name("gradient", matrix.name)] = gradient
-        found = _spectra(wanted, torch.Generator().manual_seed(seed))
+        found = spectra(wanted, torch.Generator().manual_seed(seed))
         for matrix in self.low_rank:
             a, b = matrix.factors()
             found[SPECTRUM.name("weight", matrix.name)] = _float32(low_rank_singular_values(b, a, matrix.scale).values)
@@ -88,9 +88,9 @@ class SpectrumProbe:
         return found
 
 
-def _spectra(wanted: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, np.ndarray]:
+def spectra(wanted: Mapping[Hashable, Tensor], generator: torch.Generator) -> dict[Hashable, np.ndarray]:
     """The spectra of many matrices, those of one shape together: LAPACK is called once for each shape."""
-    shapes: dict[tuple, list[str]] = {}
+    shapes: dict[tuple, list[Hashable]] = {}
     for name, matrix in wanted.items():
         shapes.setdefault((tuple(matrix.shape), matrix.device), []).append(name)
     found = {}

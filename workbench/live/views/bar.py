@@ -3,6 +3,7 @@
 import panel as pn
 
 from workbench.figures.theme import short_names
+from workbench.live.records import DIVISIONS
 from workbench.live.views import style
 from workbench.live.views.selection import Selection
 
@@ -39,6 +40,25 @@ def layer_select(selection: Selection) -> pn.widgets.Select:
 
     select.param.watch(lambda event: selection.param.update(layer=event.new), "value")
     selection.param.watch(follow, ["run", "compare", "layer"])
+    follow()
+    return select
+
+
+def division_select(selection: Selection) -> pn.widgets.RadioButtonGroup:
+    """A widget that chooses whether measures are split by domain or by modality; where a run on show has only one of
+    them it is hidden, and that one is chosen."""
+    options = {f"by {name}": name for name in DIVISIONS}
+    select = widget(pn.widgets.RadioButtonGroup, 190, options=options, value=selection.by)
+
+    def follow(*_) -> None:
+        there = [name for name, by in DIVISIONS.items() if any(len(by.names(run.model)) > 1 for run in selection.shown)]
+        select.visible = len(there) > 1
+        if there and selection.by not in there:
+            selection.by = there[0]
+        select.value = selection.by
+
+    select.param.watch(lambda event: selection.param.update(by=event.new), "value")
+    selection.param.watch(follow, ["run", "compare", "by", "news"])
     follow()
     return select
 

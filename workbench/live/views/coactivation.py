@@ -10,14 +10,15 @@ from workbench.figures import coactivation as figures
 from workbench.figures.theme import short_names
 from workbench.lib.measures.coactivation import CoactivationMatrix, cluster_order, coactivation, top_pairs
 from workbench.lib.measures.transition import transition_lift
-from workbench.live.records import AGREEMENT, COACTIVATION, TRANSITION
-from workbench.live.views.bar import layer_select, widget
+from workbench.live.records import AGREEMENT, COACTIVATION, TRANSITION, Division
+from workbench.live.views.bar import division_select, layer_select, widget
 from workbench.live.views.card import Card
 from workbench.live.views.markup import Markup, table
 from workbench.live.views.readings import Nothing, Readings, present, stamped
 from workbench.live.views.view import View
 
 TOP_PAIRS = 12
+ALL = -1  # the tokens of all domains or modalities; None would show as nothing
 WINDOW = 10  # records; the pairs of one batch are few when there are many experts
 
 HOW = {
@@ -25,7 +26,7 @@ HOW = {
     "routing would give: the null, in the neutral colour, is 1 for the corrected lift (for the plain lift it is not, "
     "because choosing one expert uses up one of the K slots). Orange pairs attract, blue pairs avoid each other. "
     "Experts are ordered so that those that work together stand together; the order is kept while the run goes on, "
-    "until you ask for a new one.",
+    "until you ask for a new one. Choose a domain or a modality to see the pairs of its tokens alone.",
     "transition": "Of the tokens of expert i in this layer, how many more than expected go to expert j in the next "
     "one. 1 (neutral) means that the two layers route independently; orange cells are paths through the network.",
     "agreement": "Layers that share their experts, or the depths at which one layer is applied: how many more tokens "
@@ -39,12 +40,16 @@ HOW = {
 
 
 class Together(NamedTuple):
-    """Co-activation of one layer: the step, the matrix with its null, the counts, and the order of the experts."""
+    """Co-activation of one layer: the step, the matrix with its null, the counts, and the order of the experts.
+
+    ``part`` names the domain or the modality whose tokens they are, where it is one.
+    """
 
     step: int
     matrix: CoactivationMatrix
     counts: np.ndarray
     order: np.ndarray
+    part: str | None = None
 
 
 class CoactivationView(View):
@@ -58,10 +63,12 @@ class CoactivationView(View):
         self.reorder = widget(pn.widgets.Button, 160, label="Re-order experts")
         windows = {"newest record": 1, "last 10 records": WINDOW, "last 50 records": 5 * WINDOW}
         self.window = widget(pn.widgets.Select, 210, label="Tokens of", options=windows, value=WINDOW)
-        for control in (self.kind, self.window):
+        self.part = widget(pn.widgets.Select, 150, label="Part", options={"all": ALL}, value=ALL)
+        for control in (self.kind, self.window, self.part):
             control.param.watch(lambda _: self.refresh(), "value")
         self.reorder.on_click(lambda _: self.order_anew())
-        self.controls = [layer_select(self.selection), self.kind, self.window, self.reorder]
+        by = division_select(self.selection)
+        self.controls = [layer_select(self.selection), self.kind, self.window, by, self.part, self.reorder]
         self._orders: dict[tuple, np.ndarray] = {}
         self._ordered = 0  # how often a new order was asked for
         return {
@@ -79,17 +86,26 @@ class CoactivationView(View):
 
     def draw(self, shown: list[Readings]) -> None:
         chosen, step = self.selection.layer, self.selection.step
+        self._offer_parts(shown)
         kind, window = self.kind.value, self.window.value
-        found = self.read(lambda run: together(run, chosen, step, kind, self._orders, window))
+        part = None if self.part.value == ALL else (self.selection.division, self.part.value)
+        found = self.read(lambda run: together(run, chosen, step, kind, self._orders, window, part))
         here = stamped(found, lambda data: data.step)
-        self.put("matrix", lambda: matrix_contents(self, found, kind), here, kind, window, self._ordered)
-        self.put("pairs", lambda: self.each(found, self._pairs), here, kind, window)
+        self.put("matrix", lambda: matrix_contents(self, found, kind), here, kind, window, self._ordered, part)
+        self.put("pairs", lambda: self.each(found, self._pairs), here, kind, window, part)
         there = self.stamps(lambda run: run.at(TRANSITION.name(run.layer(chosen).name), step)[0])
         self.put("transition", self._transitions, there, window)
         self.cards["agreement"].visible = any(run.model.get("pools") for run in shown)
         pools = self.read(self._agreement)
         stamps = stamped(pools, lambda data: data[0])
         self.put("agreement", lambda: self.each(pools, self._agreement_figure), stamps, window)
+
+    def _offer_parts(self, shown: list[Readings]) -> None:
+        """The domains or the modalities of the first run on show, whose tokens may be looked at apart."""
+        names = self.selection.division.names(shown[0].model)
+        options = {"all": ALL} | {name: i for i, name in enumerate(names if len(names) > 1 else ())}
+        if self.part.options != options:
+            self.part.param.update(options=options, value=ALL)
 
     def _agreement(self, run: Readings) -> tuple[int, list[str], np.ndarray]:
         """The step, the layers (L,) of the selected layer's pool, and the counts (3, L, L) of the window."""
@@ -141,21 +157,37 @@ class CoactivationView(View):
             for pair in top_pairs(data.matrix.values, TOP_PAIRS)
         )
         title = f"Top pairs, {self.layer_label(run)}{self.suffix(run)}"
-        small = f"{look.title.lower()}, null {data.matrix.null:.3g}"
+        small = f"{look.title.lower()}, null {data.matrix.null:.3g}{of_part(data)}"
         return table(title, small, ("experts", look.unit, "tokens"), rows)
 
 
 def together(
-    run: Readings, number: int, step: int | None, kind: str, orders: dict[tuple, np.ndarray], records: int = WINDOW
+    run: Readings,
+    number: int,
+    step: int | None,
+    kind: str,
+    orders: dict[tuple, np.ndarray],
+    records: int = WINDOW,
+    part: tuple[Division, int] | None = None,
 ) -> Together:
     """Co-activation of one layer over the last ``records`` at a step; ``Nothing`` for K = 1, where it is undefined.
 
-    ``orders`` keeps the order of the experts by run and layer; a new one is added for those it does not hold.
+    ``orders`` keeps the order of the experts by run and layer; a new one is added for those it does not hold. ``part``
+    is the domain or modality, by its number, whose tokens alone count; the order stays that of the first asked for.
     """
     layer = run.layer(number)
     if layer.top_k == 1:
         raise Nothing("undefined for K=1: one expert per token cannot occur together with another")
-    at, recorded = run.window(COACTIVATION.name(layer.name), step, records)
+    name = None
+    if part is None:
+        at, recorded = run.window(COACTIVATION.name(layer.name), step, records)
+    else:
+        by, which = part
+        names = run.parts(by)
+        if which >= len(names):
+            raise Nothing(f"this run has no {by.name} number {which + 1}")
+        at, by_part = run.window(by.coactivation.name(layer.name), step, records)
+        name, recorded = names[which], by_part[which]
     counts = torch.as_tensor(recorded.astype(np.float64))
     matrix = coactivation(counts, kind)
     if matrix.undefined_reason:
@@ -163,7 +195,12 @@ def together(
     key = (run.run.folder, layer.name)
     if key not in orders:
         orders[key] = cluster_order(coactivation(counts, "lift_corrected").values).numpy()
-    return Together(at, matrix, recorded, orders[key])
+    return Together(at, matrix, recorded, orders[key], name)
+
+
+def of_part(data: Together) -> str:
+    """What names the part in a title."""
+    return "" if data.part is None else f", {data.part}"
 
 
 def matrix_contents(view: View, found: list, kind: str) -> list:
@@ -178,7 +215,7 @@ def matrix_contents(view: View, found: list, kind: str) -> list:
             null=data.matrix.null,
             order=data.order,
             ceiling=ceiling,
-            title=f"{figures.KINDS[kind].title} of pairs, {view.layer_label(run)}{view.suffix(run)}",
+            title=f"{figures.KINDS[kind].title} of pairs, {view.layer_label(run)}{of_part(data)}{view.suffix(run)}",
             theme=view.selection.theme,
         ),
     )

@@ -1,4 +1,4 @@
-"""Gradient conflict between the domains of the data, per parameter group, with its noise band; and between experts."""
+"""Gradient conflict between domains or modalities, per parameter group, with its noise band; and between experts."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ import torch
 
 from workbench.figures import conflict as figures
 from workbench.lib.measures.conflict import ConflictStats, conflict_stats
-from workbench.live.records import CONFLICT
-from workbench.live.views.bar import widget
+from workbench.live.records import Division
+from workbench.live.views.bar import division_select, widget
 from workbench.live.views.card import Card
 from workbench.live.views.parting import PartingCards
 from workbench.live.views.readings import Nothing, Readings, counterpart, present, stamped
@@ -18,13 +18,14 @@ from workbench.live.views.view import View
 KINDS = {"raw cosine": "raw", "noise-corrected": "noise-corrected"}
 
 HOW = {
-    "groups": "One row per parameter group, one column per pair of domains: orange means that a step that helps one "
-    "domain hurts the other. Grey is undefined: no gradient reached the group for that domain, or (noise-corrected) "
-    "the signal is below its noise. Click a row to choose the group.",
-    "cosine": "The cosine between the mean gradients of two domains in the chosen group. Minibatch noise pulls raw "
-    "cosines to 0; the corrected ones divide it out with two independent half batches, may leave −1 … 1, and are grey "
-    "where the half batches do not agree. Cells marked ~0 lie inside ±1/√P, the size of a cosine between random "
-    "directions in P dimensions: orthogonal, not in conflict.",
+    "groups": "One row per parameter group, one column per pair of domains, or of modalities: orange means that a step "
+    "that helps one hurts the other. The loss of a modality is that of its own tokens, in batches of all. Grey is "
+    "undefined: no gradient reached the group for one of the two, or (noise-corrected) the signal is below its noise. "
+    "Click a row to choose the group.",
+    "cosine": "The cosine between the mean gradients of two domains, or modalities, in the chosen group. Minibatch "
+    "noise pulls raw cosines to 0; the corrected ones divide it out with two independent half batches, may leave "
+    "−1 … 1, and are grey where the half batches do not agree. Cells marked ~0 lie inside ±1/√P, the size of a cosine "
+    "between random directions in P dimensions: orthogonal, not in conflict.",
     "self": "The cosine between the gradients of two half batches of the same domain. Near 1 the gradient is mostly "
     "signal, near 0 mostly noise: then read the raw cosines with care.",
     "rate": "Share of the pairs of domains with a negative cosine. Half of all pairs is what random signs give: a rate "
@@ -35,8 +36,9 @@ HOW = {
 
 
 class Conflicts(NamedTuple):
-    """Records of all groups: steps (S,), Gramians (S, 3, n, n) and number of parameters by group."""
+    """Records of all groups: names of the parts, steps (S,), Gramians (S, 3, n, n), number of parameters by group."""
 
+    parts: list[str]
     steps: np.ndarray
     gramians: dict[str, np.ndarray]
     sizes: dict[str, int | None]
@@ -64,7 +66,7 @@ class ConflictView(View):
         for control in (self.group, self.kind):
             control.param.watch(lambda _: self.refresh(), "value")
         self.parting = PartingCards(self)
-        self.controls = [self.group, self.kind, self.parting.layer]
+        self.controls = [self.group, self.kind, division_select(self.selection), self.parting.layer]
         return {
             "groups": Card("Conflict by group", HOW["groups"], span=5, height=290, on_click=self._row_clicked),
             "cosine": Card("Gradient cosine", HOW["cosine"], span=4, height=290),
@@ -82,7 +84,8 @@ class ConflictView(View):
         if known and self.group.options != known:
             kept = self.group.value if self.group.value in known else known[0]
             self.group.param.update(options=known, value=kept)
-        found = self.read(conflicts)
+        by = self.selection.division
+        found = self.read(lambda run: conflicts(run, by))
         group, kind = self.group.value, self.kind.value
         newest = stamped(found, lambda data: int(data.steps[-1]))
         here = rows(found, self.selection.step)
@@ -99,7 +102,7 @@ class ConflictView(View):
         matrix = stats.cosine if self.kind.value == "raw" else stats.corrected
         return figures.cosine_matrix(
             matrix[data.row(self.selection.step)].numpy(),
-            run.domains,
+            data.parts,
             band=stats.band,
             title=f"Gradient cosine, {group}{self.suffix(run)}",
             kind=self.kind.value,
@@ -111,7 +114,7 @@ class ConflictView(View):
         stats = data.stats(group)
         return figures.self_cosines(
             stats.self_cosine[data.row(self.selection.step)].numpy(),
-            run.domains,
+            data.parts,
             band=stats.band,
             title=f"Is there a signal in {group}?{self.suffix(run)}",
             theme=self.selection.theme,
@@ -139,18 +142,18 @@ class ConflictView(View):
         )
 
 
-def conflicts(run: Readings) -> Conflicts:
-    """All conflict records of a run; ``Nothing`` where there are none."""
-    sizes = run.model.get("groups") or {}
-    if len(run.domains) < 2:
-        raise Nothing("conflict needs at least two domains; this run has " + ("one" if run.domains else "none"))
+def conflicts(run: Readings, by: Division) -> Conflicts:
+    """All conflict records of a run between its domains or modalities; ``Nothing`` where there are none."""
+    sizes, parts = run.model.get("groups") or {}, list(by.names(run.model))
+    if len(parts) < 2:
+        raise Nothing(f"conflict needs at least two {by.parts}; this run has " + ("one" if parts else "none"))
     if not sizes:
         raise Nothing("this run names no parameter groups")
-    recorded = [group for group in sizes if run.has(CONFLICT.name(group))] or list(sizes)
-    series = {group: run.tensors(CONFLICT.name(group)) for group in recorded}
+    recorded = [group for group in sizes if run.has(by.conflict.name(group))] or list(sizes)
+    series = {group: run.tensors(by.conflict.name(group)) for group in recorded}
     rows = min(len(steps) for steps, _ in series.values())
     steps = next(iter(series.values()))[0][-rows:]
-    return Conflicts(steps, {group: values[-rows:] for group, (_, values) in series.items()}, dict(sizes))
+    return Conflicts(parts, steps, {group: values[-rows:] for group, (_, values) in series.items()}, dict(sizes))
 
 
 def rows(found: list, step: int | None) -> tuple:
@@ -163,7 +166,7 @@ def group_contents(view: View, found: list, kind: str, selected: str | None) -> 
     """Cosines of all groups at the step on show, for every run."""
 
     def build(run: Readings, data: Conflicts):
-        row, n = data.row(view.selection.step), len(run.domains)
+        row, n = data.row(view.selection.step), len(data.parts)
         upper = np.triu_indices(n, 1)
         groups = list(data.gramians)
         stats = [conflict_stats(torch.as_tensor(data.gramians[group][row])) for group in groups]
@@ -171,7 +174,7 @@ def group_contents(view: View, found: list, kind: str, selected: str | None) -> 
         return figures.group_cosines(
             np.stack([matrix.numpy()[upper] for matrix in matrices]),
             groups,
-            [f"{run.domains[i]} – {run.domains[j]}" for i, j in zip(*upper, strict=True)],
+            [f"{data.parts[i]} – {data.parts[j]}" for i, j in zip(*upper, strict=True)],
             title=f"Gradient conflict by group{view.suffix(run)}",
             kind=kind,
             selected=None if selected is None else groups.index(counterpart(selected, groups)),

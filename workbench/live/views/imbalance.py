@@ -7,10 +7,10 @@ import panel as pn
 
 from workbench.figures import balance as lines
 from workbench.figures import routing as figures
-from workbench.live.records import DROPPED, IMPORTANCE, LOAD, LOAD_BY_DOMAIN, PROBABILITY_SUPPORT, TOKENS, Record
-from workbench.live.views.bar import layer_select, text, widget
+from workbench.live.records import DROPPED, IMPORTANCE, LOAD, PROBABILITY_SUPPORT, TOKENS, Record
+from workbench.live.views.bar import division_select, layer_select, text, widget
 from workbench.live.views.card import Card
-from workbench.live.views.load import balance, domain_information, loads_over_time, shares_of, support
+from workbench.live.views.load import balance, information, loads_over_time, shares_of, support
 from workbench.live.views.readings import Nothing, Readings, present
 from workbench.live.views.tokens import token_label
 from workbench.live.views.view import View
@@ -34,11 +34,11 @@ HOW = {
     "the loss without balancing anything. Click a bar to choose an expert.",
     "tokens": "The tokens this expert received most often since the last token record, as shares of all it received. "
     "The tick is the share of that token over all experts: a bar beyond its tick is a token the expert attracts.",
-    "domains": "From which domains the expert's tokens come. The tick is the domain's share over all experts: equal "
-    "lengths mean that the expert does not care about the domain.",
-    "information": "How much knowing the expert tells about the domain of a token, as a share of all there is to know "
-    "(0 % nothing, 100 % the expert gives the domain away). Finite batches show a little by chance: the dashed line "
-    "is the value after shuffling the domains.",
+    "parts": "From which domains, or of which modalities, the expert's tokens are. The tick is the share over all "
+    "experts: equal lengths mean that the expert does not care.",
+    "information": "How much knowing the expert tells about the domain, or the modality, of a token, as a share of all "
+    "there is to know (0 % nothing, 100 % the expert gives it away). Finite batches show a little by chance: the "
+    "dashed line is the value after shuffling.",
     "support": "How many experts really act on a token: (Σw)² ÷ Σw² of its combine weights. K if they are equal, 1 if "
     "one takes all. One line per layer; a line that sinks towards 1 is a mixture that becomes a choice of one. Dashed: "
     "the same of the selected layer's probabilities over all experts, which may concentrate where the weights cannot.",
@@ -57,7 +57,7 @@ class ImbalanceView(View):
         self._chooser = widget(pn.widgets.Select, 170, label="Expert", options={"busiest": BUSIEST})
         self._chooser.param.watch(lambda event: self.choose_expert(event.new), "value")
         hint = text('<span class="muted">or click one in a plot to see what it takes</span>')
-        self.controls = [layer_select(self.selection), self._chooser, hint]
+        self.controls = [layer_select(self.selection), self._chooser, division_select(self.selection), hint]
         row, bar = (lambda point: self.choose_expert(point["y"])), (lambda point: self.choose_expert(point["x"]))
         return {
             "load": Card("Expert load", HOW["load"], span=7, height=300, on_click=row),
@@ -66,7 +66,7 @@ class ImbalanceView(View):
             "share": Card("Load and probability", HOW["share"], span=4, height=262, on_click=bar),
             "support": Card("Effective support", HOW["support"], span=4, height=262),
             "tokens": Card("Tokens of an expert", HOW["tokens"], span=3, height=262),
-            "domains": Card("Domains of an expert", HOW["domains"], span=3, height=262),
+            "parts": Card("Parts of an expert", HOW["parts"], span=3, height=262),
             "information": Card("Routing information", HOW["information"], span=3, height=262),
             "dropped": Card("Dropped by capacity", HOW["dropped"], span=3, height=262),
         }
@@ -96,8 +96,9 @@ class ImbalanceView(View):
         self.put("share", self._share, at_step(LOAD), expert)
         self.put("support", self._support, newest(LOAD))
         self.put("tokens", lambda: self._takes("Tokens", self._tokens), at_step(TOKENS), expert)
-        self.put("domains", lambda: self._takes("Domains", self._domains), at_step(LOAD_BY_DOMAIN), expert)
-        self.put("information", self._information, newest(LOAD_BY_DOMAIN))
+        by = self.selection.division
+        self.put("parts", lambda: self._takes(by.parts.capitalize(), self._parts), at_step(by.load), expert)
+        self.put("information", self._information, newest(by.load))
         self.put("dropped", self._dropped, newest(DROPPED))
 
     # -- the expert that is looked into
@@ -128,10 +129,11 @@ class ImbalanceView(View):
         names = [token_label(int(token), run.model.get("vocabulary")) for token in top]
         return names, mine[top], all_[top]
 
-    def _domains(self, run: Readings) -> tuple[list[str], np.ndarray, np.ndarray]:
-        layer = run.layer(self.selection.layer)
-        _, counts = run.at(LOAD_BY_DOMAIN.name(layer.name), self.selection.step)
-        return run.domains, *shares_of(counts.T, self._expert_of(run))
+    def _parts(self, run: Readings) -> tuple[list[str], np.ndarray, np.ndarray]:
+        layer, by = run.layer(self.selection.layer), self.selection.division
+        names = run.parts(by)
+        _, counts = run.at(by.load.name(layer.name), self.selection.step)
+        return names, *shares_of(counts.T, self._expert_of(run))
 
     def _takes(self, what: str, read: Callable[[Readings], tuple]) -> list:
         def build(run: Readings, data: tuple):
@@ -204,13 +206,15 @@ class ImbalanceView(View):
         )
 
     def _information(self) -> list:
-        found = self.read(domain_information)
+        by = self.selection.division
+        found = self.read(lambda run: information(run, by))
         tops = [np.nanmax([values, null], initial=0.0) for _, values, null in present(found)]
         return self.each(
             found,
             lambda run, data: lines.routing_information(
                 *data,
                 [layer.name for layer in run.layers],
+                of=by.name,
                 title=f"Routing information{self.suffix(run)}",
                 selected=self.selected_layer(run),
                 ceiling=1.08 * float(max([1e-3, *tops])),

@@ -9,7 +9,7 @@ import torch
 from workbench.figures.balance import BALANCE
 from workbench.lib.measures.information import Information
 from workbench.lib.measures.routing import load_stats, null_load_stats, routing_information
-from workbench.live.records import LOAD, LOAD_BY_DOMAIN, SUPPORT
+from workbench.live.records import LOAD, SUPPORT, Division
 from workbench.live.views.readings import Layer, Nothing, Readings
 
 BAND = (0.05, 0.95)  # quantiles of the null band
@@ -61,11 +61,12 @@ def support(run: Readings) -> tuple[np.ndarray, np.ndarray]:
     return series[0][0][-rows:], np.stack([sizes[-rows:] for _, sizes in series])
 
 
-def domain_information(run: Readings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(steps (S,), information (L, S), its shuffled baseline (L, S)) of expert about domain, as shares of H(domain)."""
-    if len(run.domains) < 2:  # H is 0
-        raise Nothing("what a choice says of the domain needs at least two; this run has one")
-    series = [run.tensors(LOAD_BY_DOMAIN.name(layer.name)) for layer in run.moe_layers()]
+def information(run: Readings, by: Division) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(steps (S,), information (L, S), its shuffled baseline (L, S)) of expert about domain or modality, shares of its
+    entropy."""
+    if len(run.parts(by)) < 2:  # H is 0
+        raise Nothing(f"what a choice says of the {by.name} needs at least two; this run has one")
+    series = [run.tensors(by.load.name(layer.name)) for layer in run.moe_layers()]
     rows = min(len(steps) for steps, _ in series)
     found = [
         _information(counts[-rows:], layer.top_k or 1) for (_, counts), layer in zip(series, run.layers, strict=True)

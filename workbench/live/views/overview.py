@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from workbench.live.records import LOAD
 from workbench.live.views import coactivation, conflict, imbalance, loss, spectra
-from workbench.live.views.bar import layer_select
+from workbench.live.views.bar import division_select, layer_select
 from workbench.live.views.card import Card
 from workbench.live.views.readings import Nothing, Readings, stamped
 from workbench.live.views.view import View
@@ -19,7 +19,7 @@ class Overview(View):
 
     def make_cards(self) -> dict[str, Card]:
         self._orders: dict = {}
-        self.controls = [layer_select(self.selection)]
+        self.controls = [layer_select(self.selection), division_select(self.selection)]
         texts = {
             "loss": ("Loss", loss.HOW["loss"]),
             "load": ("Expert load", imbalance.HOW["load"]),
@@ -45,7 +45,8 @@ class Overview(View):
         stamps = stamped(histories, lambda data: data.newest)
         self.put("rank", lambda: spectra.rank_contents(self, histories, "effective_rank"), stamps)
 
-        records = self.read(conflict.conflicts)
+        by = self.selection.division
+        records = self.read(lambda run: conflict.conflicts(run, by))
         self.put("conflict", lambda: conflict.group_contents(self, records, "raw", None), conflict.rows(records, step))
 
     def _spectra(self, run: Readings) -> spectra.History:

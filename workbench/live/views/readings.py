@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from workbench.errors import InputError
-from workbench.live.records import Record, find
+from workbench.live.records import DIVISIONS, Division, Record, find
 from workbench.live.store import Event, Run, Status
 
 T = TypeVar("T")
@@ -125,6 +125,12 @@ class Readings:
         """The domains of the data, in the order of every record by domain."""
         return list(self.model.get("domains") or [])
 
+    def parts(self, by: Division) -> list[str]:
+        """The domains or modalities of the data, in the order of every record; ``Nothing`` where there are none."""
+        if names := list(by.names(self.model)):
+            return names
+        raise Nothing(f"this run has no {by.parts}")
+
     def moe_layers(self) -> list[Layer]:
         """The mixture-of-experts layers; ``Nothing`` where the run has none."""
         if not self.layers:
@@ -201,7 +207,7 @@ class Readings:
         record = find(name)
         if record is None or record.dtype is None:
             return
-        sizes: dict[str, int] = {"D": len(self.domains)}
+        sizes = {by.load.shape[0]: len(by.names(self.model)) for by in DIVISIONS.values()}
         places = {layer.name: place for place, layer in enumerate(self.layers)}
         if (place := places.get(record.of(name)[0])) is not None:
             sizes |= zip(("E", "E'"), [layer.n_experts for layer in self.layers[place:]], strict=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 import param
 
 from workbench.figures.theme import THEMES
+from workbench.live.records import DIVISIONS, Division
 from workbench.live.store import Run, find
 from workbench.live.views.readings import Readings
 
@@ -12,19 +13,26 @@ from workbench.live.views.readings import Readings
 class Selection(param.Parameterized):
     """The reader's choices; views redraw when any of them changes.
 
-    ``layer`` counts from 0. ``step`` None follows the newest step. ``news`` counts the polls that found something new.
+    ``layer`` counts from 0. ``by`` is what measures of parts are split by, see ``division``. ``step`` None follows the
+    newest step. ``news`` counts the polls that found something new.
     """
 
     run = param.ClassSelector(class_=Readings, allow_None=True)
     compare = param.ClassSelector(class_=Readings, allow_None=True)
     layer = param.Integer(default=0, bounds=(0, None))
+    by = param.Selector(default="domain", objects=list(DIVISIONS))
     step = param.Integer(default=None, allow_None=True)
     theme = param.Selector(default="light", objects=list(THEMES))
     news = param.Integer(default=0)
 
     settled = param.Callable(default=lambda: True, doc="whether the browser has drawn what is on show")
 
-    CHOICES = ("run", "compare", "layer", "step", "theme", "news")
+    CHOICES = ("run", "compare", "layer", "by", "step", "theme", "news")
+
+    @property
+    def division(self) -> Division:
+        """What is split, by domain or by modality."""
+        return DIVISIONS[self.by]
 
     @property
     def shown(self) -> list[Readings]:

@@ -11,8 +11,8 @@ from workbench.figures import spectra as figures
 from workbench.lib.measures.power_law import RELIABLE_FROM, fit_power_law
 from workbench.lib.measures.random_matrix import marchenko_pastur_spectrum, null_measures, outliers
 from workbench.lib.measures.spectra import SpectrumResult, measures
-from workbench.live.records import LEARNING_RATE, SPECTRUM
-from workbench.live.views.bar import widget
+from workbench.live.records import LEARNING_RATE, SPECTRUM, Division
+from workbench.live.views.bar import division_select, widget
 from workbench.live.views.card import Card
 from workbench.live.views.form import FormCards
 from workbench.live.views.markup import Markup, html, table
@@ -23,7 +23,8 @@ HOW = {
     "spectrum": "Singular values from the largest to the smallest, each divided by the largest, so that the shape "
     "stands free of the scale. The dashed curve is a random matrix of the same shape (Marchenko–Pastur): a weight that "
     "follows it has learned little, values above its bulk are learned directions. A gradient that falls fast moves the "
-    "weights in few directions. The dotted line is the weight at its first record.",
+    "weights in few directions; that of one domain, or modality, is the gradient of its own loss. The dotted line is "
+    "the weight at its first record.",
     "effective_rank": "exp of the entropy of the singular values, as a share of all n: how many directions carry "
     "weight, with the bulk counted in. Compare with the dashed line, a random matrix of the same shape, not with 1. Of "
     "a product of two factors (LoRA) it is a share of their rank r; one step's change of it has up to 2 r directions.",
@@ -114,7 +115,7 @@ class SpectraView(View):
         self.matrix = widget(pn.widgets.Select, 330, label="Matrix", options=[])
         self.matrix.param.watch(lambda _: self.refresh(), "value")
         self.form = FormCards(self)
-        self.controls = [self.matrix, *self.form.controls]
+        self.controls = [self.matrix, division_select(self.selection), *self.form.controls]
         return {
             "spectrum": Card("Singular spectrum", HOW["spectrum"], span=7, height=300),
             "numbers": Card("Measures at this step", HOW["numbers"], span=5, height=300),
@@ -130,7 +131,8 @@ class SpectraView(View):
         if known and self.matrix.options != known:
             kept = self.matrix.value if self.matrix.value in known else known[0]
             self.matrix.param.update(options=known, value=kept)
-        found = self.read(lambda run: history(run, counterpart(self.matrix.value, run.model.get("matrices") or {})))
+        by = self.selection.division
+        found = self.read(lambda run: history(run, counterpart(self.matrix.value, run.model.get("matrices") or {}), by))
         stamps = stamped(found, lambda data: data.newest)
         for rank in ("effective_rank", "stable_rank"):
             self.put(rank, lambda rank=rank: rank_contents(self, found, rank), stamps, self.matrix.value)
@@ -205,7 +207,7 @@ class SpectraView(View):
         return self.each(lines, build)
 
     def _numbers(self, run: Readings, data: History) -> Markup:
-        spectra = data.at(self.selection.step)
+        spectra = {kind: sigma for kind, sigma in data.at(self.selection.step).items() if kind in figures.OBJECTS}
         values = {kind: measures(data.result(sigma), data.shape) for kind, sigma in spectra.items()}
         null = {} if data.low_rank else null_measures(data.shape)
         letter = "r" if data.low_rank else "n"
@@ -234,8 +236,8 @@ class SpectraView(View):
         return html('<span title="{quality}">{found}</span>', quality=quality, found=found)
 
 
-def history(run: Readings, matrix: str | None) -> History:
-    """All spectra recorded of a matrix; ``Nothing`` where there are none."""
+def history(run: Readings, matrix: str | None, by: Division | None = None) -> History:
+    """All spectra recorded of a matrix, of each domain's or modality's gradient too; ``Nothing`` without any."""
     shapes = run.model.get("matrices") or {}
     if matrix not in shapes:
         raise Nothing("this run records no spectra" if matrix is None else f"this run has no matrix {matrix}")
@@ -243,6 +245,9 @@ def history(run: Readings, matrix: str | None) -> History:
     for kind in figures.OBJECTS:
         if run.has(SPECTRUM.name(kind, matrix)):
             series[kind] = run.tensors(SPECTRUM.name(kind, matrix))
+    if by is not None and run.has(by.gradients.name(matrix)):
+        steps, values = run.tensors(by.gradients.name(matrix))
+        series |= {f"gradient, {name}": (steps, values[:, i]) for i, name in enumerate(run.parts(by))}
     if not series:
         run.tensors(SPECTRUM.name("weight", matrix))  # raises the Nothing that says when one is due
     return History(matrix, series, tuple(shapes[matrix]), matrix in (run.model.get("low_rank") or ()))

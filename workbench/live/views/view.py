@@ -96,13 +96,13 @@ class View(pn.viewable.Viewer):
     # -- for subclasses
 
     def put(self, name: str, contents: Callable[[], Sequence[go.Figure | str | Nothing]], *depends: object) -> None:
-        """Fill a card, if anything it depends on has changed since: the runs, layer and theme, and ``depends``.
+        """Fill a card, if anything it depends on has changed since: the runs, layer, division, theme, and ``depends``.
 
         ``depends`` names what else its contents are made from: the steps of the newest records (see ``stamps``), and
         choices. The step on show is not among them for a plot over time, where only its mark moves.
         """
         chosen = self.selection
-        key = (*chosen.shown, chosen.layer, chosen.theme, *depends)
+        key = (*chosen.shown, chosen.layer, chosen.by, chosen.theme, *depends)
         self.cards[name].update(key, contents, chosen.step)
 
     def stamps(self, read: Callable[[Readings], object]) -> tuple:
