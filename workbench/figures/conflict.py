@@ -1,4 +1,4 @@
-"""Gradient conflict between domains: cosine matrices, all groups at a glance, rate and worst pair over time.
+"""Gradient conflict between domains or modalities: cosines, all groups at a glance, rate and worst pair over time.
 
 A cosine is drawn grey where it is undefined: a group without a gradient for the domain, or a signal below its noise.
 """
@@ -118,7 +118,7 @@ def group_cosines(
     )
     figure.update_xaxes(showgrid=False, type="category")
     if len(pairs) > 15 or sum(map(len, pairs)) > 200:  # no room for names, which are there when one points at a cell
-        figure.update_xaxes(showticklabels=False, title_text=f"{len(pairs)} pairs of domains")
+        figure.update_xaxes(showticklabels=False, title_text=f"{len(pairs)} pairs")
     if selected is not None:
         outline_row(figure, theme, selected)
     return figure
@@ -203,8 +203,8 @@ def conflict_lines(
     """
     colours = theme_named(theme)
     look = {
-        "rate": ("Conflict rate", "share of domain pairs with negative cosine", "share of pairs"),
-        "max_negative": ("Worst conflict", "largest −cosine over domain pairs", "max of −cosine"),
+        "rate": ("Conflict rate", "share of pairs with negative cosine", "share of pairs"),
+        "max_negative": ("Worst conflict", "largest −cosine over pairs", "max of −cosine"),
     }[measure]
     figure = blank(theme, title or look[0], look[1], x="step", y=look[2])
     many, faint = len(values) > 8, rgba(colours.muted, 0.35)

@@ -61,14 +61,16 @@ def naive(made: ModalityExpertFFN, x: torch.Tensor, modality: torch.Tensor) -> t
 
 def test_it_is_a_loop_over_tokens_and_experts_and_so_are_its_gradients(x):
     made = layer().double()
-    found, expected = [], []
-    ways = {id(found): lambda x: made(x, Context(modality=MODALITY)), id(expected): lambda x: naive(made, x, MODALITY)}
-    for kept in (found, expected):
+
+    def of(forward) -> list[torch.Tensor]:
+        """What comes out, and the gradients of its squares by the input and by every parameter."""
         inputs = x.double().requires_grad_()
-        y = ways[id(kept)](inputs)
+        y = forward(inputs)
         made.zero_grad()
         y.square().sum().backward()
-        kept += [y.detach(), inputs.grad, *(p.grad.clone() for p in made.parameters())]
+        return [y.detach(), inputs.grad, *(p.grad.clone() for p in made.parameters())]
+
+    found, expected = of(lambda x: made(x, Context(modality=MODALITY))), of(lambda x: naive(made, x, MODALITY))
     assert len(found) == 2 + 2 + 2
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-10) and theirs.any()

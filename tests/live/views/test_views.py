@@ -508,6 +508,19 @@ def test_every_measure_of_parts_is_of_domains_or_of_modalities_as_chosen(run):
             assert names[which] in figure(together, "matrix").layout.title.text
 
 
+def test_validation_is_by_domain_or_by_modality(tmp_path):
+    model = {"domains": ["caption first", "image first"], "modalities": ["text", "image"]}
+    with RunWriter.create(tmp_path / "both", {"model": model}) as writer:
+        found = {"caption first": 1.5, "image first": 1.25, "text": 1.0, "image": 1.75}
+        writer.scalars(0, {"valid/bits": 1.375} | {f"valid/bits/{name}": bits for name, bits in found.items()})
+        writer.commit(0)
+    view = LossView(tmp_path / "both")
+    assert [(line.name, line.y[0]) for line in figure(view, "valid").data] == [*found.items()][:2]
+    view.selection.by = "modality"
+    assert [(line.name, line.y[0]) for line in figure(view, "valid").data] == [*found.items()][2:]
+    assert "Validation by modality" in figure(view, "valid").layout.title.text
+
+
 def test_the_choice_is_offered_where_a_run_has_both_and_else_made(run, tmp_path):
     view = ConflictView(run)
     choice = next(control for control in view.controls if "by modality" in getattr(control, "options", ()))

@@ -28,9 +28,9 @@ HOW = {
     "between random directions in P dimensions: orthogonal, not in conflict.",
     "self": "The cosine between the gradients of two half batches of the same domain. Near 1 the gradient is mostly "
     "signal, near 0 mostly noise: then read the raw cosines with care.",
-    "rate": "Share of the pairs of domains with a negative cosine. Half of all pairs is what random signs give: a rate "
+    "rate": "Share of the pairs with a negative cosine. Half of all pairs is what random signs give: a rate "
     "of 0.5 with cosines inside the noise band means orthogonal, not half in conflict. The chosen group is thick.",
-    "worst": "The largest negative cosine over all pairs of domains (above 0: some pair conflicts). It grows with the "
+    "worst": "The largest negative cosine over all pairs (above 0: some pair conflicts). It grows with the "
     "number of domains, so compare only runs with equally many. The grey band is ±1/√P of the chosen group.",
 }
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from workbench.figures import loss as figures
-from workbench.live.records import AUX, GRAD_NORM, LEARNING_RATE, LOSS, VALIDATION
+from workbench.live.records import AUX, BY_DOMAIN, GRAD_NORM, LEARNING_RATE, LOSS, VALIDATION
+from workbench.live.views.bar import division_select
 from workbench.live.views.card import Card
 from workbench.live.views.readings import Nothing, Readings, present
 from workbench.live.views.view import View
@@ -15,8 +16,8 @@ HOW = {
     "loss": "The thin line is the loss of every training batch, the thick one its running mean, the dark dots the "
     "validation loss on text the model does not train on. The dashed line is a model that has learned nothing and "
     "gives every byte the same probability. Triangles are commands that reached the trainer.",
-    "valid": "The validation metric of every domain. Domains differ in how predictable they are, so compare a domain "
-    "with itself over time or in another run, not with the others.",
+    "valid": "The validation metric of every domain, or modality. They differ in how predictable they are, so compare "
+    "one with itself over time or in another run, not with the others.",
     "lr": "The learning rate each step was made with: the schedule of the recipe, or what you set above. Too high and "
     "the loss jumps, too low and it crawls.",
     "grad_norm": "Length of the gradient over all parameters, before clipping. Spikes often come before a jump of the "
@@ -45,10 +46,11 @@ class Losses(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """A validation metric: curves by domain and "all", each (steps (V,), values (V,)), and their unit."""
+    """A validation metric: curves by domain, modality and "all", each (steps (V,), values (V,)), and their unit."""
 
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
     unit: str
+    by: str = "domain"
 
 
 class LossView(View):
@@ -57,6 +59,7 @@ class LossView(View):
     title = "Loss"
 
     def make_cards(self) -> dict[str, Card]:
+        self.controls = [division_select(self.selection)]
         return {
             "loss": Card("Loss", HOW["loss"], span=7, height=330),
             "valid": Card("Validation by domain", HOW["valid"], span=5, height=330),
@@ -75,11 +78,13 @@ class LossView(View):
 
     def _valid(self) -> list:
         def read(run: Readings) -> Validation:
-            curves, unit = validation(run)
-            domains = {name: curve for name, curve in curves.items() if name != "all"} or curves
-            if not domains:
+            curves, unit, _ = validation(run)
+            if not curves:
                 raise Nothing("no evaluation yet" if run.status.live else "this run was never evaluated")
-            return Validation(domains, unit)
+            for by in (self.selection.division, BY_DOMAIN):
+                if parts := {name: curves[name] for name in by.names(run.model) if name in curves}:
+                    return Validation(parts, unit, by.name)
+            return Validation({name: curve for name, curve in curves.items() if name != "all"} or curves, unit)
 
         found = self.read(read)
         units = {data.unit for data in present(found)}
@@ -93,7 +98,7 @@ class LossView(View):
                 data.curves,
                 unit=data.unit,
                 null=null,
-                title=f"Validation by domain{self.suffix(run)}",
+                title=f"Validation by {data.by}{self.suffix(run)}",
                 limits=limits,
                 **self.look,
             ),
@@ -160,7 +165,7 @@ def losses(run: Readings) -> Losses:
 
 
 def validation(run: Readings) -> Validation:
-    """The validation metric of a run, overall ("all") and by domain; losses in the unit of the training loss."""
+    """The validation metric of a run, overall ("all") and by domain or modality; a loss in the unit of training's."""
     names = [name for (name,) in run.series(VALIDATION)]
     if not names:
         return Validation({}, "")
