@@ -51,7 +51,7 @@ ARMS = {
 }
 SMALL_ARMS = ("gw", "random", "permuted", "dense", "lora", "full")
 BASELINES = ("random", "permuted")
-MARGIN = 0.03  # bits per image token
+MARGIN = 0.04  # bits per image token: two percent; and what twelve seeds of the baselines can show
 ANOTHER = 10_000  # added to a seed: numbers that have nothing to do with what else is drawn from it
 
 RULE = (
@@ -64,9 +64,9 @@ RULE = (
     "training minus before it: the 95% interval lies above 0. Reproduced if all hold. Not reproduced if (a) fails "
     "anywhere, or the interval of (b) lies above the margin or that of (c) below 0. Not resolved otherwise. The "
     "geometry of the start has an answer of its own: gw minus permuted, the same rows given to other codes, on the "
-    "metric and on the mean over all training batches. It helps if the 95% interval of one of the two lies below 0 and "
-    "of none above, harms the other way round, and makes no difference if both are equivalent to 0 by the paired TOST "
-    f"at {MARGIN}."
+    "metric and on the mean over all training batches. It makes no difference if both are equivalent to 0 by the "
+    f"paired TOST at {MARGIN}; else it helps if the 95% interval of one of the two lies below 0 and of none above, and "
+    "harms the other way round."
 )
 
 COMMON = {"n_heads": 4, "balance": 0.01, "base_lr": 4e-3, "lr": 1e-2}
