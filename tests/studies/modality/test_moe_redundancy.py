@@ -88,7 +88,7 @@ def test_wrong_names_are_those_of_other_rows_with_the_same_pictures(task: NamesT
 def test_a_picture_is_drawn_of_codes_alone(task: NamesToGlyphs):
     model = build("gw", 0, SMOKE, task)
     drawn = draw(model, "latin small letter a", count=3, seed=1)
-    assert drawn.shape == (3, 49) and 0 <= int(drawn.min()) and int(drawn.max()) < bed.CODES
+    assert drawn.shape == (3, 49) and int(drawn.min()) >= 0 and int(drawn.max()) < bed.CODES
     assert torch.equal(drawn, draw(model, "LATIN SMALL LETTER A", count=3, seed=1))
     assert not torch.equal(drawn[0], drawn[1])
 
@@ -187,7 +187,7 @@ def test_not_reproduced_if_one_of_the_three_is_shown_to_fail(change: dict):
     assert judged(**change).verdict == NOT_REPRODUCED
 
 
-@pytest.mark.parametrize("change", [{"bits": {"gw": 1.95}, "spread": 0.03}, {"rise": 0.0}, {"spread": 0.2}])
+@pytest.mark.parametrize("change", [{"bits": {"gw": 1.95}, "spread": 0.1}, {"rise": 0.0}, {"spread": 0.2}])
 def test_not_resolved_in_between(change: dict):
     assert judged(**change).verdict == NOT_RESOLVED
 
@@ -210,4 +210,4 @@ def test_geometry_has_an_answer_of_its_own(gw: float, way: float | None, answer:
 
 def test_where_both_are_small_and_certain_no_difference_is_said_before_a_sign():
     assert judged({"gw": 1.905, "permuted": 1.91}).details["geometry"]["answer"] == "makes no difference"
-    assert MARGIN == pytest.approx(0.04) and set(SMALL_ARMS) < set(ARMS)
+    assert pytest.approx(0.04) == MARGIN and set(SMALL_ARMS) < set(ARMS)
