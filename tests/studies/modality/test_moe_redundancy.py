@@ -187,7 +187,7 @@ def test_not_reproduced_if_one_of_the_three_is_shown_to_fail(change: dict):
     assert judged(**change).verdict == NOT_REPRODUCED
 
 
-@pytest.mark.parametrize("change", [{"bits": {"gw": 1.95}, "spread": 0.1}, {"rise": 0.0}, {"spread": 0.2}])
+@pytest.mark.parametrize("change", [{"bits": {"gw": 2.05}, "spread": 0.1}, {"rise": 0.0}, {"spread": 0.2}])
 def test_not_resolved_in_between(change: dict):
     assert judged(**change).verdict == NOT_RESOLVED
 
