@@ -260,6 +260,17 @@ def test_the_extended_model_refuses_what_it_has_no_row_for():
         assert images.of(torch.ones(2, 3, 4)) is None
 
 
+def test_a_copy_tells_its_own_layers_and_a_state_dict_holds_all():
+    _, model = extended()
+    expected = model(mixed())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(mixed()), expected)
+    assert twin.images is not model.images and twin.images is twin.base.blocks[0].ffn.experts.images
+    _, other = extended(shaken=False, seed=9)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(mixed()), expected)
+
+
 # -- where the rows start
 
 
