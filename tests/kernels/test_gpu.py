@@ -18,6 +18,7 @@ from workbench.kernels import (
     pcb_merge,
     random_basis,
     random_basis_adjoint,
+    selective_scan,
     shared_linear,
     shared_weight,
     span_attention,
@@ -230,3 +231,31 @@ def test_shared_store(m, offset):
         return shared_linear(x, memory, seed.cuda(), scale.cuda().to(memory.dtype), 300, **how)
 
     check("shared_store", product, draw(70, 200).float(), memory)
+
+
+@pytest.mark.parametrize("shape", [(2, 100, 16, 300), (1, 33, 5, 64), (3, 40, 20, 1)], ids=str)
+def test_selective_scan(shape):
+    """The outputs of some parts of a sequence, each from the state of the one before."""
+    batch, channels, states, steps = shape
+    rows, lines = (batch, channels, steps), (batch, states, steps)
+
+    def scan(backend, x, delta, a, b, c, d, z, state):
+        first, second = (
+            [t[..., at] for t in (x, delta, b, c, z)] for at in (slice(steps // 2), slice(steps // 2, None))
+        )
+        outs = []
+        for x, delta, b, c, z in (first, second):
+            y, state = selective_scan(x, delta, -a.exp(), b, c, d, z, state, backend=backend)
+            outs.append(y)
+        return torch.cat([torch.cat(outs, -1), state.to(outs[0].dtype)], -1)
+
+    check(
+        "selective_scan",
+        scan,
+        *(draw(*rows, seed=seed) for seed in (0, 1)),
+        draw(channels, states, seed=2),
+        *(draw(*lines, seed=seed) for seed in (3, 4)),
+        draw(channels, seed=5),
+        draw(*rows, seed=6),
+        draw(batch, channels, states, seed=7),
+    )

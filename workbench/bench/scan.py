@@ -19,7 +19,7 @@ from workbench.bench.core import BOTH, FORWARD, OURS, Case, Contestants
 from workbench.kernels import selective_scan
 from workbench.kernels.memory import peak_bytes
 
-REPEATS = 5
+REPEATS = 3
 TRANSFORMERS, DOUBLING = "transformers", "torch/doubling"
 QUICK = ((2, 5, 3, 9),)
 SHAPES = ((4, 256, 16, 512), (1, 512, 16, 4096))  # B, I, N, L

@@ -39,6 +39,7 @@ OPERATORS = (
     "dct",
     "column_topk",
     "shared_store",
+    "selective_scan",
 )
 """The operators with a Triton path."""
 

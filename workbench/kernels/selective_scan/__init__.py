@@ -4,8 +4,8 @@ With D_t = softplus(delta_t), for every channel i with its N states
 
     h_t = exp(D_t a) h_{t-1} + D_t x_t b_t,        y_t = (c_t . h_t + d x_t) silu(z_t)
 
-Paths: "reference" and "native" (float32; without a C compiler the reference runs). What a path provides, as functions
-of its module:
+Paths: "reference", "native" (float32; without a C compiler the reference runs) and "triton" (all but float64). What a
+path provides, as functions of its module:
 
     forward(x, delta, a, b, c, d, z, state, save: bool) -> (y, last, kept)
     backward(grad, grad_last, x, delta, a, b, c, d, z, kept) -> the gradients of x, delta, a, b, c, d, z and state
@@ -27,8 +27,9 @@ from workbench.errors import InputError
 from workbench.kernels import dispatch
 from workbench.kernels.selective_scan.reference import CHUNK
 
-BACKENDS = ("reference", "native")
+BACKENDS = ("reference", "native", "triton")
 NATIVE = Path(__file__).with_name("native.c")
+REFUSED = "backend is 'triton' but x is torch.float64, and it computes in float32"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,7 +64,7 @@ def selective_scan(
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
     _check(x, delta, a, b, c, d, z, state)
-    chosen = dispatch.choose("selective_scan", backend, x.device, BACKENDS, x.dtype, NATIVE)
+    chosen = _choose(x, backend)
     wide = torch.promote_types(x.dtype, torch.float32)
     a, d = a.to(wide), d.to(wide)
     state = x.new_zeros(x.shape[0], *a.shape, dtype=wide) if state is None else state.to(wide)
@@ -88,7 +89,7 @@ def _forward(
     """y, in the layout of x, the last state, and what the backward wants to see again."""
     _check(x, delta, a, b, c, d, z, state)
     _check_wide(x, a=a, d=d, state=state)
-    dispatch.admit("selective_scan", backend, x.device, BACKENDS, x.dtype)
+    _admit(x, backend)
     return _run(x, delta, a, b, c, d, z, state, backend, save)
 
 
@@ -123,7 +124,7 @@ def _backward(
     """Gradients of x, delta, a, b, c, d, z and state."""
     _check(x, delta, a, b, c, d, z, grad_last, "grad_last")
     _check_wide(x, a=a, d=d, grad_last=grad_last)
-    dispatch.admit("selective_scan", backend, x.device, BACKENDS, x.dtype)
+    _admit(x, backend)
     for name, tensor, shape, dtype in (("grad", grad, x.shape, x.dtype), ("kept", kept, kept_shape(x, a), a.dtype)):
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
             raise InputError(
@@ -159,6 +160,21 @@ def _grads(ctx, grad, grad_last, _):
 
 
 _forward.register_autograd(_grads, setup_context=_setup)
+
+
+def _choose(x: Tensor, backend: str | None) -> str:
+    chosen = dispatch.choose("selective_scan", backend, x.device, BACKENDS, x.dtype, NATIVE)
+    if chosen != "triton" or x.dtype != torch.float64:
+        return chosen
+    if backend is None:
+        return "reference"
+    raise InputError(REFUSED)
+
+
+def _admit(x: Tensor, backend: str) -> None:
+    dispatch.admit("selective_scan", backend, x.device, BACKENDS, x.dtype)
+    if backend == "triton" and x.dtype == torch.float64:
+        raise InputError(REFUSED)
 
 
 def _path(backend: str):
