@@ -48,7 +48,9 @@ def tables(quick: bool = False) -> dict[str, list[dict]]:
             for name, scan in problem.scans().items():
                 if (reason := absent(name, shape, direction)) is not None:
                     left_out.append(case | {"implementation": name, "reason": reason})
-                elif (peak := peak_bytes(partial(problem.call, scan, direction))) is not None:
+                    continue
+                Problem(QUICK[0]).call(scan, direction)  # what is imported by the first call is none of its needs
+                if (peak := peak_bytes(partial(problem.call, scan, direction))) is not None:
                     ratio = round((inputs + peak) / (inputs + outputs), 2)
                     memory.append(case | {"implementation": name, "peak_bytes": peak, "ratio_to_data": ratio})
     return {"memory": memory, "left_out": left_out}
