@@ -177,19 +177,20 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     model, alone = build(arm, seed, settings)
     together = 0 if arm in APART else len(MODALITIES) * settings["expert_steps"]
     budgets: list[Budget] = []
+    losses: list[float] = []
 
     def learn(model: nn.Module) -> None:
         budgets.append(training_budget(model, uneven, settings["batch"]))
         if together:
             learner(even, together, 4 * seed + 2, settings)(model)
-        learner(uneven, settings["steps"], 4 * seed + 3, settings)(model)
+        losses.append(learner(uneven, settings["steps"], 4 * seed + 3, settings)(model).loss)
 
     torch.manual_seed(seed)
     tune(model, learn, settings["rank"] * (1 if arm in APART else 2))
     with observing(moe_layers(model).values(), by_modality) as seen:
         found = uneven.evaluate(model, "test", settings["test_batches"])
     by_task = [found[f"accuracy/{name}"] for name in MODALITIES]
-    extra = {"by_modality": by_task, "alone": alone}
+    extra = {"by_modality": by_task, "alone": alone, "loss": losses[0]}  # of the last batch
     if seen:
         counts = torch.stack([sum(each) for each in seen.values()])
         extra["share"] = (counts / counts.sum(-1, keepdim=True)).tolist()
