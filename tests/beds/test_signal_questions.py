@@ -61,6 +61,9 @@ def test_a_batch_has_the_same_share_of_each_modality_every_time():
             assert batch.domain.bincount().tolist() == counts
     one = task.batch("train", 5, torch.Generator().manual_seed(0), domain=2)
     assert set(one.signals) == {"glyphs"} and one.domain.tolist() == [2] * 5
+    alone = SignalQuestions(("speech",))
+    assert alone.batch("train", 5, torch.Generator().manual_seed(0)).domain.tolist() == [0] * 5
+    assert alone.domains == ("speech",) and alone.modalities == ("text", *MODALITIES)
 
 
 def test_an_answer_is_right_to_its_last_byte_and_modalities_count_alike():

@@ -101,6 +101,7 @@ class SignalQuestions:
 
     metric, unit, higher_is_better = "accuracy", "fraction", True
     name, vocab = "signal-questions", LanguageModelling.vocab
+    modalities = ("text", *MODALITIES)
 
     def __init__(self, modalities: Sequence[str] = MODALITIES, shares: Sequence[float] | None = None, frames: int = 29):
         for modality in modalities:
@@ -141,7 +142,8 @@ class SignalQuestions:
                 yield self._ask({name: rows[slice(first, first + size)]})
 
     def loss(self, model: nn.Module, batch: Asked) -> tuple[Tensor, Context]:
-        batch, context = batch.to(device_of(model)), Context()
+        batch = batch.to(device_of(model))
+        context = Context(domain=batch.domain)
         logits = model(batch.inputs, batch.signals, context)
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=SILENT), context
 
@@ -153,7 +155,7 @@ class SignalQuestions:
                 if max_batches is not None and seen[domain] >= max_batches:
                     continue
                 batch = batch.to(device_of(model))
-                said = model(batch.inputs, batch.signals, Context()).argmax(-1)
+                said = model(batch.inputs, batch.signals, Context(domain=batch.domain)).argmax(-1)
                 right[domain] += int(((said == batch.targets) | (batch.targets == SILENT)).all(1).sum())
                 asked[domain], seen[domain] = asked[domain] + len(said), seen[domain] + 1
         share = [a / b for a, b in zip(right, asked, strict=True)]

@@ -159,6 +159,11 @@ def test_a_token_is_told_its_modality_its_row_s_and_whether_it_is_there():
     assert domain[:, 0].tolist() == [0, 1, 1, 0] and (domain == domain[:, :1]).all()
     assert mask[3].all() and mask[2].tolist() == [True] * (3 + T) + [False]
     assert mask[1].tolist() == [True] * (3 + 4) + [False] * 3  # its text has four bytes
+    made(text, signals, told := Context(domain=torch.tensor([5, 6, 7, 8])))
+    assert torch.equal(told.domain, torch.arange(5, 9).repeat_interleave(4 + T))
+    assert torch.equal(told.modality, context.modality)
+    with pytest.raises(InputError, match=r"context.domain has shape \(40,\) but must be that of 4 rows"):
+        made(text, signals, told)
 
 
 @pytest.mark.parametrize(

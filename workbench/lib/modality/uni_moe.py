@@ -159,8 +159,8 @@ class MultimodalLM(nn.Module):
         Args:
             text: filled up with `PAD`.
             signals: by modality; every row is in exactly one.
-            context: is told of each token its modality (0 for text), its row's as `domain`, counted from 0, and which
-                are padding.
+            context: its `domain`, if it has one, is that of each row (B,). It is told of each token the domain, which
+                without one is the row's modality counted from 0; the modality, 0 for text; and whether it is there.
 
         Raises:
             InputError: a modality without a connector, rows without a signal or with two, or more tokens than the
@@ -168,12 +168,12 @@ class MultimodalLM(nn.Module):
         """
         context = context if context is not None else Context()
         rows = self._rows(text, signals)
-        embedded, parts, lengths, domain = self.lm.embedding(text), [], [], []
+        embedded, parts, lengths, connector = self.lm.embedding(text), [], [], []
         for name, signal in signals.items():
             soft = self.connectors[name](signal.states, signal.mask)
             parts.append(torch.cat([soft, embedded[signal.rows]], 1))
             lengths += [soft.shape[1]] * len(soft)
-            domain += [self.modalities.index(name) - 1] * len(soft)
+            connector += [self.modalities.index(name) - 1] * len(soft)
         length = max(part.shape[1] for part in parts)
         if length > self.lm.seq_len:
             raise InputError(
@@ -181,8 +181,8 @@ class MultimodalLM(nn.Module):
             )
         back = rows.argsort()
         x = torch.cat([F.pad(part, (0, 0, 0, length - part.shape[1])) for part in parts])[back]
-        n_soft, domain = (torch.tensor(values, device=text.device)[back] for values in (lengths, domain))
-        self._tell(context, text, length, n_soft, domain)
+        n_soft, connector = (torch.tensor(values, device=text.device)[back] for values in (lengths, connector))
+        self._tell(context, text, length, n_soft, connector)
         if self.lm.position is not None:
             x = x + self.lm.position[:length]
         for block in self.lm.blocks:
@@ -199,10 +199,13 @@ class MultimodalLM(nn.Module):
             raise InputError(f"signals are of the rows {rows.tolist()} but must be of each of {len(text)} rows once")
         return rows
 
-    def _tell(self, context: Context, text: Tensor, length: int, n_soft: Tensor, domain: Tensor) -> None:
+    def _tell(self, context: Context, text: Tensor, length: int, n_soft: Tensor, connector: Tensor) -> None:
+        domain = connector if context.domain is None else context.domain
+        if domain.shape != text.shape[:1]:
+            raise InputError(f"context.domain has shape {tuple(domain.shape)} but must be that of {len(text)} rows")
         place = torch.arange(length, device=text.device)
         soft = place < n_soft[:, None]
-        context.modality = torch.where(soft, domain[:, None] + 1, 0).flatten()
+        context.modality = torch.where(soft, connector[:, None] + 1, 0).flatten()
         context.domain = domain.repeat_interleave(length)
         at = (place - n_soft[:, None]).clamp(0, text.shape[1] - 1)
         inside = place < n_soft[:, None] + text.shape[1]
