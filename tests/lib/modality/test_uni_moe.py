@@ -308,6 +308,10 @@ def test_a_wrong_option_is_named():
     made = model()
     with pytest.raises(InputError, match="modality 'video' is unknown"):
         align(made, "video", step())
+    made.lm.blocks[1] = nn.Identity()
+    with pytest.raises(InputError, match="layer 1 of the decoder is a Identity, without a feed-forward block"):
+        train_expert(made, "image", step("image"))
+    made = model()
     with pytest.raises(InputError, match="layers 'some' is unknown"):
         assemble(made, [base_expert(made)], layers="some")
 

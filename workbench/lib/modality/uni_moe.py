@@ -322,7 +322,14 @@ def train_expert(
 
 
 def base_expert(model: MultimodalLM, name: str = "base") -> Expert:
-    """The untouched blocks of the decoder, as an expert."""
+    """The untouched blocks of the decoder, as an expert.
+
+    Raises:
+        InputError: a layer of the decoder has none, such as a Mamba block.
+    """
+    for layer, block in enumerate(model.lm.blocks):
+        if not hasattr(block, "ffn"):
+            raise InputError(f"layer {layer} of the decoder is a {type(block).__name__}, without a feed-forward block")
     blocks = tuple(deepcopy(block.ffn) for block in model.lm.blocks)
     return Expert(name, blocks, weights_digest(nn.ModuleList(blocks)))
 

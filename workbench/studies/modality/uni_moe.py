@@ -276,7 +276,7 @@ STUDY = Study(
     judge=judge,
     tested="Experts that were trained on one modality each and then mixed answer more questions, the mean over the "
     "modalities, than a mixture of copies that saw as much, and their routing knows more of the modality.",
-    power=Power((COPIES, DENSE), effect=EFFECT),
+    power=Power((COPIES, DENSE), effect=EFFECT, deviation={"small": (0.0133, 12)}),
     main=OURS,
     trainings=lambda arm: 1 if arm in APART else 2,
 )
