@@ -187,6 +187,9 @@ def test_signals_that_do_not_fit_are_named(change, said):
     text, signals = batch()
     with pytest.raises(InputError, match=said):
         model()(text, change(signals))
+    for none in (text[:0], text[:, :0]):
+        with pytest.raises(InputError, match="text has shape"):
+            model()(none, signals)
 
 
 def test_a_batch_of_one_modality_is_a_batch():

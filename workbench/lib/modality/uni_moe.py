@@ -163,8 +163,8 @@ class MultimodalLM(nn.Module):
                 without one is the row's modality counted from 0; the modality, 0 for text; and whether it is there.
 
         Raises:
-            InputError: a modality without a connector, rows without a signal or with two, or more tokens than the
-                decoder has positions.
+            InputError: no text, a modality without a connector, rows without a signal or with two, or more tokens than
+                the decoder has positions.
         """
         context = context if context is not None else Context()
         rows = self._rows(text, signals)
@@ -191,6 +191,8 @@ class MultimodalLM(nn.Module):
         return self.lm.norm(x[torch.arange(len(x), device=x.device)[:, None], said]) @ self.lm.embedding.weight.T
 
     def _rows(self, text: Tensor, signals: Mapping[str, Signal]) -> Tensor:
+        if text.ndim != 2 or 0 in text.shape:
+            raise InputError(f"text has shape {tuple(text.shape)} but must be (batch, time) with at least one of each")
         for name in signals:
             if name not in self.connectors:
                 raise unknown("modality", name, self.connectors)
