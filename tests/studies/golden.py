@@ -48,6 +48,7 @@ TEXT = {
     "welore",
     "mixture-of-recursions",
     "linear-dmo",
+    "ul2",
 }
 """The studies that learn the text of this Python."""
 

@@ -9,16 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from workbench.errors import InputError
-from workbench.figures.theme import (
-    blank,
-    colour_bar,
-    legend_below_title,
-    mark_step,
-    rgba,
-    sequential,
-    text,
-    theme_named,
-)
+from workbench.figures.text import text_cells
+from workbench.figures.theme import blank, legend_below_title, mark_step, rgba, text, theme_named
 
 
 def depth_shares(
@@ -109,40 +101,18 @@ def text_by_depth(
         raise InputError(f"depths has shape {depths.shape} but must have one for each of the {len(tokens)} tokens")
     if depths.min() < 0 or depths.max() > deepest:
         raise InputError(f"depths are {depths.min()} to {depths.max()} but must be between 0 and deepest = {deepest}")
-    rows = -(-len(tokens) // columns)
-    grid = np.full(rows * columns, np.nan)
-    grid[: len(tokens)] = depths
-    written = [SHOWN.get(token, token) for token in tokens] + [""] * (rows * columns - len(tokens))
-    cells = np.array([text(token) for token in written], dtype=object).reshape(rows, columns)
-    heat = {
-        "type": "heatmap",
-        "z": grid.reshape(rows, columns),
-        "text": cells,
-        "texttemplate": "%{text}",
-        "textfont": {"family": "ui-monospace, Menlo, Consolas, monospace", "size": 12},
-        "zmin": 0,
-        "zmax": deepest,
-        "colorscale": sequential(theme),
-        "colorbar": colour_bar({depth: str(depth) for depth in range(deepest + 1)}),
-        "xgap": 1,
-        "ygap": 2,
-        "hoverongaps": False,
-        "hovertemplate": "%{text}<br>depth <b>%{z}</b><extra></extra>",
-    }
-    hidden = {"showgrid": False, "showticklabels": False, "showline": False}
-    return blank(
-        theme,
-        title,
-        subtitle,
+    starts = range(0, len(tokens), columns)
+    return text_cells(
+        [tokens[i : i + columns] for i in starts],
+        [depths[i : i + columns] for i in starts],
+        {depth: str(depth) for depth in range(deepest + 1)},
+        what="depth",
         x=f"{columns} tokens a line",
         y="line",
-        data=[heat],
-        xaxis=hidden,
-        yaxis=hidden | {"range": [rows - 0.5, -0.5]},
+        theme=theme,
+        title=title,
+        subtitle=subtitle,
     )
-
-
-SHOWN = {" ": "·", "\n": "⏎", "\t": "→", "\r": "␍"}
 
 
 def loss_over_flops(
