@@ -199,5 +199,5 @@ STUDY = Study(
     judge=judge,
     tested="With equal tokens processed, a decoder trained on UL2's mixture is within 3 % of a causal one at going on "
     "and of one trained on T5's spans at filling holes, better than each in the mean, and best in the right mode.",
-    power=Power(BASELINES, effect=0.08),
+    power=Power(BASELINES, effect=0.125, deviation={"small": (0.139, 12)}),  # 3 % of the bits of t5
 )
