@@ -49,6 +49,7 @@ TEXT = {
     "mixture-of-recursions",
     "linear-dmo",
     "ul2",
+    "climb",
 }
 """The studies that learn the text of this Python."""
 
