@@ -116,10 +116,10 @@ class MixtureSpace:
 
     def _distinct(self, draw: Callable[[], Tensor], least: int, without: Tensor | None) -> Tensor:
         """At least so many distinct mixtures of the grid from what is drawn."""
-        out = {row.tobytes() for row in self._in_units(without)} if without is not None and len(without) else set()
+        out = {row.tobytes() for row in self._in_units(without)} if without is not None else set()
         found: dict[bytes, np.ndarray] = {}
         for _ in range(TRIES):
-            for row in np.unique(self._on_grid(draw()), axis=0):
+            for row in self._on_grid(draw()):
                 if (key := row.tobytes()) not in out:
                     found.setdefault(key, row)
             if len(found) >= least:

@@ -163,7 +163,7 @@ class ClusterDomains:
 
     def _ordered(self, documents: Documents, points, labels, quality, pruned: int) -> Clusters:
         inside = labels >= 0
-        count = labels.max() + 1
+        count = int(labels.max()) + 1
         size = np.array([len(document) for document in documents], dtype=np.float64)
         share = _sums(size[inside], labels[inside], count)
         order = np.argsort(-share, kind="stable")
