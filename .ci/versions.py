@@ -28,7 +28,8 @@ ENDS = ("oldest", "newest")
 TESTS = [
     "tests/test_package.py", "tests/test_cli.py", "tests/test_common.py", "tests/test_notebook_runner.py",
     "tests/figures", "tests/kernels/test_moe_mlp.py", "tests/kernels/test_transformers.py", "tests/lib/core/adapt",
-    "tests/lib/data", "tests/lib/measures/test_power_law.py", "tests/lib/measures/test_statistics.py",
+    "tests/lib/data", "tests/lib/data_mixtures/test_climb.py", "tests/lib/measures/test_power_law.py",
+    "tests/lib/measures/test_statistics.py",
     "tests/live/test_export.py", "tests/live/test_serve.py", "tests/live/test_store.py", "tests/live/views",
     "tests/studies/test_core.py", "tests/notebooks/test_stored.py",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ COMMANDS = (
     "verdicts",
     "bench",
     "merge",
+    "mix",
     "live",
     "view",
     "run",

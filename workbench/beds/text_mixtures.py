@@ -13,7 +13,8 @@ Tensor letters: K domains.
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -221,23 +222,42 @@ class Trainer:
         def teach(model: nn.Module) -> object:
             return train(model, task, TrainConfig(self.warm_steps, self.batch_size, self.lr, eval_every=None))
 
-        names = ("count", "width", "layers", "warm_steps", "lr", "seq_len", "batch_size")
-        recipe = {name: getattr(self, name) for name in names} | {"share": self.source.share.tolist()}
-        recipe["data"] = {name: held_out(self.count).manifest[name]["sha256"] for name in KINDS}
+        only_warm = ("count", "width", "layers", "warm_steps", "lr", "seq_len", "batch_size", "share", "data")
+        recipe = {name: value for name, value in self.recipe().items() if name in only_warm}
         return pretrained("text-mixtures", recipe, build, teach, [sys.modules[__name__]])
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides what a mixture comes to but the mixture and the seed, as plain values."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "source"}
+        data = {name: held_out(self.count).manifest[name]["sha256"] for name in KINDS}
+        return plain | {"purpose": dict(self.purpose), "share": self.source.share.tolist(), "data": data}
+
+    def expert(self, domain: int, seed: int) -> DecoderLM:
+        """The model that has gone on with one domain alone: trained once, then from the cache."""
+        only = torch.zeros_like(self.source.share)
+        only[domain] = 1.0
+
+        def teach(model: nn.Module) -> object:
+            return train(model, self.task(only), self._config(seed))
+
+        recipe = self.recipe() | {"domain": domain, "seed": seed}
+        return pretrained("text-mixtures-expert", recipe, self.warm, teach, [sys.modules[__name__]])
 
     def learn(self, weights: Weights, seed: int, watched: bool = False) -> DecoderLM:
         """The model that has gone on with a mixture; `watched` where it may be looked at live."""
         model = self.warm()
-        config = TrainConfig(self.steps, self.batch_size, self.lr, warmup=5, seed=seed, eval_every=None)
-        if watched:
-            train(model, self.task(weights), config)
-        else:
-            with attended(nobody):
-                train(model, self.task(weights), config)
+        with nullcontext() if watched else attended(nobody):
+            train(model, self.task(weights), self._config(seed))
         return model
+
+    def _config(self, seed: int) -> TrainConfig:
+        return TrainConfig(self.steps, self.batch_size, self.lr, warmup=5, seed=seed, eval_every=None)
 
     def score(self, weights: Weights, seed: int) -> float:
         """Bits per byte for the purpose on validation text: what a search asks for. The smaller the better."""
-        task = self.task(weights)
-        return task.evaluate(self.learn(weights, seed), "validation", self.eval_batches)[task.metric]
+        return self.judged(self.learn(weights, seed))
+
+    def judged(self, model: nn.Module) -> float:
+        """That of any model, merged ones among them."""
+        task = self.task(self.source.share)
+        return task.evaluate(model, "validation", self.eval_batches)[task.metric]

@@ -16,6 +16,7 @@ from typing import NoReturn
 from workbench.bench import BENCHES
 from workbench.cli.compress import add_compress
 from workbench.cli.merge import add_merge
+from workbench.cli.mix import add_mix
 from workbench.errors import InputError, unknown
 
 PRESETS = ("smoke", "small", "full")
@@ -110,6 +111,9 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
     sub = command("compress", "put factors of low rank in the place of a trained model's matrices, without data")
     add_compress(sub)
+
+    sub = command("mix", "search in which proportion to train on domains of text, with small proxy models")
+    add_mix(sub, whole)
 
     def page(name: str, text: str) -> Parser:
         sub = command(name, text, json=False)

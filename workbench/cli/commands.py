@@ -187,6 +187,12 @@ def compress(args: argparse.Namespace) -> None:
     compress_files(args)
 
 
+def mix(args: argparse.Namespace) -> None:
+    from workbench.cli.mix import mix as search_mixtures
+
+    search_mixtures(args)
+
+
 def live(args: argparse.Namespace) -> None:
     from workbench.cli.live import recipes
     from workbench.live.serve import live as serve_live
