@@ -32,8 +32,8 @@ def add_mix(sub: argparse.ArgumentParser, whole: Any) -> None:
     sub.add_argument("--purpose", nargs="+", metavar="KIND=WEIGHT", help=text)
     text = "proxies that a search may train (default: 28; linear-dmo has one for each domain)"
     sub.add_argument("--runs", type=whole(LEAST, 10_000), metavar="N", help=text)
-    text = "steps of each proxy (default: 24, a fraction of a second)"
-    sub.add_argument("--steps", type=whole(1, 100_000), default=24, metavar="N", help=text)
+    text = "steps of each proxy (default: 32, a fraction of a second)"
+    sub.add_argument("--steps", type=whole(1, 100_000), default=32, metavar="N", help=text)
     sub.add_argument("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N", help="of everything (default: 0)")
     sub.add_argument("--jobs", type=whole(1), default=1, metavar="N", help="processes (default: 1)")
     sub.add_argument("--out", required=True, metavar="FILE", help="where to write the result as JSON; it must be new")
