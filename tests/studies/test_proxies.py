@@ -126,6 +126,17 @@ def test_a_search_writes_all_it_tried_and_says_what_is_best(shell, search: str):
     assert found["run"] + found["kept"] == 7 + len(choices) - 1 + 2
 
 
+def test_linear_dmo_trains_a_proxy_a_domain_and_measures_what_it_chooses(shell):
+    status, out, _ = shell("linear-dmo --over kinds --steps 2 --out found.json --html map.html")
+    found = json.loads(Path("found.json").read_text())
+    assert status == 0 and "linear-dmo over 3 kinds, 3 experts and 3 proxy runs, 0 of them kept" in out
+    assert len(found["mixtures"]) == 22 and all(row["score"] is None for row in found["mixtures"])
+    liked = min(found["mixtures"], key=lambda row: row["foreseen"])
+    assert found["best"]["weights"] == liked["weights"] and found["best"]["how"] == "best predicted"
+    trainer = Trainer.of(kinds(240), PURPOSE, mix.SETTINGS | {"proxy": (32, 1, 5, 2, 3e-3)}, "proxy")
+    assert found["best"]["score"] == trainer.score(liked["weights"], 0)
+
+
 def test_the_same_search_again_runs_nothing_and_finds_the_same(shell):
     shell("climb --over kinds --runs 7 --steps 2 --out one.json")
     status, out, _ = shell("climb --over kinds --runs 7 --steps 2 --out two.json --json")

@@ -98,6 +98,7 @@ def _search(args: argparse.Namespace, purpose: Mapping[str, float], progress: Re
     said = {"search": args.search, "over": args.over, "unit": "bits/byte", "domains": names, "share": share.tolist()}
     said |= {"purpose": dict(purpose), "steps": args.steps, "seed": args.seed, "mixtures": found}
     said |= {"best": min(choices, key=lambda one: one["score"]), "choices": choices}
+    said["experts"] = len(names) if args.search == "linear-dmo" else 0
     return said | {"natural": natural, "even": even_score, "kept": proxies.kept, "run": proxies.run}
 
 
@@ -185,7 +186,8 @@ def _line(out: str, found: Mapping[str, Any]) -> str:
     best = found["best"]
     parts = sorted(zip(best["weights"], found["domains"], strict=True), reverse=True)
     shown = ", ".join(f"{name} {weight:.2f}" for weight, name in parts if weight >= 0.005)
-    runs = f"{found['run'] + found['kept']} proxy runs, {found['kept']} of them kept from before"
+    experts = f"{found['experts']} experts and " if found["experts"] else ""
+    runs = f"{experts}{found['run'] + found['kept']} proxy runs, {found['kept']} of them kept from before"
     return (
         f"{out}: {found['search']} over {len(parts)} {found['over']}, {runs}; {best['score']:.4f} bits/byte at {shown} "
         f"({best['how']}), {found['natural']:.4f} at the natural shares, {found['even']:.4f} at equal ones"
