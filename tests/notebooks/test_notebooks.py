@@ -28,6 +28,8 @@ VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells d
     "05_adapters": {"seed": 7},
     "06_low_rank": {"seed": 7},
     "07_merging": {"seed": 7},
+    "08_modality": {"seed": 7},
+    "10_data_mixtures": {"seed": 7},
 }
 COUNT_FIGURES = f"""
 FIGURES = 0
