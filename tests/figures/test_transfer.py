@@ -41,6 +41,21 @@ def test_norms_have_a_line_a_width_the_band_and_the_ceiling():
     assert len(norm_traces((0, 10), weights, updates, (32, 64)).layout.shapes) == 1
 
 
+@pytest.mark.parametrize("updates", [[1.187, 1.203], [0.05, 3.0], [1.0, np.nan], [np.nan, 0.0]], ids=str)
+@pytest.mark.parametrize("start", [1.0, 2.01, 4.9])  # bands that lie apart from the ticks in every way
+def test_both_panels_of_norms_span_one_factor_with_ticks_in_it(updates, start):
+    figure = norm_traces((0, 10), np.full((1, 2), start), np.array([updates]), (32,), ceiling=1.2025)
+    ends = np.array([figure.layout.yaxis.range, figure.layout.yaxis2.range])
+    assert np.allclose(*np.diff(ends))
+    for (low, high), shown in zip(10**ends, ([start / 2, 2 * start], [*updates, 1.2025]), strict=True):
+        shown = np.array(shown)[np.nan_to_num(shown) > 0]
+        assert low < shown.min() and shown.max() < high
+        assert sum(low <= n * 10.0**e <= high for e in range(-4, 4) for n in (1, 2, 5)) >= 2
+    assert figure.layout.yaxis.dtick == figure.layout.yaxis2.dtick == "D2" and figure.layout.yaxis2.showticklabels
+    flat = norm_traces((0, 10), np.full((1, 2), start), np.array([[np.nan, np.nan]]), (32,))
+    assert np.isfinite(flat.layout.yaxis2.range).all()
+
+
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(InputError, match=r"shape \(2, 2, 3\) for 'a' but they must be \(..., 3 widths, 3 rates\)"):
         rate_curves({"a": (RATES, LOSSES)}, (1, 2, 3))

@@ -11,6 +11,8 @@ from workbench.figures.theme import blank, null_label, null_shape, rgba, text, t
 GAP = 0.05  # between panels, as a share of the figure
 HEIGHT = 350
 TOP = 0.9  # of the panels; their names are above it
+EDGE = 1.2
+"""Free above and below what is drawn, as a factor; a band of 0.5 to 2 and two edges have two of the ticks 1, 2, 5."""
 
 
 def rate_curves(
@@ -88,7 +90,7 @@ def norm_traces(
     """The RMS operator norms of a layer's weight and of its updates over the learning rate, a line a width.
 
     ``weights`` and ``updates`` are (widths, steps). The band is half to twice the first weight of the narrowest,
-    ``ceiling`` what an update cannot pass.
+    ``ceiling`` what an update cannot pass. Both panels span the same factor, so that flat looks flat in both.
     """
     colours = theme_named(theme)
     panels = {
@@ -101,9 +103,13 @@ def norm_traces(
     notes: list[dict] = []
     layout = _panels(list(panels), theme, x="step", y="RMS operator norm", notes=notes)
     traces, shapes = [], []
+    first = float(panels["weight, ‖W‖ᴿ"][0, 0])
+    marks = [first / 2, 2 * first], [] if ceiling is None else [ceiling]
+    ranges = _ranges([np.append(values, more) for values, more in zip(panels.values(), marks, strict=True)])
     for panel, values in enumerate(panels.values()):
         axis = "" if panel == 0 else str(panel + 1)
-        layout[f"yaxis{axis}"] |= {"type": "log", "tickformat": "~g", "dtick": "D2", "showticklabels": True}
+        ticks = {"tickformat": "~g", "dtick": "D2", "showticklabels": True}
+        layout[f"yaxis{axis}"] |= {"type": "log", "range": ranges[panel]} | ticks
         for width, shade, row in zip(widths, colours.ordered(len(widths)), values, strict=True):
             traces.append(
                 go.Scatter(
@@ -120,7 +126,6 @@ def norm_traces(
                     hovertemplate=f"width {width}, step %{{x}}<br><b>%{{y:.4g}}</b><extra></extra>",
                 )
             )
-    first = float(panels["weight, ‖W‖ᴿ"][0, 0])
     across = {"xref": "x domain", "yref": "y", "x0": 0, "x1": 1, "line": {"width": 0}, "layer": "below"}
     shapes.append({"type": "rect", "y0": first / 2, "y1": 2 * first, "fillcolor": rgba(colours.null, 0.22)} | across)
     if ceiling is not None:
@@ -128,6 +133,16 @@ def norm_traces(
         notes.append(null_label(theme, float(np.log10(ceiling)), f"ceiling {ceiling:.4g}", "2"))
     said = "flat over time and alike at every width, if the spectral condition holds · band = 0.5–2 × at the start"
     return blank(theme, title, said, data=traces, shapes=shapes, annotations=notes, height=HEIGHT, **layout)
+
+
+def _ranges(shown: Sequence[np.ndarray]) -> list[list[float]]:
+    """Of logarithmic axes, in decades: what is shown on each in its middle, all as wide as the widest needs."""
+    ends = []
+    for values in shown:
+        decades = np.log10(values[np.isfinite(values) & (values > 0)])
+        ends.append((decades.min(), decades.max()) if len(decades) else (0.0, 0.0))
+    span = max(high - low for low, high in ends) + 2 * np.log10(EDGE)
+    return [[float(low + high - span) / 2, float(low + high + span) / 2] for low, high in ends]
 
 
 def _panels(names: Sequence[str], theme: str, *, x: str, y: str, notes: list[dict]) -> dict[str, dict]:
