@@ -3,12 +3,9 @@
 import pytest
 import torch
 
+from tests.draws import draw
 from workbench.kernels import column_topk, dispatch, gather_columns
 from workbench.kernels.column_topk import triton
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def check(x, k, norm):

@@ -3,14 +3,11 @@
 import pytest
 import torch
 
+from tests.draws import draw
 from workbench.kernels import dct2_rows, dct3_rows, dispatch
 from workbench.kernels.dct import triton
 
 transforms = pytest.mark.parametrize("transform", [dct2_rows, dct3_rows])
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def check(transform, x):

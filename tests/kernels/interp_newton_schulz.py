@@ -3,13 +3,10 @@
 import pytest
 import torch
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels import dispatch, newton_schulz
 from workbench.kernels.newton_schulz import COEFFICIENTS, triton
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def check(x, steps=2):

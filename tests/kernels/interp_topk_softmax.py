@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels import dispatch, topk_softmax
 from workbench.kernels.topk_softmax.triton import MAX_EXPERTS, tile
@@ -10,10 +11,6 @@ from workbench.kernels.topk_softmax.triton import MAX_EXPERTS, tile
 INF, NAN = float("inf"), float("nan")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 both = pytest.mark.parametrize("renormalize", [True, False])
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def check(logits, k, renormalize=True):

@@ -3,14 +3,11 @@
 import pytest
 import torch
 
+from tests.draws import draw
 from workbench.kernels import dispatch, walsh_hadamard
 from workbench.kernels.walsh_hadamard import triton
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def check(x):

@@ -5,15 +5,12 @@ import importlib
 import pytest
 import torch
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels import column_adam, dct_basis, dispatch
 
 NATIVE = importlib.import_module("workbench.kernels.column_adam.native")  # the folder's name is the operator's
 BETAS, EPS = (0.9, 0.99), 1e-6
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def begin(shape, r, dtype=torch.float32):

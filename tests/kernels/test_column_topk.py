@@ -3,12 +3,9 @@
 import pytest
 import torch
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels import column_topk, dispatch, gather_columns
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("norm", [1, 2])

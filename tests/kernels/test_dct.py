@@ -4,16 +4,13 @@ import pytest
 import scipy.fft
 import torch
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels import dct2_rows, dct3_rows, dct_basis, dispatch
 from workbench.kernels.dct import cpu
 
 PATHS = ("reference", "cpu")
 WIDTHS = (1, 2, 3, 4, 5, 8, 17, 64, 100, 255, 256)
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels import dispatch, newton_schulz
 from workbench.kernels.newton_schulz import CEILING, COEFFICIENTS
@@ -12,10 +13,6 @@ from workbench.kernels.newton_schulz import CEILING, COEFFICIENTS
 PATHS = ("reference", "cpu")
 SHAPES = [(12, 12), (7, 20), (20, 7), (1, 9), (9, 1), (1, 1)]
 paths = pytest.mark.parametrize("path", PATHS)
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def quintic(s, steps=5):

@@ -8,16 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels import dispatch
 from workbench.kernels.span_attention import cpu, reference, span_attention, span_decode
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SPANS = [1, 7, 64, 65, 300, 7, 1, 64]
-
-
-def draw(*shape: int, dtype=torch.float32, seed=0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def heads(n, d=16, dtype=torch.float32, batch=2, hq=8, hkv=8) -> tuple[Tensor, Tensor, Tensor]:

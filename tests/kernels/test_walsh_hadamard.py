@@ -4,15 +4,12 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels import dispatch, threads, walsh_hadamard
 from workbench.kernels.walsh_hadamard import native
 
 PATHS = ("reference", "native")
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("length", [2**n for n in range(9)])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.kernels.newton_schulz import CEILING
 from workbench.lib.core.optim import parameter_groups
@@ -26,10 +27,6 @@ from workbench.lib.measures.operators import power_iteration
 
 SHAPES = [(12, 12), (6, 20), (20, 6), (1, 9), (9, 1), (3, 5, 8)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def given(*shape, seed=0, dtype=torch.float32):

@@ -1,6 +1,7 @@
 """Exact properties of DCT-AdamW and Trion; the released form where it differs."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,31 +9,17 @@ import scipy.fft
 import torch
 from torch import nn
 
+from tests import draws
+from tests.draws import walked
 from workbench.errors import InputError
 from workbench.kernels import dispatch, native, newton_schulz
 from workbench.lib.core.optim import projectors
 from workbench.lib.core.optim.projectors import BASES, ColumnSelector
 from workbench.lib.low_rank.svd_free_dct import SCALES, DCTAdamW, Trion, pack, unpack
 
+draw = partial(draws.draw, dtype=torch.float64)
+
 SHAPES = pytest.mark.parametrize("shape", [(9, 6), (6, 9), (6, 6), (2, 9, 6)])
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def walked(kind, shape, steps, dtype=torch.float64, start=None, **options):
-    """The parameter after steps with drawn gradients, its optimiser, and every value on the way."""
-    p = nn.Parameter(draw(*shape, seed=99, dtype=dtype) if start is None else start[0].clone())
-    optimizer = kind([p], **options)
-    if start is not None:
-        optimizer.load_state_dict(copy.deepcopy(start[1]))
-    path = [p.detach().clone()]
-    for step in steps:
-        p.grad = draw(*shape, seed=step, dtype=dtype)
-        optimizer.step()
-        path.append(p.detach().clone())
-    return p.detach(), optimizer, path
 
 
 # -- DCT-AdamW

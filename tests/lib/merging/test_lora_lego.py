@@ -1,6 +1,7 @@
 """LEGO: pieces stacked are a sum, alike pieces are fused, lengths and variance are what the corrections say."""
 
 import json
+from functools import partial
 
 import peft
 import pytest
@@ -9,17 +10,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 import workbench
+from tests.draws import draw
 from tests.kinds import models
 from workbench.errors import InputError
 from workbench.lib.core.merge.adapters import LowRankDeltas, concatenate, read_deltas
 from workbench.lib.core.merge.low_rank import units
 from workbench.lib.merging.lora_lego import canonical_units, clusters, lego_merge, lego_prune, merge_adapters
 
+drawn = partial(draw, dtype=torch.float64)
+
 D_IN, D_OUT, RANK, N = 12, 9, 4, 5
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def lora(seed=0, rank=RANK, scale=1.0, d_in=D_IN, d_out=D_OUT):

@@ -1,11 +1,14 @@
 """RMM: what is lost is what Eckart and Young say, in any gauge, and what is kept is counted."""
 
+from functools import partial
+
 import peft
 import pytest
 import torch
 from torch import nn
 
 import workbench
+from tests.draws import draw
 from tests.kinds import models
 from workbench.errors import InputError
 from workbench.lib.core.merge.low_rank import positions
@@ -19,12 +22,10 @@ from workbench.lib.merging.rmm import (
     share,
 )
 
+drawn = partial(draw, dtype=torch.float64)
+
 D_IN, D_OUT, RANK, N = 11, 7, 4, 6
 M = D_IN + D_OUT
-
-
-def drawn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def lora(seed=0, rank=RANK, scale=1.0, dtype=torch.float64):

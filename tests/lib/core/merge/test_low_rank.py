@@ -1,8 +1,11 @@
 """Thin and joint SVD, Procrustes, and the pools: each is what its formula says, and undone exactly."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.lib.core.merge.low_rank import (
     factored_svd,
@@ -16,9 +19,7 @@ from workbench.lib.core.merge.low_rank import (
     units,
 )
 
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+drawn = partial(draw, dtype=torch.float64)
 
 
 def lora(seed, rank=3, scale=2.0, d_in=7, d_out=5):

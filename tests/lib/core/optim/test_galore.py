@@ -1,34 +1,20 @@
 """GaLore's exact properties, and galore_torch beside it where it is installed."""
 
-import copy
 from collections import namedtuple
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+from tests import draws
 from workbench.lib.core.optim import PROJECTORS, GaLoreAdamW
 
+draw = partial(draws.draw, dtype=torch.float64)
+walked = partial(draws.walked, GaLoreAdamW)
+
 Named = namedtuple("Named", "U S Vh")
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def walked(shape, steps, dtype=torch.float64, start=None, **options):
-    """The parameter after steps with drawn gradients, its optimiser, and every value on the way."""
-    p = nn.Parameter(draw(*shape, seed=99, dtype=dtype) if start is None else start[0].clone())
-    optimizer = GaLoreAdamW([p], **options)
-    if start is not None:
-        optimizer.load_state_dict(copy.deepcopy(start[1]))
-    path = [p.detach().clone()]
-    for step in steps:
-        p.grad = draw(*shape, seed=step, dtype=dtype)
-        optimizer.step()
-        path.append(p.detach().clone())
-    return p.detach(), optimizer, path
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)])

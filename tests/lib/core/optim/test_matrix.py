@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.draws import draw
 from workbench.errors import InputError
 from workbench.lib.core import checkpoint
 from workbench.lib.core.optim import GaLoreAdamW, MatrixOptimizer, matrix_shape, parameter_groups
@@ -26,10 +27,6 @@ class Sign(MatrixOptimizer):
         state["sum"] += grad
         state["count"] += 1
         return state["sum"].sign()
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def given(*shape, seed=0, **options):

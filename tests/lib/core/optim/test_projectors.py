@@ -1,18 +1,18 @@
 """Projections: orthonormal bases, what they keep of a gradient, and how moments follow them."""
 
+from functools import partial
 from itertools import combinations
 
 import pytest
 import scipy.linalg
 import torch
 
+from tests import draws
 from workbench.errors import InputError
 from workbench.lib.core.optim import PROJECTORS, ColumnSelector, Power, Random, Svd, projectors
 from workbench.lib.core.optim.projectors import BASES, make_projector
 
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+draw = partial(draws.draw, dtype=torch.float64)
 
 
 def begun(projector, grad):
