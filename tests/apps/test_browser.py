@@ -279,6 +279,25 @@ SEEN = """row => {
 }"""
 
 
+def test_a_narrow_page_does_not_scroll_sideways_and_its_tables_scroll_in_their_cards(visit):
+    page = visit("live?run=first", plots=6)
+    page.set_viewport_size({"width": 700, "height": 800})
+    last = page.get_by_role("row", name="heavy-tail exponent α")
+    page.get_by_role("button", name="Spectra", exact=True).or_(
+        page.get_by_role("radio", name="Spectra", exact=True)
+    ).click()
+    last.wait_for(state="attached")
+    assert not last.evaluate(SEEN)
+    last.scroll_into_view_if_needed()
+    assert last.evaluate(SEEN)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 700
+    tabs = page.get_by_role("button", name="Adapters", exact=True).or_(
+        page.get_by_role("radio", name="Adapters", exact=True)
+    )
+    box = tabs.bounding_box()
+    assert box["x"] + box["width"] <= 700
+
+
 FORCE = """() => {
   for (const model of Bokeh.documents[0]._all_models.values()) {
     if (model.label?.includes?.("Stop")) model.disabled = false

@@ -50,6 +50,14 @@ def test_measures_over_time_have_unit_null_and_limits(measure):
     assert figure.layout.yaxis.range[0] == pytest.approx(low)
 
 
+def test_gradients_of_parts_are_named_in_full_where_there_is_room_and_in_short_in_a_small_plot():
+    values = {"gradient": np.ones(3), "gradient, image": np.ones(3)}
+    assert [line.name for line in spectra.spectrum(values).data] == ["gradient", "gradient, image"]
+    small = spectra.rank_lines({name: (np.arange(3), line) for name, line in values.items()}).data
+    assert [line.name for line in small] == ["gradient", "· image"]
+    assert small[1].hovertemplate.startswith("gradient, image")
+
+
 def test_weight_update_and_gradient_keep_their_colours():
     one = spectra.spectrum({"gradient": np.ones(3)}).data[0].line.color
     both = spectra.rank_lines({"weight": (np.arange(2), np.ones(2)), "gradient": (np.arange(2), np.ones(2))}).data

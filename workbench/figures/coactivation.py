@@ -109,7 +109,7 @@ def transition_matrix(
         *([str(i) for i in range(n)] for n in values.shape),
         theme=theme,
         title=title or "From this layer to the next",
-        subtitle="P(expert there | expert here) ÷ P(expert there) · 1 = independent",
+        subtitle="P(there | here) ÷ P(there) · 1 = independent",
         axes=(f"expert in layer {layers[1]}", f"expert in layer {layers[0]}"),
         scale=(0.0, 1.0, high),
         bar=colour_bar({0: "0", 1: "1 null", high: f"≥ {high:.2g}"}),

@@ -17,6 +17,11 @@ def _colour(theme: str, name: str, place: int = len(OBJECTS)) -> str:
     return palette[OBJECTS.index(name) if name in OBJECTS else place % len(palette)]
 
 
+def _short(name: str) -> str:
+    """The gradient of one part in a legend beside a small plot, where it stands below "gradient"."""
+    return f"· {name.removeprefix('gradient, ')}" if name.startswith("gradient, ") else name
+
+
 def spectrum(
     values: Mapping[str, np.ndarray],
     *,
@@ -35,9 +40,7 @@ def spectrum(
     ``floor`` is the lower end of the y axis.
     """
     colours = theme_named(theme)
-    figure = blank(
-        theme, title, "σₖ ÷ σ₁ against k ÷ n · dashed = random matrix of this shape", x="k ÷ n", y="σₖ ÷ σ₁ (log)"
-    )
+    figure = blank(theme, title, "σₖ ÷ σ₁ · dashed = random matrix of its shape", x="k ÷ n", y="σₖ ÷ σ₁ (log)")
 
     def line(sigma: np.ndarray, name: str, **look) -> None:
         sigma = np.asarray(sigma, dtype=np.float64)
@@ -123,7 +126,7 @@ def rank_lines(
             go.Scatter(
                 x=steps,
                 y=values.astype(np.float32),
-                name=text(name),
+                name=text(_short(name)),
                 mode="lines+markers" if len(steps) < 3 else "lines",
                 line={"color": _colour(theme, name, place), "width": 1.9},
                 hovertemplate=f"{text(name)} · step %{{x}}<br><b>%{{y:.4g}}</b><extra></extra>",

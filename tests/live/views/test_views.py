@@ -538,6 +538,24 @@ def test_the_choice_is_offered_where_a_run_has_both_and_else_made(run, tmp_path)
         writer.tensors(0, {"conflict_by_modality/trunk": np.ones((3, 3, 3))})
         writer.commit(0)
     assert list(figure(ConflictView(tmp_path / "modal"), "cosine").data[0].x) == ["text", "image", "speech"]
+    view.selection.choose(tmp_path / "modal")
+    assert not choice.visible and view.selection.by == "modality"
+    with RunWriter.create(tmp_path / "neither", {"model": {"groups": {"trunk": 9}}}) as writer:
+        writer.scalars(0, {"train/loss": 1.0})
+        writer.commit(0)
+    view.selection.choose(tmp_path / "neither")
+    assert not choice.visible and view.selection.by == "domain"
+    assert "at least two domains; this run has none" in str(view.cards["cosine"].contents[0])
+
+
+def test_a_balance_loss_of_zero_has_an_axis_that_can_be_read(tmp_path):
+    recipe = {"study": "moma", "arm": "4t4i", "preset": "small", "seed": 0}
+    with RunWriter.create(tmp_path / "arm", {"kind": "train", "recipe": recipe}) as writer:
+        for step in range(3):
+            writer.scalars(step, {"train/loss": 1.0, "train/aux": 0.0})
+            writer.commit(step)
+    axis = figure(LossView(tmp_path / "arm"), "aux").layout.yaxis
+    assert axis.range == (0, 1.08) and axis.title.text == "balance loss"
 
 
 # -- depth

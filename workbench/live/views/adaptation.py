@@ -45,7 +45,7 @@ class AdaptationView(View):
         parts = [table(f"{found['slug']}{self.suffix(run)}", small, heads, rows)]
         parts.append(_reasons("Left out", "what the targets match and was not adapted", found["left_out"]))
         parts.append(_reasons("Layer by layer", "blocks that were not taken whole", found["by_layer"]))
-        return html('<div class="scroll">{parts}</div>', parts=joined(parts))
+        return joined(parts)
 
 
 def _adaptation(run: Readings) -> Mapping[str, Any]:

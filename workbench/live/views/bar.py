@@ -46,15 +46,15 @@ def layer_select(selection: Selection) -> pn.widgets.Select:
 
 def division_select(selection: Selection) -> pn.widgets.RadioButtonGroup:
     """A widget that chooses whether measures are split by domain or by modality; where a run on show has only one of
-    them it is hidden, and that one is chosen."""
+    them it is hidden, and that one is chosen; with neither, domains, which then are said to be missing."""
     options = {f"by {name}": name for name in DIVISIONS}
     select = widget(pn.widgets.RadioButtonGroup, 190, options=options, value=selection.by)
 
     def follow(*_) -> None:
         there = [name for name, by in DIVISIONS.items() if any(len(by.names(run.model)) > 1 for run in selection.shown)]
         select.visible = len(there) > 1
-        if there and selection.by not in there:
-            selection.by = there[0]
+        if selection.by not in there:
+            selection.by = (*there, *DIVISIONS)[0]
         select.value = selection.by
 
     select.param.watch(lambda event: selection.param.update(by=event.new), "value")

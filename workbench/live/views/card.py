@@ -6,7 +6,7 @@ import panel as pn
 import plotly.graph_objects as go
 
 from workbench.live.views import style
-from workbench.live.views.markup import as_html, html
+from workbench.live.views.markup import html
 from workbench.live.views.plot import Plot
 from workbench.live.views.readings import Nothing
 
@@ -97,7 +97,7 @@ class Card(pn.viewable.Viewer):
     def _html(self, content: str | Nothing) -> str:
         if isinstance(content, Nothing):
             return html('<div class="empty"><b>{title}</b><span>{why}</span></div>', title=self.title, why=content)
-        return as_html(content)
+        return html('<div class="scroll">{content}</div>', content=content)
 
     def __panel__(self):
         return self._column

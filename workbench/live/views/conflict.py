@@ -26,12 +26,13 @@ HOW = {
     "noise pulls raw cosines to 0; the corrected ones divide it out with two independent half batches, may leave "
     "−1 … 1, and are grey where the half batches do not agree. Cells marked ~0 lie inside ±1/√P, the size of a cosine "
     "between random directions in P dimensions: orthogonal, not in conflict.",
-    "self": "The cosine between the gradients of two half batches of the same domain. Near 1 the gradient is mostly "
-    "signal, near 0 mostly noise: then read the raw cosines with care.",
+    "self": "The cosine between the gradients of two half batches of one domain, or modality. Near 1 the gradient is "
+    "mostly signal, near 0 mostly noise: then read the raw cosines with care.",
     "rate": "Share of the pairs with a negative cosine. Half of all pairs is what random signs give: a rate "
     "of 0.5 with cosines inside the noise band means orthogonal, not half in conflict. The chosen group is thick.",
     "worst": "The largest negative cosine over all pairs (above 0: some pair conflicts). It grows with the "
-    "number of domains, so compare only runs with equally many. The grey band is ±1/√P of the chosen group.",
+    "number of domains, or modalities, so compare only runs with equally many. The grey band is ±1/√P of the chosen "
+    "group.",
 }
 
 
@@ -56,7 +57,7 @@ class Conflicts(NamedTuple):
 
 
 class ConflictView(View):
-    """Cosines of the domains' gradients in every parameter group, now and over time, and of experts that share any."""
+    """Cosines of the gradients of domains or modalities in every parameter group, and of experts that share any."""
 
     title = "Conflict"
 

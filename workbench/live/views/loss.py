@@ -1,4 +1,4 @@
-"""The loss of a run, its validation by domain, and the numbers that drive it."""
+"""The loss of a run, its validation by domain or modality, and the numbers that drive it."""
 
 from math import log
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class Validation(NamedTuple):
 
 
 class LossView(View):
-    """Training and validation loss, validation by domain, learning rate, gradient norm and balance loss."""
+    """Training and validation loss, validation by domain or modality, learning rate, gradient norm and balance loss."""
 
     title = "Loss"
 
@@ -62,7 +62,7 @@ class LossView(View):
         self.controls = [division_select(self.selection)]
         return {
             "loss": Card("Loss", HOW["loss"], span=7, height=330),
-            "valid": Card("Validation by domain", HOW["valid"], span=5, height=330),
+            "valid": Card("Validation", HOW["valid"], span=5, height=330),
         } | {name: Card(SCALARS[name][1], HOW[name], span=4, height=232) for name in SCALARS}
 
     def draw(self, shown: list[Readings]) -> None:
@@ -114,14 +114,14 @@ class LossView(View):
             return steps, values
 
         found = self.read(read)
-        top = np.nanmax([1e-12, *(np.nanpercentile(values, 99.5) for _, values in present(found))])
+        top = max([0.0, *(np.nanpercentile(values, 99.5) for _, values in present(found))]) or 1.0
         return self.each(
             found,
             lambda run, data: figures.scalar_line(
                 *data,
                 title=f"{title}{self.suffix(run)}",
                 subtitle=subtitle,
-                unit=unit or named(run, name),
+                unit=unit or named(run, name, "balance loss"),
                 limits=(0.0, 1.08 * float(top)),
                 **self.look,
             ),
@@ -187,11 +187,11 @@ def _unit(run: Readings) -> tuple[str, float]:
     return named(run, "loss"), 1.0
 
 
-def named(run: Readings, value: str) -> str:
-    """The unit of a loss as it is recorded: what the script named, and nothing where it named none."""
+def named(run: Readings, value: str, other: str | None = None) -> str:
+    """The unit of a loss as it is recorded: what the script named, or where that is not known the kind of loss."""
     if (unit := (run.meta.get("units") or {}).get(value)) is not None:
         return str(unit)
     own = run.meta.get("kind") == "train"
-    return (
-        "nats/token" if own and run.arm is None else "task loss" if own else "loss"
-    )  # studies have tasks of many kinds
+    if own and run.arm is None:
+        return "nats/token"
+    return other or ("task loss" if own else "loss")  # studies have tasks of many kinds

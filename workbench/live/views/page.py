@@ -77,6 +77,7 @@ class Workbench(pn.viewable.Viewer):
         self.views: dict[str, View] = {}  # made when first shown
         self.selection.settled = self._settled
         self.tabs = widget(pn.widgets.RadioButtonGroup, 100 * len(kinds), options=list(self._kinds))
+        self.tabs.stylesheets = [*self.tabs.stylesheets, style.TABS]
         self.run = widget(pn.widgets.Select, 240, label="Run", options={})
         self.compare = widget(pn.widgets.Select, 240, label="Compare", options={NONE: ""})
         self.dark = widget(pn.widgets.Toggle, 70, label="◐ Dark", value=theme == "dark")

@@ -100,6 +100,13 @@ th:first-child, td:first-child {{ text-align: left; padding-left: 14px; }}
 .words td, .words th {{ text-align: left; }}
 """
 
+# the tabs of a page, which take a second line where there is no room
+TABS = f"""
+:host {{ max-width: 100%; height: auto !important; {NARROW} }}
+.bk-btn-group {{ flex-wrap: wrap; height: auto; width: 100%; }}
+:host .bk-btn-group .bk-btn {{ flex: 1 0 90px; width: auto; }}
+"""
+
 _CARET = (  # grey enough for both themes; the browser's own arrow is black in the dark one
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' width='10' height='6'%3E"
     "%3Cpath d='M1 1l4 4 4-4' fill='none' stroke='%238590a0' stroke-width='1.6'/%3E%3C/svg%3E"
