@@ -58,6 +58,17 @@ def test_gradients_of_parts_are_named_in_full_where_there_is_room_and_in_short_i
     assert small[1].hovertemplate.startswith("gradient, image")
 
 
+@pytest.mark.parametrize("there", [("weight", "update", "gradient"), ("weight",)])
+def test_no_two_lines_look_alike(there):
+    values = {name: np.ones(3) for name in (*there, *(f"gradient, {i}" for i in range(10)))}
+    series = {name: (np.arange(3), line) for name, line in values.items()}
+    for figure in (spectra.spectrum(values), spectra.rank_lines(series)):
+        looks = {(line.line.color, line.line.dash) for line in figure.data}
+        assert len(looks) == len(values)
+        own = {line.name: line.line.color for line in figure.data}
+        assert not {own[name] for name in there} & {colour for name, colour in own.items() if name not in there}
+
+
 def test_weight_update_and_gradient_keep_their_colours():
     one = spectra.spectrum({"gradient": np.ones(3)}).data[0].line.color
     both = spectra.rank_lines({"weight": (np.arange(2), np.ones(2)), "gradient": (np.arange(2), np.ones(2))}).data

@@ -1,6 +1,6 @@
 """Singular spectra of weights, updates and gradients, and the ranks and norms drawn from them over time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,15 @@ OBJECTS = ("weight", "update", "gradient")
 """What a spectrum is taken of; each has its colour in every figure here, and others have the colours behind these."""
 
 
-def _colour(theme: str, name: str, place: int = len(OBJECTS)) -> str:
+def _lines(theme: str, names: Iterable[str]) -> dict[str, dict]:
+    """Colour and dash by name: where there are more others than colours, the next ones are dashed."""
     palette = theme_named(theme).cycle
-    return palette[OBJECTS.index(name) if name in OBJECTS else place % len(palette)]
+    found = {name: {"color": colour} for name, colour in zip(OBJECTS, palette, strict=False)}
+    left = palette[len(OBJECTS) :]
+    for place, name in enumerate(name for name in names if name not in OBJECTS):
+        again, colour = divmod(place, len(left))
+        found[name] = {"color": left[colour], "dash": ("solid", "dashdot", "longdash")[min(again, 2)]}
+    return found
 
 
 def _short(name: str) -> str:
@@ -58,10 +64,11 @@ def spectrum(
             )
         )
 
+    looks = _lines(theme, values)
     if first is not None:
-        line(first, "weight at first", color=rgba(_colour(theme, "weight"), 0.45), width=1.4, dash="dot")
-    for place, (name, sigma) in enumerate(values.items()):
-        line(sigma, name, color=_colour(theme, name, place), width=2)
+        line(first, "weight at first", color=rgba(looks["weight"]["color"], 0.45), width=1.4, dash="dot")
+    for name, sigma in values.items():
+        line(sigma, name, **looks[name], width=2)
     if null is not None:
         line(null, "Marchenko–Pastur", color=colours.null, width=1.5, dash="dash")
     figure.update_yaxes(type="log", tickformat="~g", dtick=1)
@@ -120,7 +127,8 @@ def rank_lines(
     look = MEASURES[measure]
     subtitle, unit = look.subtitle.replace("÷ n", f"÷ {of}"), look.unit.replace("of n", f"of {of}")
     figure = blank(theme, title or look.title, subtitle, x="step", y=unit)
-    for place, (name, (steps, values)) in enumerate(series.items()):
+    looks = _lines(theme, series)
+    for name, (steps, values) in series.items():
         steps, values = np.asarray(steps), np.asarray(values, dtype=np.float64)
         figure.add_trace(
             go.Scatter(
@@ -128,7 +136,7 @@ def rank_lines(
                 y=values.astype(np.float32),
                 name=text(_short(name)),
                 mode="lines+markers" if len(steps) < 3 else "lines",
-                line={"color": _colour(theme, name, place), "width": 1.9},
+                line=looks[name] | {"width": 1.9},
                 hovertemplate=f"{text(name)} · step %{{x}}<br><b>%{{y:.4g}}</b><extra></extra>",
             )
         )

@@ -55,8 +55,8 @@ class Cadence:
         routing: load, importance, load by domain and modality, drops, confidence of the routers; the form of layers
             that tell it.
         structure: co-activation, transitions, singular spectra.
-        conflict: gradient conflict between domains and between modalities, spectra of their gradients, and the token
-            ids of every expert.
+        conflict: gradient conflict between domains or between modalities (where there are both, the two in turn after
+            the first step), spectra of their gradients, and the token ids of every expert.
     """
 
     routing: int = 10
@@ -500,7 +500,7 @@ class Watch:
     def _measure_conflict(self, step: int) -> dict[str, np.ndarray]:
         self.routing.mute(True)
         try:
-            return self.conflict.take(self._seed(step, 1))
+            return self.conflict.take(self._seed(step, 1), step // self.cadence.conflict)
         finally:
             self.routing.mute(False)
 

@@ -118,3 +118,17 @@ def test_a_watched_run_says_its_modalities(modal, stream_model, tmp_path):
         assert {"load_by_modality", "coactivation_by_modality", "conflict_by_modality", "gradients_by_modality"} <= {
             name.split("/")[0] for name in run.names()
         }
+
+
+def test_conflict_of_domains_and_of_modalities_is_recorded_in_turn(modal, stream_model, tmp_path):
+    cadence = {"routing": 0, "structure": 0, "conflict": 2}
+    with watch(stream_model, tmp_path / "run", task=modal, cadence=cadence) as watched:
+        for _ in range(9):
+            watched.step(loss=1.0)
+    with Run(tmp_path / "run") as run:
+        assert run.tensors("conflict/trunk")[0].tolist() == [0, 4, 8]
+        assert run.tensors("conflict_by_modality/trunk")[0].tolist() == [0, 2, 6]
+        spectra = {name.partition("/")[0] for name in run.names() if name.startswith("gradients")}
+        assert spectra == {"gradients_by_domain", "gradients_by_modality"}
+        matrix = next(iter(run.meta["model"]["matrices"]))
+        assert run.tensors(f"gradients_by_modality/{matrix}")[0].tolist() == [0, 2, 6]

@@ -548,6 +548,27 @@ def test_the_choice_is_offered_where_a_run_has_both_and_else_made(run, tmp_path)
     assert "at least two domains; this run has none" in str(view.cards["cosine"].contents[0])
 
 
+def test_a_task_without_a_loss_of_each_modality_has_no_conflict_of_them_and_the_card_says_so(tmp_path):
+    model = {"domains": ["a", "b"], "modalities": ["text", "image"], "groups": {"trunk": 9}}
+    with RunWriter.create(tmp_path / "run", {"model": model, "cadence": {"conflict": 100}}) as writer:
+        writer.tensors(0, {"conflict/trunk": np.ones((3, 2, 2))})
+        writer.commit(0)
+        view = ConflictView(tmp_path / "run")
+        assert list(figure(view, "cosine").data[0].x) == ["a", "b"]
+        view.selection.by = "modality"
+        assert "tells no loss of each modality" in str(view.cards["cosine"].contents[0])
+
+
+def test_a_long_name_of_a_matrix_is_cut_in_the_title_of_a_small_plot(tmp_path):
+    name = "lm.blocks.0.attention.qkv.experts.0"
+    with RunWriter.create(tmp_path / "run", {"model": {"matrices": {name: [4, 3]}}}) as writer:
+        writer.tensors(0, {f"spectrum/weight/{name}": np.ones(3, dtype=np.float32)})
+        writer.commit(0)
+    view = SpectraView(tmp_path / "run")
+    assert "Stable rank, …qkv.experts.0<" in figure(view, "stable_rank").layout.title.text
+    assert name in figure(view, "spectrum").layout.title.text
+
+
 def test_a_balance_loss_of_zero_has_an_axis_that_can_be_read(tmp_path):
     recipe = {"study": "moma", "arm": "4t4i", "preset": "small", "seed": 0}
     with RunWriter.create(tmp_path / "arm", {"kind": "train", "recipe": recipe}) as writer:

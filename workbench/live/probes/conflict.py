@@ -47,13 +47,20 @@ class ConflictProbe:
         self.divisions = [by for by in losses if compared(task, by)]
         self._losses = {by: losses[by] for by in self.divisions}
 
-    def take(self, seed: int) -> dict[str, np.ndarray]:
+    def in_turn(self, record: int) -> list[Division]:
+        """What is compared in a record of this number: all in the first, then one after the other.
+
+        Each costs as much as the conflict of domains alone, so that a second one does not make watching dearer.
+        """
+        return self.divisions if record == 0 else [self.divisions[record % len(self.divisions)]]
+
+    def take(self, seed: int, record: int = 0) -> dict[str, np.ndarray]:
         """By the records of each `Division`: [G1, G2, X] float64 (3, n, n) of every group, spectra float32 (n, k).
 
-        On batches that `seed` draws.
+        On batches that `seed` draws, of the divisions whose turn it is.
         """
         found: dict[str, np.ndarray] = {}
-        for by in self.divisions:
+        for by in self.in_turn(record):
             generator = torch.Generator().manual_seed(seed)
             losses = {name: self._losses[by](part, generator) for part, name in enumerate(by.names(self.task))}
             with undisturbed(self.model), torch.enable_grad():

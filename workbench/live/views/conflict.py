@@ -8,7 +8,7 @@ import torch
 
 from workbench.figures import conflict as figures
 from workbench.lib.measures.conflict import ConflictStats, conflict_stats
-from workbench.live.records import Division
+from workbench.live.records import DIVISIONS, Division
 from workbench.live.views.bar import division_select, widget
 from workbench.live.views.card import Card
 from workbench.live.views.parting import PartingCards
@@ -150,6 +150,10 @@ def conflicts(run: Readings, by: Division) -> Conflicts:
         raise Nothing(f"conflict needs at least two {by.parts}; this run has " + ("one" if parts else "none"))
     if not sizes:
         raise Nothing("this run names no parameter groups")
+    if not any(run.has(by.conflict.name(group)) for group in sizes):
+        others = (other for other in DIVISIONS.values() if other is not by)
+        if any(run.has(other.conflict.name(group)) for other in others for group in sizes):
+            raise Nothing(f"the task of this run tells no loss of each {by.name}, so there are no gradients to compare")
     recorded = [group for group in sizes if run.has(by.conflict.name(group))] or list(sizes)
     series = {group: run.tensors(by.conflict.name(group)) for group in recorded}
     rows = min(len(steps) for steps, _ in series.values())

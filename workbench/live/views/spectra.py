@@ -43,6 +43,7 @@ HOW = {
     "range of interest. D is the distance between tail and fit (0 perfect), m the number of values in the tail. "
     "Spikes are energies above the Marchenko–Pastur edge.",
 }
+ROOM = 18  # letters of a matrix's name beside the title of the smallest plots
 ROWS = {
     "effective_rank": ("effective rank ÷ n", True),
     "stable_rank": ("stable rank ÷ n", True),
@@ -289,11 +290,16 @@ def rank_contents(view: View, found: list, measure: str) -> list:
             measure=measure,
             null=data[1],
             of="r" if data[2].low_rank else "n",
-            title=f"{figures.MEASURES[measure].title}, {data[2].name}{view.suffix(run)}",
+            title=f"{figures.MEASURES[measure].title}{_of(data[2].name)}{view.suffix(run)}",
             limits=(0.0, top),
             **view.look,
         ),
     )
+
+
+def _of(name: str) -> str:
+    """What names a matrix in the title of a small plot: its end, where there is no room for the whole."""
+    return f", {name}" if len(name) <= ROOM else f", …{name[-ROOM:].partition('.')[2] or name[-ROOM:]}"
 
 
 @lru_cache(maxsize=64)
