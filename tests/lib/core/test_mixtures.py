@@ -28,11 +28,38 @@ def test_weights_may_be_given_by_name_in_any_order_and_what_is_left_out_is_nothi
         ([0.5, 0.4, 0.0], "weights has a sum of 0.9 but must have one of 1"),
         ([0.5, 0.5], r"weights has shape \(2,\) but must be one number for each of 3"),
         ({"code": 0.5, "doc": 0.5}, "domain 'doc' is unknown; did you mean 'docs'"),
+        (np.array(["a", "b", "c"]), "weights is .* but must be real numbers"),
+        (np.array([1, 1j, 0]), "must be real numbers"),
+        (torch.tensor([1, 1j, 0]), "must be real numbers"),
     ],
 )
 def test_weights_that_are_no_mixture_are_refused(weights, said: str):
     with pytest.raises(InputError, match=said):
         check_weights(weights, DOMAINS)
+
+
+def test_a_domain_that_is_there_twice_would_have_a_weight_twice():
+    with pytest.raises(InputError, match="must each be another"):
+        check_weights({"code": 0.5}, ["code", "code"])
+
+
+@pytest.mark.parametrize("kind", [np.array, lambda values: torch.tensor(values, dtype=torch.float64)])
+def test_weights_are_no_view_of_what_was_given(kind):
+    given = kind([0.5, 0.25, 0.25])
+    made = check_weights(given, DOMAINS)
+    given[0] = 9.0
+    assert made.tolist() == [0.5, 0.25, 0.25]
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_may_come_from_anywhere():
+    backwards = np.array([0.25, 0.25, 0.5])[::-1]
+    fixed = backwards.copy()
+    fixed.flags.writeable = False
+    learned = torch.tensor([0.5, 0.25, 0.25], requires_grad=True)
+    for weights in (backwards, fixed, learned, learned.bfloat16(), (0.5, 0.25, 0.25)):
+        assert check_weights(weights, DOMAINS).tolist() == [0.5, 0.25, 0.25]
+    assert check_weights([0, 1, 0], DOMAINS).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(("domains", "parts"), [(1, 1), (2, 8), (3, 8), (4, 5)])
@@ -190,8 +217,34 @@ def test_equal_scores_are_degenerate_and_no_correlation(name: str):
         ([1.0, 2.0], [1.0], {}, "proxy has 2 scores"),
         ([1.0, math.nan], [1.0, 2.0], {}, "proxy holds nan"),
         ([1.0, 2.0], [1.0, 2.0], {"uniform": 2}, "uniform is 2"),
+        ([1.0, 2.0], [1.0, 2.0], {"samples": 0}, "samples is 0 but must be at least 1"),
+        (np.array(["a", "b"]), [1.0, 2.0], {}, "proxy is .* but must be real numbers"),
     ],
 )
 def test_scores_that_are_no_pairs_are_refused(proxy, true, options, said: str):
     with pytest.raises(InputError, match=said):
         rank_report(proxy, true, **options)
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_no_resample_says_anything_there_is_no_interval():
+    found = [rank_report([1.0, 2.0], [1.0, 2.0], samples=1, seed=seed).spearman for seed in range(20)]
+    assert all(one.estimate == 1 for one in found)
+    assert {(one.low, one.high) if one.low == 1 else "none" for one in found} == {(1.0, 1.0), "none"}
+
+
+def test_scores_may_be_of_a_training():
+    scores = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    assert rank_report(scores, [3.0, 2.0, 1.0]).kendall.estimate == -1
+
+
+def test_a_sampler_has_no_domain_of_less_than_nothing():
+    with pytest.raises(InputError, match="sizes has -5 for 'code', which has weight 0, but must be at least 0"):
+        MixtureSampler({"code": -5, "docs": 9}, [0.0, 1.0])
+
+
+def test_concentrations_whose_sum_is_no_number_are_refused():
+    with pytest.raises(InputError, match=r"alpha is 1e\+308 but must be above 0, and finite in sum"):
+        dirichlet_mixtures(2, 3, 1e308)
+    with pytest.raises(InputError, match=r"alpha is .* but must be real numbers"):
+        dirichlet_mixtures(2, 3, np.array("even"))

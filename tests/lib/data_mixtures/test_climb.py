@@ -100,6 +100,8 @@ def test_what_was_tried_is_not_drawn_again_and_an_exhausted_space_says_so():
         ({"share": [1.0]}, "at least two domains"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"strengths": (2.0, 1.0)}, "strengths are"),
+        ({"share": np.array(["a", "b"])}, "share is .* but must be real numbers"),
+        ({"temperature": 1e4}, "temperature is 10000.0 but must be lower"),
         ({"max_repeat": 0.5}, "max_repeat is 0.5"),
         ({"minimum": 0.3}, "minimum is 0.3"),
     ],
@@ -107,6 +109,12 @@ def test_what_was_tried_is_not_drawn_again_and_an_exhausted_space_says_so():
 def test_a_space_that_is_none_is_refused(options: dict, said: str):
     with pytest.raises(InputError, match=said):
         MixtureSpace(**{"share": SHARE} | options)
+
+
+@pytest.mark.parametrize("minimum", [0.5, 0.25])
+def test_on_a_grid_so_coarse_that_draws_are_below_its_step_there_are_mixtures_only(minimum: float):
+    found = MixtureSpace([0.2] * 5, max_repeat=5.0, minimum=minimum).proposals(400, rng())
+    assert (found >= 0).all() and (found.sum(1) == 1).all() and len(found) >= 5
 
 
 # -- the predictor
@@ -149,6 +157,13 @@ def test_a_predictor_refuses_what_it_cannot_fit():
         MixturePredictor("gp").fit(weights, [1.0, 2.0, float("nan")])
     with pytest.raises(InputError, match="needs at least 2"):
         MixturePredictor("gp").fit(weights[:1], [1.0])
+    for wrong in (-weights, weights * float("nan")):
+        with pytest.raises(InputError, match=r"weights has shape .* but must be .*, at least 0 and finite"):
+            MixturePredictor("gp").fit(wrong, [1.0, 2.0, 3.0])
+    with pytest.raises(InputError, match="must be fitted before it predicts"):
+        MixturePredictor("gp").predict(weights)
+    with pytest.raises(InputError, match="weights are of 3 domains but must be of the 2 it was fitted on"):
+        MixturePredictor("gp").fit(weights, [1.0, 2.0, 3.0]).predict(torch.full((1, 3), 1 / 3).double())
 
 
 # -- the search

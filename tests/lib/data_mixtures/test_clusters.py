@@ -1,5 +1,6 @@
 """Clusters of documents beside scikit-learn's own k-means and Ward linkage, pruning, and what is refused."""
 
+import math
 import random
 
 import numpy as np
@@ -105,6 +106,7 @@ def test_compressibility_tells_text_from_its_own_bytes_in_random_order():
     [
         ({"n_initial": 91}, "n_initial is 91 but must be at most 90"),
         ({"n_initial": 0}, "n_initial is 0"),
+        ({"prune_below": 0.1, "quality": lambda document: math.nan}, "quality holds nan but must be finite"),
         ({"merge_distance": -1.0}, "merge_distance is -1.0"),
         ({"prune_below": 2.0}, "prune_below is 2.0 but must be at most 0"),
         ({"found": [b"a", b""], "n_initial": 1}, "documents has nothing in document 1"),
@@ -119,6 +121,12 @@ def test_a_cluster_without_a_document_is_refused():
     two = ClusterDomains(3, 0.0, embed=lambda texts: np.array([[float(text == b"one")] for text in texts]))
     with pytest.raises(InputError, match="n_initial is 3 but must be at most 2: no more clusters have a document"):
         two.fit([b"one", b"two"] * 5)
+
+
+@pytest.mark.parametrize("rows", [lambda n: np.full((n, 3), np.nan), lambda n: np.ones((n - 1, 3)), np.ones])
+def test_an_embedding_that_is_none_is_refused(rows):
+    with pytest.raises(InputError, match=r"embed gives .* numbers but must give a row for each of 4 documents, finite"):
+        ClusterDomains(2, embed=lambda texts: rows(len(texts))).fit([b"one", b"two"] * 2)
 
 
 def test_more_dimensions_than_documents_are_refused():

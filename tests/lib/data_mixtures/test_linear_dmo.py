@@ -217,6 +217,14 @@ def test_the_best_candidate_is_chosen_and_no_other_mixture_is_asked_for():
     assert torch.equal(mix(score=lambda weights: 1.0, domains=1), torch.ones(1).double())
 
 
+def test_a_corner_keeps_the_sign_of_a_nothing():
+    expert = {"w": torch.tensor([-0.0, 0.0, -1.0])}
+    state = MergeProxy({"w": torch.ones(3)}, [expert, {"w": torch.ones(3)}]).state_dict([1.0, 0.0])
+    assert torch.equal(state["w"].signbit(), expert["w"].signbit())
+    state["w"].fill_(7.0)
+    assert expert["w"].tolist() == [0.0, 0.0, -1.0]
+
+
 # -- what is refused
 
 
@@ -236,6 +244,12 @@ def test_what_is_no_mixture_or_does_not_fit_is_refused():
         MergeProxy(base, experts, DOMAINS[:2])
     with pytest.raises(InputError, match=r"experts\[0\] has no 0.weight"):
         MergeProxy(base, [{}])
+    for losses in ([float("nan")], [], [1.0, None]):
+        with pytest.raises(InputError, match=r"evaluate gives .* but must give numbers, as many for each"):
+            evaluate_mixtures(proxy, candidates(3), lambda state, losses=losses: losses)
+    growing = iter(([1.0], [1.0, 2.0]))
+    with pytest.raises(InputError, match=r"evaluate gives \[1.0, 2.0\]"):
+        evaluate_mixtures(proxy, candidates(3), lambda state: next(growing))
     with pytest.raises(InputError, match="mixtures is empty"):
         evaluate_mixtures(proxy, candidates(3)[:0], lambda state: 1.0)
     with pytest.raises(InputError, match="grams has 1 entries but must have one for each of 3"):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import scipy  # its parts are imported when first used, and that of statistics is slow
@@ -24,20 +25,22 @@ TOLERANCE = 1e-6  # of a sum of 1: weights may come from float32
 
 
 def check_weights(weights: Weights, domains: Sequence[str]) -> Float64[Tensor, " domains"]:
-    """A mixture as it is used: float64, in the order of `domains`.
+    """A mixture as it is used: float64, in the order of `domains`, and no view of what was given.
 
     Args:
         weights: one for each domain, or name -> weight, where a domain that is not named has weight 0.
 
     Raises:
-        InputError: a domain is unknown, a weight negative or not finite, or their sum is not 1.
+        InputError: a domain is unknown or there twice, a weight no number, negative or not finite, or their sum not 1.
     """
+    if len(set(domains)) < len(domains):
+        raise InputError(f"domains are {tuple(domains)} but must each be another")
     if isinstance(weights, Mapping):
         for name in weights:
             if name not in domains:
                 raise unknown("domain", name, domains)
         weights = [weights.get(name, 0.0) for name in domains]
-    made = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
+    made = torch.from_numpy(as_numbers("weights", weights))
     if made.shape != (len(domains),):
         raise InputError(f"weights has shape {tuple(made.shape)} but must be one number for each of {len(domains)}")
     for name, value in zip(domains, made.tolist(), strict=True):
@@ -46,6 +49,18 @@ def check_weights(weights: Weights, domains: Sequence[str]) -> Float64[Tensor, "
     if abs(float(made.sum()) - 1) > TOLERANCE:
         raise InputError(f"weights has a sum of {float(made.sum()):.6g} but must have one of 1")
     return made
+
+
+def as_numbers(name: str, values: Any) -> np.ndarray:
+    """A float64 copy of numbers, of any shape."""
+    try:
+        if isinstance(values, Tensor) and not values.is_complex():
+            return values.detach().double().cpu().numpy().copy()
+        if not np.iscomplexobj(values):
+            return np.asarray(values, dtype=np.float64).copy()
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"{name} is {values!r} but must be real numbers")
 
 
 def simplex_grid(n_domains: int, step: float = 1 / 8, interior: bool = True) -> Float64[Tensor, "mixtures domains"]:
@@ -82,12 +97,13 @@ def dirichlet_mixtures(
     check_domains(n_domains)
     if count < 1:
         raise InputError(f"count is {count} but must be at least 1")
-    concentration = np.asarray(alpha, dtype=np.float64)
+    concentration = as_numbers("alpha", alpha)
     if concentration.shape not in ((), (n_domains,)):
         raise InputError(f"alpha has shape {concentration.shape} but must be one number, or one for each domain")
-    if not (np.isfinite(concentration).all() and (concentration > 0).all()):
-        raise InputError(f"alpha is {alpha} but must be above 0 and finite")
-    drawn = np.random.default_rng(seed).dirichlet(np.broadcast_to(concentration, n_domains), count)
+    concentration = np.broadcast_to(concentration, n_domains)
+    if not ((concentration > 0).all() and concentration.sum() < math.inf):
+        raise InputError(f"alpha is {alpha} but must be above 0, and finite in sum")
+    drawn = np.random.default_rng(seed).dirichlet(concentration, count)
     return torch.from_numpy(drawn)
 
 
@@ -112,8 +128,10 @@ class MixtureSampler:
         self.domains, self.sizes, self.replacement = tuple(sizes), tuple(sizes.values()), replacement
         self.weights = check_weights(weights, self.domains)
         for name, size, weight in zip(self.domains, self.sizes, self.weights.tolist(), strict=True):
-            if size < 1 and weight > 0:
-                raise InputError(f"sizes has {size} for {name!r}, which has weight {weight:g}, but must be at least 1")
+            if size < (weight > 0):
+                raise InputError(
+                    f"sizes has {size} for {name!r}, which has weight {weight:g}, but must be at least {weight > 0:d}"
+                )
         self._bounds = self.weights.cumsum(0).numpy()
         self._bounds[int(self.weights.nonzero().max()) :] = 1.0  # where rounding has left a gap below 1
         choose, *inside = np.random.SeedSequence(seed).spawn(1 + len(self.domains))
@@ -190,7 +208,8 @@ def rank_report(
     """Rank correlations of two scores of the same mixtures, and what choosing by the first costs in the second.
 
     Intervals are percentiles over resampled mixtures; a resample in which a score is constant says nothing and is left
-    out. Of scores that agree in every pair all resamples do too, and the interval is a point, however few they are.
+    out; where all do, there is no interval. Of scores that agree in every pair all resamples do too, and the interval
+    is a point, however few they are.
 
     Args:
         proxy, true: (M,) scores.
@@ -198,11 +217,13 @@ def rank_report(
         uniform: which of the mixtures is the uniform one.
         samples: resamples.
     """
-    x, y = (checked(name, np.asarray(score)) for name, score in (("proxy", proxy), ("true", true)))
+    x, y = (checked(name, as_numbers(name, score)) for name, score in (("proxy", proxy), ("true", true)))
     if len(x) != len(y):
         raise InputError(f"proxy has {len(x)} scores but must have as many as true, {len(y)}")
-    if uniform is not None and not 0 <= uniform < len(x):
+    if uniform is not None and uniform not in range(len(x)):
         raise InputError(f"uniform is {uniform} but must be a row from 0 to {len(x) - 1}")
+    if samples < 1:
+        raise InputError(f"samples is {samples} but must be at least 1")
     check_level(level)
     for name, score in (("proxy", x), ("true", y)):
         if np.ptp(score) == 0:
@@ -226,8 +247,10 @@ Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def _resampled(of: Correlation, x: np.ndarray, y: np.ndarray, rows: np.ndarray, level: float) -> Interval:
     found = np.concatenate([of(x[part], y[part]) for part in np.array_split(rows, max(1, rows.size * len(x) // 10**6))])
-    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
-    estimate = float(of(x[None], y[None])[0])
+    estimate, said = float(of(x[None], y[None])[0]), found[~np.isnan(found)]
+    if not len(said):
+        return Interval(estimate, math.nan, math.nan, len(x), level)
+    low, high = np.quantile(said, [(1 - level) / 2, (1 + level) / 2])
     return Interval(estimate, min(estimate, float(low)), max(estimate, float(high)), len(x), level)
 
 

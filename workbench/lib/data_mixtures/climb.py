@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
-from workbench.lib.core.mixtures import Numbers, check_weights, dirichlet_mixtures
+from workbench.lib.core.mixtures import Numbers, as_numbers, check_weights, dirichlet_mixtures
 from workbench.lib.data_mixtures.clusters import ClusterDomains
 from workbench.lib.measures.statistics import checked
 
@@ -64,7 +64,7 @@ class MixtureSpace:
         max_repeat: float = 15.0,
         minimum: float = 2e-4,
     ):
-        share = torch.as_tensor(share, dtype=torch.float64)
+        share = torch.from_numpy(as_numbers("share", share))
         if share.ndim != 1 or len(share) < 2:
             raise InputError(f"share has shape {tuple(share.shape)} but must be of at least two domains")
         self.share = check_weights(share, [str(index) for index in range(len(share))])
@@ -80,6 +80,8 @@ class MixtureSpace:
         if not self.units or abs(self.units * minimum - 1) > 1e-9:
             raise InputError(f"minimum is {minimum} but must be 1 over a whole number")
         self.prior = self.share**temperature / (self.share**temperature).sum()
+        if not (self.prior > 0).all():
+            raise InputError(f"temperature is {temperature} but must be lower: it leaves a domain without any weight")
         self.limit = (max_repeat * self.share).clamp(max=1.0)
         self.strengths = np.geomspace(*strengths, STRENGTHS)
 
@@ -130,6 +132,7 @@ class MixtureSpace:
         """Draws that keep to the limits, in whole units."""
         drawn = drawn[(drawn <= self.limit).all(1)]
         drawn = torch.where(drawn * self.units < 1, 0.0, drawn)
+        drawn = drawn[(drawn > 0).any(1)]  # where the grid is coarse, all weights may be below its step
         drawn = drawn / drawn.sum(1, keepdim=True)
         units = (drawn * self.units).numpy()
         whole = np.floor(units).astype(np.int64)
@@ -157,10 +160,10 @@ class MixturePredictor:
     def __init__(self, kind: str = "trees", seed: int = 0):
         if kind not in KINDS:
             raise unknown("predictor", kind, KINDS)
-        self.kind, self.seed = kind, seed
+        self.kind, self.seed, self._domains = kind, seed, None
 
     def fit(self, weights: Float64[Tensor, "mixtures domains"], scores: Numbers) -> "MixturePredictor":
-        y = checked("scores", np.asarray(scores))
+        y, x = checked("scores", as_numbers("scores", scores)), self._checked(weights)
         if len(weights) != len(y):
             raise InputError(f"scores has {len(y)} values but must have one for each of {len(weights)} mixtures")
         if len(y) < 2:
@@ -170,14 +173,26 @@ class MixturePredictor:
         self._model = self._make(len(y))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of a scale at its bound: scores without any pattern
-            self._model.fit(self._features(weights), y)
+            self._model.fit(self._features(x), y)
+        self._domains = x.shape[1]
         return self
 
     def predict(self, weights: Float64[Tensor, "mixtures domains"]) -> Float64[Tensor, " mixtures"]:
-        return torch.from_numpy(np.asarray(self._model.predict(self._features(weights)), dtype=np.float64))
+        if self._domains is None:
+            raise InputError("the predictor must be fitted before it predicts")
+        x = self._checked(weights)
+        if x.shape[1] != self._domains:
+            raise InputError(f"weights are of {x.shape[1]} domains but must be of the {self._domains} it was fitted on")
+        return torch.from_numpy(np.asarray(self._model.predict(self._features(x)), dtype=np.float64))
 
-    def _features(self, weights: Tensor) -> np.ndarray:
-        x = weights.double().numpy()
+    @staticmethod
+    def _checked(weights: Tensor) -> np.ndarray:
+        x = as_numbers("weights", weights)
+        if x.ndim != 2 or not ((x >= 0) & (x < np.inf)).all():
+            raise InputError(f"weights has shape {x.shape} but must be (mixtures, domains), at least 0 and finite")
+        return x
+
+    def _features(self, x: np.ndarray) -> np.ndarray:
         if self.kind == "gp":
             return np.sqrt(x)
         if self.kind == "quadratic":

@@ -16,6 +16,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.lib.measures.statistics import checked
 
 Documents = Sequence[bytes]
 Embed = Callable[[Documents], np.ndarray]
@@ -123,20 +124,25 @@ class ClusterDomains:
         """The clusters of documents.
 
         Raises:
-            InputError: a document is empty, a cluster has no document, or pruning would leave none.
+            InputError: a document is empty, an embedding or a quality no number, a cluster has no document, or pruning
+                would leave none.
         """
         if self.n_initial > len(documents):
             raise InputError(f"n_initial is {self.n_initial} but must be at most {len(documents)}, one a document")
         if empty := [index for index, document in enumerate(documents) if not document]:
             raise InputError(f"documents has nothing in document {empty[0]}")
         points = np.asarray(self.embed(documents), dtype=np.float64)
+        if points.ndim != 2 or len(points) != len(documents) or not np.isfinite(points).all():
+            raise InputError(
+                f"embed gives {points.shape} numbers but must give a row for each of {len(documents)} documents, finite"
+            )
         first = self._first(points)
         counts = np.bincount(first, minlength=self.n_initial)
         means = _sums(points, first, self.n_initial) / counts[:, None]
         quality = np.full(len(documents), np.nan)
         kept = np.arange(self.n_initial)
         if self.prune_below is not None:
-            quality = np.array([self.quality(document) for document in documents])
+            quality = checked("quality", [self.quality(document) for document in documents])
             by_cluster = _sums(quality, first, self.n_initial) / counts
             kept = np.flatnonzero(by_cluster >= self.prune_below)
             if not len(kept):

@@ -18,6 +18,7 @@ Shape letters: K domains, M mixtures, n losses.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -29,7 +30,14 @@ from workbench.lib.core.merge.fisher import Fisher
 from workbench.lib.core.merge.merger import Merger, merged_state
 from workbench.lib.core.merge.regmean import RegMean
 from workbench.lib.core.merge.vectors import Place, narrowed
-from workbench.lib.core.mixtures import Weights, check_domains, check_weights, dirichlet_mixtures, simplex_grid
+from workbench.lib.core.mixtures import (
+    Weights,
+    as_numbers,
+    check_domains,
+    check_weights,
+    dirichlet_mixtures,
+    simplex_grid,
+)
 from workbench.lib.measures.statistics import checked
 
 METHOD = Method(
@@ -97,10 +105,14 @@ class MergeProxy:
         if self.rule is not None:
             return merged_state(self.vectors, self.rule(given.tolist()))
         merged, own = self.vectors.apply({}), (given / given.sum()).to(self.vectors.device)
+        used = given.nonzero().flatten().tolist()
         for place in self.vectors.places():
             # sum_i w_i theta_i, for the base's own share is 1 - sum_i w_i = 0; in float64, so that order hardly counts
-            rows = torch.stack([self._read(i, place) for i in range(self.vectors.n)])
-            values = narrowed(own @ rows, self.vectors.dtypes[place.name], place.name)
+            if len(used) == 1:  # as it is: the product would make +0 of -0
+                mixed = self._read(used[0], place)
+            else:
+                mixed = own @ torch.stack([self._read(i, place) for i in range(self.vectors.n)])
+            values = narrowed(mixed, self.vectors.dtypes[place.name], place.name)
             merged[place.name].view(-1)[place.start : place.stop] = values
         return merged
 
@@ -154,10 +166,20 @@ def evaluate_mixtures(
 
     Args:
         evaluate: a state dict -> its loss, or its n losses.
+
+    Raises:
+        InputError: there is no mixture, or losses are not numbers, and as many for every mixture.
     """
     if not len(mixtures):
         raise InputError("mixtures is empty but must hold at least one")
-    rows = [torch.as_tensor(evaluate(proxy.state_dict(row)), dtype=torch.float64).reshape(-1) for row in mixtures]
+    rows = []
+    for row in mixtures:
+        found = as_numbers("what evaluate gives", evaluate(proxy.state_dict(row))).reshape(-1)
+        if not len(found) or np.isnan(found).any() or (rows and len(found) != len(rows[0])):
+            raise InputError(
+                f"evaluate gives {found.tolist()} for {row.tolist()} but must give numbers, as many for each mixture"
+            )
+        rows.append(torch.from_numpy(found))
     return torch.stack(rows)
 
 
