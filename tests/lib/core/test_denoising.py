@@ -152,6 +152,22 @@ def test_examples_that_cannot_be_are_refused(ids: list, mask: list, said: str):
         blank_out(torch.tensor(ids), torch.tensor(mask), Vocabulary(sentinels=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_text_is_hidden_as_it_is_kept_in_bytes(dtype: torch.dtype):
+    ids, mask = torch.arange(100, 107), torch.tensor([0, 1, 1, 0, 0, 1, 0]).bool()
+    for make in (lambda ids: blank_out(ids, mask), lambda ids: cut_off(ids, 2)):
+        kept, wide = make(ids.to(dtype)), make(ids)
+        assert torch.equal(kept.given, wide.given) and torch.equal(kept.said, wide.said)
+        assert kept.given.dtype == kept.said.dtype == torch.int64
+        assert torch.equal(reconstruct(kept.given, kept.said), ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_ids_are_whole_numbers(dtype: torch.dtype):
+    with pytest.raises(InputError, match=f"ids are {dtype} but must be whole numbers"):
+        cut_off(torch.ones(4, dtype=dtype), 1)
+
+
 @pytest.mark.parametrize("count", [0, 4, 5, -1])
 def test_an_end_that_is_no_part_of_the_text_is_refused(count: int):
     with pytest.raises(InputError, match=f"count is {count} but must be between 1 and 3"):
@@ -166,6 +182,10 @@ def test_an_end_that_is_no_part_of_the_text_is_refused(count: int):
         ([1, 256, 3, 257], [256, 2, BYTES.end], "the same sentinels"),
         ([1, 2], [256, 2, BYTES.end], "the same sentinels"),
         ([1, 256], [256, 2], "must end with END"),
+        ([1, 256], [256, 2, BYTES.end, 3, BYTES.end], f"said holds {BYTES.end} but must hold data and sentinels"),
+        ([BYTES.pad, 256], [256, 2, BYTES.end], f"given holds {BYTES.pad}"),
+        ([1, 2], [3, BYTES.end], f"said holds {BYTES.end}"),
+        ([1, BYTES.mode("R")], [3], f"given holds {BYTES.mode('R')}"),
     ],
 )
 def test_what_was_said_wrongly_is_not_put_together(given: list, said: list, message: str):
@@ -194,6 +214,11 @@ def test_a_vocabulary_has_no_id_twice():
     for wrong in ({"data": 0}, {"sentinels": -1}):
         with pytest.raises(InputError, match="must be a whole number, at least 1"):
             Vocabulary(**wrong)
+    with pytest.raises(InputError, match=r"modes are .* but must each be another"):
+        Vocabulary(modes=("R", "R"))
+    for token in (-1, vocab.size):
+        with pytest.raises(InputError, match=f"token is {token} but must be between 0 and {vocab.size - 1}"):
+            vocab.written(token)
 
 
 # -- batches
@@ -222,6 +247,23 @@ def test_a_batch_for_a_decoder():
     assert batch["prefix"].tolist() == [5, 3]
     seen = batch["attention_mask"][:, 0]
     assert seen[0, 0].tolist() == [True] * 5 + [False] * 3 and seen[0, 5].tolist() == [True] * 6 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("form", "modes", "said"),
+    [
+        (EncoderDecoderForm(2, 9), None, r"examples\[0\] has 3 tokens but .* has room for 2"),
+        (EncoderDecoderForm(3, 9), [R, S], r"examples\[0\] has 4 tokens but .* has room for 3"),
+        (EncoderDecoderForm(9, 2), None, r"examples\[0\] has 3 tokens but .* has room for 2"),
+        (PrefixForm(5), None, r"examples\[0\] has 6 tokens but .* has room for 5"),
+        (PrefixForm(6), [R, S], r"examples\[0\] has 7 tokens but .* has room for 6"),
+        (PrefixForm(20), [R], "modes has 1 tokens but must have one for each of 2 examples"),
+        (EncoderDecoderForm(9, 9), [R, S, S], "modes has 3 tokens but must have one for each of 2 examples"),
+    ],
+)
+def test_a_batch_that_has_no_room_or_too_few_modes_is_refused(form, modes, said: str):
+    with pytest.raises(InputError, match=said):
+        form.collate(EXAMPLES, modes, BYTES)
 
 
 def test_without_modes_a_batch_is_the_same_but_for_the_first_token():

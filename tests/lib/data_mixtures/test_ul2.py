@@ -273,6 +273,26 @@ def test_rows_that_do_not_fit_are_refused():
         mixture(text[:0], seeded())
     with pytest.raises(InputError, match="ids above are sentinels"):
         mixture(text + 200, seeded())
-    for wrong in (torch.full((8,), 7), torch.full((8,), -1)):
+    for wrong in (torch.full((8,), 7), torch.full((8,), -1), torch.full((8,), 0.5), torch.zeros(8, dtype=torch.bool)):
         with pytest.raises(InputError, match="must be one of 7 denoisers for each row"):
             mixture(text, seeded(), wrong)
+
+
+def test_a_mode_that_the_vocabulary_has_not_is_refused_at_once():
+    vocab = Vocabulary(modes=("R",))
+    with pytest.raises(InputError, match="mode 'S' is unknown"):
+        MixtureOfDenoisers(PREFIX_LM, PrefixForm(32), vocab)
+    assert MixtureOfDenoisers(PREFIX_LM, PrefixForm(32), vocab, mode_tokens=False).raw_length == 32
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_denoisers_are_scaled_to_texts_that_there_are(length: int):
+    with pytest.raises(InputError, match=f"length is {length} but must be at least 2"):
+        scaled(UL2_PAPER, length)
+
+
+def test_text_in_bytes_makes_the_same_batch():
+    mixture = paper()
+    text = rows(mixture)
+    wide, narrow = (mixture(one, seeded()) for one in (text, text.to(torch.uint8)))
+    assert all(torch.equal(wide[name], narrow[name]) and wide[name].dtype == narrow[name].dtype for name in wide)

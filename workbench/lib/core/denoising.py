@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from workbench.errors import InputError, unknown
@@ -45,6 +45,8 @@ class Vocabulary:
         for name in ("data", "sentinels"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)!r} but must be a whole number, at least 1")
+        if len(set(self.modes)) < len(self.modes):
+            raise InputError(f"modes are {self.modes} but must each be another")
 
     @property
     def start(self) -> int:
@@ -73,6 +75,8 @@ class Vocabulary:
 
     def written(self, token: int) -> str:
         """A token as a reader sees it; of data the character with that code."""
+        if not 0 <= token < self.size:
+            raise InputError(f"token is {token} but must be between 0 and {self.size - 1}")
         if token < self.data:
             return chr(token)
         if token < self.start:
@@ -130,13 +134,13 @@ def _pieces(total: int, count: int, generator: torch.Generator) -> Int64[Tensor,
     return torch.cat([torch.tensor([0]), cuts, torch.tensor([total])]).diff()
 
 
-def blank_out(ids: Int64[Tensor, " length"], mask: Bool[Tensor, " length"], vocab: Vocabulary = BYTES) -> Example:
+def blank_out(ids: Shaped[Tensor, " length"], mask: Bool[Tensor, " length"], vocab: Vocabulary = BYTES) -> Example:
     """Hide the spans of a text where `mask` holds behind sentinels; to say are the spans, each after its own, and END.
 
     Raises:
         InputError: nothing is hidden, or everything; there are more spans than sentinels; an id is none of the data.
     """
-    _check_data(ids, vocab)
+    ids = _checked_data(ids, vocab)
     if mask.shape != ids.shape or mask.dtype != torch.bool:
         raise InputError(f"mask is {mask.dtype} of shape {tuple(mask.shape)} but must be bool, one a token: {len(ids)}")
     if not 0 < int(mask.sum()) < len(ids):
@@ -152,19 +156,23 @@ def blank_out(ids: Int64[Tensor, " length"], mask: Bool[Tensor, " length"], voca
     return Example(given, torch.cat([said, torch.tensor([vocab.end])]), False)
 
 
-def cut_off(ids: Int64[Tensor, " length"], count: int, vocab: Vocabulary = BYTES) -> Example:
+def cut_off(ids: Shaped[Tensor, " length"], count: int, vocab: Vocabulary = BYTES) -> Example:
     """Hide the last `count` tokens of a text. It goes on past them, so there is no END.
 
     Raises:
         InputError: nothing is hidden, or everything; an id is none of the data.
     """
-    _check_data(ids, vocab)
+    ids = _checked_data(ids, vocab)
     if not 0 < count < len(ids):
         raise InputError(f"count is {count} but must be between 1 and {len(ids) - 1}, one less than the text has")
     return Example(ids[:-count], ids[-count:], True)
 
 
-def _check_data(ids: Tensor, vocab: Vocabulary) -> None:
+def _checked_data(ids: Tensor, vocab: Vocabulary) -> Int64[Tensor, " length"]:
+    """The ids of a text as int64: in bytes, as text is kept, there is no number for a sentinel."""
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise InputError(f"ids are {ids.dtype} but must be whole numbers")
+    ids = ids.long()
     if ids.ndim != 1 or len(ids) < 2:
         raise InputError(f"ids has shape {tuple(ids.shape)} but must be one text of at least 2 tokens")
     if ids.min() < 0 or ids.max() >= vocab.data:
@@ -172,16 +180,21 @@ def _check_data(ids: Tensor, vocab: Vocabulary) -> None:
             f"ids are {int(ids.min())} to {int(ids.max())} but must be between 0 and {vocab.data - 1}, which are the "
             "data; the ids above are sentinels"
         )
+    return ids
 
 
-def reconstruct(given: Int64[Tensor, " given"], said: Int64[Tensor, " said"], vocab: Vocabulary = BYTES) -> Tensor:
+def reconstruct(given: Shaped[Tensor, " given"], said: Shaped[Tensor, " said"], vocab: Vocabulary = BYTES) -> Tensor:
     """The text that an example was made of: the spans back in their places, or the two parts one after the other.
 
     Raises:
-        InputError: the sentinels are not the same ones in both, 0, 1, 2, ... in order, or END is not the last.
+        InputError: the sentinels are not the same ones in both, 0, 1, 2, ... in order, END is not the last, or there
+            are other tokens that are none of the data.
     """
+    given, said = given.long(), said.long()
     holes = vocab.is_sentinel(given)
     if not holes.any() and not vocab.is_sentinel(said).any():
+        _check_known("given", given, vocab)
+        _check_known("said", said, vocab)
         return torch.cat([given, said])
     opens = vocab.is_sentinel(said)
     order = torch.arange(vocab.data, vocab.data + int(holes.sum()))
@@ -191,12 +204,19 @@ def reconstruct(given: Int64[Tensor, " given"], said: Int64[Tensor, " said"], vo
         )
     if said[-1] != vocab.end:
         raise InputError(f"said must end with END, {vocab.end}, but ends with {int(said[-1])}")
+    _check_known("given", given, vocab)
+    _check_known("said", said[:-1], vocab)
     at = opens.nonzero().flatten().tolist()
     spans = [said[a + 1 : b] for a, b in zip(at, [*at[1:], len(said) - 1], strict=True)]
     kept = given.tensor_split(holes.nonzero().flatten())  # every piece but the first begins with its sentinel
     return torch.cat(
         [kept[0], *(part for span, rest in zip(spans, kept[1:], strict=True) for part in (span, rest[1:]))]
     )
+
+
+def _check_known(name: str, ids: Tensor, vocab: Vocabulary) -> None:
+    if strange := ids[(ids < 0) | (ids >= vocab.start)].tolist():
+        raise InputError(f"{name} holds {strange[0]} but must hold data and sentinels, from 0 to {vocab.start - 1}")
 
 
 Sizes = Sequence[tuple[int, int]]
@@ -228,6 +248,8 @@ class EncoderDecoderForm:
         return given + 1 <= self.given and said <= self.said
 
     def collate(self, examples: Sequence[Example], modes: Sequence[int] | None, vocab: Vocabulary) -> dict[str, Tensor]:
+        _check_batch(self, [(len(one.given) + bool(modes), self.given) for one in examples], examples, modes)
+        _check_batch(self, [(len(one.said), self.said) for one in examples], examples, modes)
         encoder = torch.full((len(examples), self.given), vocab.pad)
         decoder, labels = torch.full((len(examples), self.said), vocab.pad), _ignored(len(examples), self.said)
         for i, example in enumerate(examples):
@@ -252,6 +274,8 @@ class PrefixForm:
         return 1 + given + (not goes_on) + said <= self.length + 1  # the last one is said and not read
 
     def collate(self, examples: Sequence[Example], modes: Sequence[int] | None, vocab: Vocabulary) -> dict[str, Tensor]:
+        lengths = [bool(modes) + len(one.given) + (not one.goes_on) + len(one.said) - 1 for one in examples]
+        _check_batch(self, [(length, self.length) for length in lengths], examples, modes)
         tokens, labels = torch.full((len(examples), self.length), vocab.pad), _ignored(len(examples), self.length)
         prefix = torch.zeros(len(examples), dtype=torch.int64)
         for i, example in enumerate(examples):
@@ -263,6 +287,15 @@ class PrefixForm:
             labels[i, prefix[i] - 1 : len(row) - 1] = example.said
         mask = prefix_mask(prefix, self.length)
         return {"tokens": tokens, "labels": labels, "prefix": prefix, "attention_mask": mask}
+
+
+def _check_batch(form: Form, rooms: Sequence[tuple[int, int]], examples: Sequence, modes: Sequence[int] | None) -> None:
+    """Whether all lengths are within their room, and each example has a mode where there are any."""
+    for row, (length, room) in enumerate(rooms):
+        if length > room:
+            raise InputError(f"examples[{row}] has {length} tokens but {form} has room for {room}")
+    if modes and len(modes) != len(examples):
+        raise InputError(f"modes has {len(modes)} tokens but must have one for each of {len(examples)} examples")
 
 
 def _ignored(*shape: int) -> Tensor:

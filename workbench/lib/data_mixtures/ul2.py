@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from workbench.catalogue import Method
@@ -141,12 +141,14 @@ UL2R = (
 
 def scaled(specs: Sequence[DenoiserSpec], length: int) -> tuple[DenoiserSpec, ...]:
     """The denoisers for texts of about `length` tokens: spans longer than a quarter of them are a quarter of them."""
+    if length < 2:
+        raise InputError(f"length is {length} but must be at least 2")
     longest = max(1.0, length / 4)
     return tuple(s if s.mean_span is None else replace(s, mean_span=min(s.mean_span, longest)) for s in specs)
 
 
 def corrupt(
-    ids: Int64[Tensor, " length"], spec: DenoiserSpec, generator: torch.Generator, vocab: Vocabulary = BYTES
+    ids: Shaped[Tensor, " length"], spec: DenoiserSpec, generator: torch.Generator, vocab: Vocabulary = BYTES
 ) -> Example:
     """Hide of a text what the denoiser hides: what a model is given then, and what it has to say.
 
@@ -197,6 +199,9 @@ class MixtureOfDenoisers:
                 raise InputError(
                     f"vocab has {vocab.sentinels} sentinels but {spec.name} makes {spans} spans of {length} tokens"
                 )
+        if mode_tokens:
+            for spec in self.specs:
+                vocab.mode(spec.mode)  # refuses now one that it has not
         self.raw_length = max(self.lengths)
 
     @property
@@ -212,9 +217,9 @@ class MixtureOfDenoisers:
 
     def __call__(
         self,
-        rows: Int64[Tensor, "batch raw"],
+        rows: Shaped[Tensor, "batch raw"],
         generator: torch.Generator,
-        spec_id: Int64[Tensor, " batch"] | None = None,
+        spec_id: Shaped[Tensor, " batch"] | None = None,
     ) -> dict[str, Tensor]:
         """The batch of the form, with spec_id (B,), the denoiser of each row.
 
@@ -228,7 +233,8 @@ class MixtureOfDenoisers:
                 f"rows has shape {tuple(rows.shape)} but must be (batch, at least raw_length = {self.raw_length})"
             )
         spec_id = self.draw(len(rows), generator) if spec_id is None else spec_id
-        if spec_id.shape != rows.shape[:1] or spec_id.min() < 0 or spec_id.max() >= len(self.specs):
+        whole = not spec_id.is_floating_point() and spec_id.dtype != torch.bool
+        if spec_id.shape != rows.shape[:1] or not whole or spec_id.min() < 0 or spec_id.max() >= len(self.specs):
             raise InputError(
                 f"spec_id is {spec_id.tolist()} but must be one of {len(self.specs)} denoisers for each row"
             )
