@@ -90,6 +90,23 @@ def test_a_proxy_that_diverges_is_named(trainer: Trainer, monkeypatch):
         Proxies(trainer).scores(MIXTURES[:1])
 
 
+def test_a_score_that_is_no_number_is_not_kept(trainer: Trainer, home: Path, monkeypatch):
+    monkeypatch.setattr(Trainer, "score", lambda *args: float("nan"))
+    monkeypatch.setattr(proxies, "code_of", lambda run: "any")
+    with pytest.raises(InputError, match=r"mixture \(1, 0, 0\) makes the proxy diverge"):
+        Proxies(trainer).scores(MIXTURES[:1])
+    assert files(home) == []
+
+
+def test_an_expert_that_diverges_is_named(trainer: Trainer, monkeypatch):
+    def diverge(self, domain, seed):
+        raise FloatingPointError
+
+    monkeypatch.setattr(Trainer, "expert", diverge)
+    with pytest.raises(InputError, match="the expert of 'docs' diverges"):
+        proxies.expert(trainer, 1, 0)
+
+
 # -- the shell
 
 
@@ -174,6 +191,8 @@ def test_the_picture_has_every_mixture_and_needs_no_network(shell, over: str, dr
         ("climb --out no/a.json", "--out is 'no/a.json' but must be a new file"),
         ("climb --out there.json", "--out is 'there.json' but must be a new file"),
         ("climb --html a.htm --out a.json", "--html is 'a.htm' but must be a new file in a folder, ending in .html"),
+        (f"climb --out {'a' * 300}.json", "but cannot be written: File name too long"),
+        ("climb --out gone.json", "--out is 'gone.json' but must be a new file"),
         ("climb --purpose code=1 --out a.json", "--purpose: domain 'code' is unknown"),
         ("climb --purpose python=0.5 docs=0.4 --out a.json", "--purpose: weights has a sum of 0.9"),
         ("climb --purpose python=1.5 docs=-0.5 --out a.json", "--purpose: weights has -0.5 for 'docs'"),
@@ -184,9 +203,12 @@ def test_the_picture_has_every_mixture_and_needs_no_network(shell, over: str, dr
 )
 def test_what_cannot_be_searched_is_one_line_and_nothing_is_written(shell, words: str, said: str):
     Path("there.json").write_text("{}")
+    Path("gone.json").symlink_to("nowhere")
     status, out, err = shell(words)
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1
-    assert {path.name for path in Path().iterdir()} == {"there.json", "home"} and Path("there.json").read_text() == "{}"
+    assert {path.name for path in Path().iterdir()} == {"there.json", "gone.json", "home"} and Path(
+        "there.json"
+    ).read_text() == "{}"
 
 
 def test_an_interrupted_search_says_that_it_goes_on(shell, monkeypatch):
@@ -196,3 +218,26 @@ def test_an_interrupted_search_says_that_it_goes_on(shell, monkeypatch):
     monkeypatch.setattr(Proxies, "scores", interrupt)
     status, _, err = shell("random --over kinds --out a.json")
     assert status == 130 and "the proxy runs that are done are kept; the same command goes on" in err
+
+
+def test_of_two_searches_the_later_leaves_the_result_of_the_first(shell, monkeypatch):
+    search = mix._search
+
+    def late(*args):
+        found = search(*args)
+        Path("a.json").write_text("the first one's")
+        return found
+
+    monkeypatch.setattr(mix, "_search", late)
+    status, out, err = shell("random --over kinds --runs 7 --steps 2 --out a.json")
+    assert (status, out) == (2, "") and "a.json is there by now, and is left as it is" in err
+    assert Path("a.json").read_text() == "the first one's"
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_search(shell, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    monkeypatch.setattr(mix, "_search", lambda *args: pytest.fail("it would be lost"))
+    assert "--out is 'a.json' but cannot be written: Permission denied" in shell("random --out a.json")[2]

@@ -3,12 +3,14 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from workbench.cli.progress import Report, progress_bar
 from workbench.errors import InputError, unknown
+from workbench.sealed import sealed_file
 
 SEARCHES = {
     "climb": "three shrinking rounds of proxies and a predictor fitted on all before (the system `climb`)",
@@ -158,8 +160,20 @@ def _merged(proxies: Any, names: Sequence[str], seed: int, progress: Report) -> 
 
 
 def _check_new(option: str, path: Path, ending: str) -> None:
-    if path.suffix != ending or path.exists() or not path.absolute().parent.is_dir():
+    if path.suffix != ending or os.path.lexists(path) or not path.absolute().parent.is_dir():
         raise InputError(f"--{option} is {str(path)!r} but must be a new file in a folder, ending in {ending}")
+    try:  # now, and not when the search is done
+        with sealed_file(path) as unfinished:
+            unfinished.touch()
+            raise _Writable
+    except _Writable:
+        pass
+    except OSError as error:
+        raise InputError(f"--{option} is {str(path)!r} but cannot be written: {error.strerror}") from None
+
+
+class _Writable(Exception):
+    pass
 
 
 def _shrinking(runs: int) -> list[int]:
@@ -209,9 +223,9 @@ def _picture(found: Mapping[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    from workbench.sealed import sealed_file
-
     try:
+        if os.path.lexists(path):  # another search may have come first
+            raise InputError(f"{path} is there by now, and is left as it is; the same command with a new name is quick")
         with sealed_file(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
     except OSError as error:

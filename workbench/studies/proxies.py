@@ -5,6 +5,7 @@ of joblib, so that `with joblib.parallel_config("dask"): ...` sends the runs to 
 kept on this one. One thread each: the same numbers wherever they run.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -96,13 +97,23 @@ class Proxies:
 
 def _score(trainer: Trainer, weights: Tensor, seed: int) -> float | None:
     with _one_thread(), suppress(FloatingPointError):
-        return trainer.score(weights, seed)
+        score = trainer.score(weights, seed)
+        return score if math.isfinite(score) else None
+    return None
 
 
 def expert(trainer: Trainer, domain: int, seed: int) -> dict[str, Tensor]:
-    """The weights of the model of one domain."""
+    """The weights of the model of one domain.
+
+    Raises:
+        InputError: its training diverged.
+    """
     with _one_thread():
-        return trainer.expert(domain, seed).state_dict()
+        try:
+            return trainer.expert(domain, seed).state_dict()
+        except FloatingPointError:
+            name = list(trainer.source.texts)[domain]
+            raise InputError(f"the expert of {name!r} diverges: lower its learning rate") from None
 
 
 @contextmanager
