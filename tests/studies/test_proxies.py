@@ -241,3 +241,17 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_search(shell, monkey
     monkeypatch.setattr("pathlib.Path.touch", refuse)
     monkeypatch.setattr(mix, "_search", lambda *args: pytest.fail("it would be lost"))
     assert "--out is 'a.json' but cannot be written: Permission denied" in shell("random --out a.json")[2]
+
+
+@pytest.mark.parametrize("search", ["climb", "linear-dmo"])
+def test_what_is_chosen_is_in_the_picture_with_its_score(shell, search: str):
+    runs = "" if search == "linear-dmo" else "--runs 7"
+    shell(f"{search} --over kinds {runs} --steps 2 --out found.json")
+    found = json.loads(Path("found.json").read_text())
+    rows = mix._rows(found)
+    scores = {tuple(row["weights"]): row["score"] for row in rows}
+    assert len(scores) == len(rows) >= len(found["mixtures"])
+    assert all(scores[tuple(one["weights"])] == one["score"] for one in found["choices"])
+    assert scores[tuple(found["share"])] == found["natural"] and scores[(1 / 3, 1 / 3, 1 / 3)] == found["even"]
+    measured = [score for score in scores.values() if score is not None]
+    assert min(measured) <= found["best"]["score"] and found["best"]["score"] in measured

@@ -213,13 +213,21 @@ def _picture(found: Mapping[str, Any]) -> str:
 
     from workbench.figures.mixtures import mixture_map
 
-    columns = {"measured": "score", "foreseen": "foreseen"}
-    losses = {
-        name: [math.nan if row[key] is None else row[key] for row in found["mixtures"]] for name, key in columns.items()
-    }
+    rows, columns = _rows(found), {"measured": "score", "foreseen": "foreseen"}
+    losses = {name: [math.nan if row[key] is None else row[key] for row in rows] for name, key in columns.items()}
     losses = {name: values for name, values in losses.items() if not all(map(math.isnan, values))}
-    weights = np.array([row["weights"] for row in found["mixtures"]])
+    weights = np.array([row["weights"] for row in rows])
     return mixture_map(weights, losses, found["domains"], unit=found["unit"]).to_html()
+
+
+def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All mixtures that were asked for, and those that were measured in the end: what is chosen, and the two beside."""
+    rows = {tuple(row["weights"]): dict(row) for row in found["mixtures"]}
+    even = [1 / len(found["share"])] * len(found["share"])
+    measured = [(one["weights"], one["score"]) for one in found["choices"]]
+    for weights, score in (*measured, (found["share"], found["natural"]), (even, found["even"])):
+        rows.setdefault(tuple(weights), {"weights": weights, "foreseen": None})["score"] = score
+    return [*rows.values()]
 
 
 def _write(path: Path, text: str) -> None:

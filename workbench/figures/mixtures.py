@@ -107,7 +107,8 @@ def ternary(
     for i, (name, values) in enumerate(losses.items()):
         left, scene = i * (width + GAP), f"ternary{i + 1 if i else ''}"
         figure.update_layout({scene: _triangle(colours, domains, left, left + width)})
-        bar = colour_bar(unit=unit) | {"x": left + width, "xanchor": "left", "len": 0.9}
+        # short and on top: below is the name of the third domain, however long
+        bar = colour_bar(unit=unit) | {"x": left + width, "xanchor": "left", "y": 1, "yanchor": "top", "len": 0.65}
         known = np.isfinite(values)
         for which, marker in (
             (known, _dots(values[known], theme) | {"colorbar": bar}),
