@@ -241,6 +241,24 @@ def test_registration_and_compilation(path):
     )
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_under_vmap_it_is_each_for_itself(grad, compiler):
+    given = [tensor.detach() for tensor in draw()]
+    with torch.set_grad_enabled(grad):
+        xs = torch.stack([given[0], 2 * given[0]])
+        found = torch.func.vmap(lambda x: selective_scan(x, *given[1:])[0])(xs)
+        assert torch.equal(found, torch.stack([selective_scan(x, *given[1:])[0] for x in xs]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_forward_mode_derivative_is_refused_and_not_zero(name):
+    given = {key: tensor.detach() for key, tensor in zip(NAMES, draw(), strict=True)}
+    with pytest.raises(InputError, match=f"{name} has a forward-mode tangent but selective_scan has"):
+        torch.func.jvp(
+            lambda tensor: selective_scan(**given | {name: tensor})[0], (given[name],), (torch.ones_like(given[name]),)
+        )
+
+
 def test_wrong_input_is_named(compiler):
     given = dict(zip(NAMES, (tensor.detach() for tensor in draw()), strict=True))
 

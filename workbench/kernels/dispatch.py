@@ -73,7 +73,7 @@ def admit(
 
 
 def unseen(x: Tensor) -> bool:
-    """Whether nobody looks on as an operator runs: no autograd, compiler, mode or subclass of tensors.
+    """Whether nobody looks on as an operator runs: no autograd, transform, compiler, mode or subclass of tensors.
 
     What torch has registered may then be called as the function it was made of, without the 40 us that finding out
     takes it: as long as the work of an optimiser on a small matrix.
@@ -83,7 +83,22 @@ def unseen(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
+        and not transformed()
     )
+
+
+def transformed() -> bool:
+    """Whether torch.func or a forward-mode derivative is at work: tensors may then be wrapped, and have no storage."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def no_tangents(op: str, **tensors: Tensor | None) -> None:
+    """Raise `InputError` where a tensor has a forward-mode tangent: torch would drop it, and the derivative be zero."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise InputError(f"{name} has a forward-mode tangent but {op} has derivatives in backward mode only")
 
 
 def interpreting() -> bool:

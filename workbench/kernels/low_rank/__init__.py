@@ -77,7 +77,7 @@ def low_rank(
     save = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad or score.requires_grad)
     x, a, b, score, expert = x.contiguous(), a.contiguous(), b.contiguous(), score.contiguous(), expert.contiguous()
     if _plain(x, a, b, score):
-        if not save and not _transformed():
+        if not save and not dispatch.transformed():
             return _run(x, a, b, score, expert, tok_offs, top_k, chosen, save)[0]
         return _Direct.apply(x, a, b, score, expert, tok_offs, top_k, chosen)
     return _forward(x, a, b, score, expert, tok_offs, top_k, chosen, save)[0]
@@ -207,11 +207,6 @@ def _plain(*tensors: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )
-
-
-def _transformed() -> bool:
-    """Whether torch.func or a forward-mode derivative is at work: `_Direct` has neither, and says so."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 @register_flop_formula(torch.ops.workbench.low_rank)

@@ -45,7 +45,7 @@ def selective_scan(
     *,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "batch channels steps"], Float[Tensor, "batch channels states"]]:
-    """The gated outputs y and the last state; differentiable once in all arguments.
+    """The gated outputs y and the last state; differentiable once in all arguments, in backward mode.
 
     A sequence may be given in parts, each with the last state of the one before it: the outputs are the same.
 
@@ -64,6 +64,7 @@ def selective_scan(
         InputError: names the argument that does not fit, or the backend that cannot do this.
     """
     _check(x, delta, a, b, c, d, z, state)
+    dispatch.no_tangents("selective_scan", x=x, delta=delta, a=a, b=b, c=c, d=d, z=z, state=state)
     chosen = _choose(x, backend)
     wide = torch.promote_types(x.dtype, torch.float32)
     a, d = a.to(wide), d.to(wide)
