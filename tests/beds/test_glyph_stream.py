@@ -86,5 +86,8 @@ def test_the_codebook_is_of_training_characters_and_kept(task, monkeypatch):
     assert torch.equal(task.codebook, glyph_stream.codebook(data.load("glyph-names", faces=FACES).splits["train"][0]))
     monkeypatch.setattr(glyph_stream, "codebook", None)
     assert torch.equal(glyph_stream.GlyphStream(FACES).rows["test"], task.rows["test"])
+    for wrong in (-1, 2):
+        with pytest.raises(InputError, match=f"domain is {wrong} but must be 0 to 1"):
+            task.batch("train", 4, torch.Generator(), domain=wrong)
     with pytest.raises(InputError, match="face 'Arial' is unknown"):
         glyph_stream.GlyphStream(("Arial",))

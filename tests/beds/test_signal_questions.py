@@ -122,6 +122,9 @@ def test_the_base_is_kept_and_takes_the_context_of_its_width():
         ({"modalities": ("digit",)}, "modality 'digit' is unknown; did you mean 'digits'"),
         ({"shares": (1, 2)}, "shares is"),
         ({"shares": (1, 2, 0)}, "shares is"),
+        ({"shares": (1, 2, math.nan)}, "shares is"),
+        ({"modalities": ()}, "modalities is"),
+        ({"modalities": ("glyphs", "glyphs")}, r"modalities is \('glyphs', 'glyphs'\) but must hold .* each once"),
         ({"frames": 0}, "frames is 0"),
     ],
 )
@@ -131,5 +134,8 @@ def test_wrong_input_is_named(options, said):
     task = SignalQuestions(("glyphs",))
     with pytest.raises(InputError, match="split 'trial' is unknown"):
         task.batch("trial", 4, torch.Generator())
+    for wrong in (-1, 1):
+        with pytest.raises(InputError, match=f"domain is {wrong} but must be 0 to 0"):
+            task.batch("train", 4, torch.Generator(), domain=wrong)
     with pytest.raises(InputError, match="size is 0"):
         task.batch("train", 0, torch.Generator())

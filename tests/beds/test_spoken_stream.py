@@ -71,6 +71,9 @@ def test_bits_are_counted_by_three_modalities(task):
     }
     assert all(bits == pytest.approx(math.log2(VOCAB), abs=1e-6) for bits in found.values())
     assert (task.batch("train", 4, torch.Generator()).targets != PAD).any()
+    for wrong in (-1, 2):
+        with pytest.raises(InputError, match=f"domain is {wrong} but must be 0 to 1"):
+            task.batch("train", 4, torch.Generator(), domain=wrong)
     with pytest.raises(InputError, match="size is 0 but must be at least 1"):
         task.batch("train", 0, torch.Generator())
 

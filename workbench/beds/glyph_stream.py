@@ -38,7 +38,7 @@ from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context
-from workbench.lib.core.task import EVALUATION_BATCH, Batch, device_of
+from workbench.lib.core.task import EVALUATION_BATCH, Batch, check_domain, device_of
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.data.cache import Parsed, cached
 from workbench.lib.data.glyphs import FACES
@@ -113,6 +113,7 @@ class GlyphStream:
         chosen = torch.randint(len(rows), (size,), generator=generator)
         orders = torch.randint(len(ORDERS), (size,), generator=generator)
         if domain is not None:
+            check_domain(domain, ORDERS)
             orders = torch.full((size,), domain)
         return self._batch(rows[chosen, orders], orders)
 

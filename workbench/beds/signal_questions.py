@@ -16,6 +16,7 @@ Tensor letters: B rows, T bytes, S states (patches, frames), F their width.
 """
 
 import hashlib
+import math
 import random
 import sys
 import unicodedata
@@ -36,7 +37,7 @@ from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.routing import Context
-from workbench.lib.core.task import EVALUATION_BATCH, Batch, LanguageModelling, device_of
+from workbench.lib.core.task import EVALUATION_BATCH, Batch, LanguageModelling, check_domain, device_of
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.data.splits import SPLITS
 from workbench.lib.data.types import TextDomains
@@ -107,8 +108,10 @@ class SignalQuestions:
         for modality in modalities:
             if modality not in MODALITIES:
                 raise unknown("modality", modality, MODALITIES)
+        if not modalities or len(set(modalities)) < len(modalities):
+            raise InputError(f"modalities is {tuple(modalities)} but must hold at least one, and each once")
         shares = [1.0] * len(modalities) if shares is None else [float(share) for share in shares]
-        if len(shares) != len(modalities) or min(shares) <= 0:
+        if len(shares) != len(modalities) or not all(0 < share < math.inf for share in shares):
             raise InputError(
                 f"shares is {shares} but must hold a number above 0 for each of {len(modalities)} modalities"
             )
@@ -128,6 +131,7 @@ class SignalQuestions:
             edges = (self.shares.cumsum(0) / self.shares.sum() * size).round().long()
             counts = edges.diff(prepend=edges.new_zeros(1)).tolist()
         else:
+            check_domain(domain, self.domains)
             counts = [size * (number == domain) for number in range(len(self.domains))]
         parts = {}
         for name, count in zip(self.domains, counts, strict=True):

@@ -28,6 +28,7 @@ from workbench.beds.baseline import Measured
 from workbench.beds.glyph_stream import FIRST_CODE, FIRST_LETTER, LETTERS, ORDERS, GlyphStream, Interleaved
 from workbench.errors import InputError
 from workbench.lib import data
+from workbench.lib.core.task import check_domain
 from workbench.lib.data.glyphs import FACES
 
 NEEDS = ("speech",)
@@ -66,6 +67,7 @@ class SpokenStream(GlyphStream):
         rows = self._rows(split)
         orders = torch.randint(len(ORDERS), (size,), generator=generator)
         if domain is not None:
+            check_domain(domain, ORDERS)
             orders = torch.full((size,), domain)
         chosen, said = (torch.randint(len(of), (size,), generator=generator) for of in (rows, self.spoken[split]))
         return self._batch(self._joined(rows[chosen, orders], self.spoken[split][said, orders]), orders)

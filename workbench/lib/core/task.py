@@ -4,7 +4,7 @@ Tensor letters: B batch, T time, V vocabulary; of images C channels, H height, W
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -92,6 +92,7 @@ class LanguageModelling:
         if domain is None:
             domains = torch.randint(len(self.domains), (size,), generator=generator)
         else:
+            check_domain(domain, self.domains)
             domains = torch.full((size,), domain)
         uniform = torch.rand(size, generator=generator, dtype=torch.float64)
         rows = []
@@ -151,6 +152,8 @@ class ArrayTask:
         if size < 1:
             raise InputError(f"size is {size} but must be at least 1")
         parts = self._split(split)
+        if domain is not None:
+            check_domain(domain, self.domains)
         if domain is None and len(parts) > 1:
             domains = torch.randint(len(parts), (size,), generator=generator).sort().values
         else:
@@ -265,6 +268,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 EVALUATION_BATCH = 64
 """Rows per forward pass in evaluation: a fixed number, so that a metric does not depend on the training batch."""
+
+
+def check_domain(domain: int, domains: Sequence[str]) -> None:
+    """Raise `InputError` unless it is the number of one of the domains."""
+    if not 0 <= domain < len(domains):
+        raise InputError(f"domain is {domain} but must be 0 to {len(domains) - 1}, of {', '.join(domains)}")
 
 
 def mean_by_domain(task: Task, model: nn.Module, split: str, max_batches: int | None, value) -> dict[str, float]:
