@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from beartype import BeartypeConf, beartype
 from hypothesis import HealthCheck, settings
@@ -115,6 +116,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Shapes and types are looked at by nobody but the library itself, as they are where it is used."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -153,6 +153,43 @@ def test_the_auxiliary_router_has_its_parameters():
     assert sum(p.numel() for p in AuxiliaryRouter(D, E).parameters()) == D * D // 2 + D * E // 2
 
 
+@pytest.mark.parametrize("mode", ["expert_choice", "auxiliary"])
+def test_a_mask_that_is_not_one_for_each_token_is_refused_and_one_of_nobody_is_none(x, mode, unchecked):
+    made = router(score="sigmoid", capacity=1.0)
+    made.auxiliary = AuxiliaryRouter(D, E)
+    with deciding(made, mode):
+        for mask in (torch.ones(1, dtype=torch.bool), torch.ones(N, dtype=torch.long), torch.ones(N)):
+            with pytest.raises(InputError, match=r"context.mask is .* but must be bool \(11,\)"):
+                made(x, Context(mask=mask))
+        routing = made(x, Context(mask=torch.zeros(N, dtype=torch.bool)))
+    assert not routing.expert.numel() and not routing.mask().any()
+
+
+def test_a_state_dict_brings_the_auxiliary_router(x):
+    trained = router(score="sigmoid", capacity=1.0)
+    trained.auxiliary = AuxiliaryRouter(D, E)
+    fresh = nn.Sequential(ExpertChoiceRouter(D, E, 1.0, "sigmoid"))
+    fresh.load_state_dict(nn.Sequential(trained).state_dict())
+    with deciding(fresh, "auxiliary"), deciding(trained, "auxiliary"):
+        assert torch.equal(fresh(x).dense(), trained(x).dense())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict(nn.Sequential(router(score="sigmoid", capacity=1.0)).state_dict())
+
+
+def test_a_batch_that_shows_no_router_with_a_choice_teaches_nothing():
+    class Unrouted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.scale = router(score="sigmoid", capacity=1.0), nn.Parameter(torch.ones(256))
+
+        def forward(self, tokens, context=None):
+            return self.scale.expand(*tokens.shape, -1)
+
+    model = Unrouted()
+    train_auxiliary_routers(model, task(), TrainConfig(2, 4))
+    assert model.router.auxiliary is not None and auxiliary_accuracy(model, task(), "test", 4, 1) == {}
+
+
 def task() -> LanguageModelling:
     text = torch.randint(97, 105, (4000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     splits = {split: {"letters": text} for split in ("train", "validation", "test")}

@@ -104,6 +104,15 @@ def test_it_is_causal_and_carries_what_was_before():
     assert (grad[0, :8].abs().sum(1) > 0).all()  # further back than the convolution reaches, too
 
 
+def test_a_cache_is_as_large_after_any_number_of_tokens():
+    made = block()
+    with torch.no_grad():
+        caches = [made.prefill(rows(2, length, 24))[1] for length in (1, 500)]
+    for part in ("conv", "state"):
+        one, many = (getattr(cache, part).untyped_storage().nbytes() for cache in caches)
+        assert one == many
+
+
 def test_gradients_pass_through_a_cache():
     ours, u = block(dtype=torch.float64), rows(2, 10, 24, dtype=torch.float64).requires_grad_()
     grad = rows(2, 10, 24, dtype=torch.float64, seed=2)
@@ -204,6 +213,7 @@ def test_wrong_input_is_named():
     other = replace(cache, conv=cache.conv[:, :, 1:])
     for call, message in [
         (lambda: ours(u[0]), r"u has shape \(5, 24\) but must be \(batch, time, dim\)"),
+        (lambda: ours(u[:, :, 1:]), r"u has shape \(2, 5, 23\) but must be .* dim 24"),
         (lambda: ours(u[:, :0]), r"u has shape \(2, 0, 24\)"),
         (lambda: ours.step(u[:1, 0], cache), r"cache.conv is torch.float32 of shape \(2, 48, 3\) .* \(1, 48, 3\)"),
         (lambda: ours.step(u[:, 0], other), r"cache.conv is .*\(2, 48, 2\)"),

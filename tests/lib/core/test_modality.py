@@ -136,7 +136,7 @@ def test_tokens_without_modalities_are_given_them_in_turns():
     assert torch.equal(InTurns(Told(), M, run=2)(torch.zeros(N, D)), turns[:, None].expand(N, D).float())
 
 
-def test_wrong_ids_are_refused_by_name():
+def test_wrong_ids_are_refused_by_name(unchecked):
     x, modality = tokens(0, 1, 2)
     made = layer()
     with pytest.raises(InputError, match=r"modality is None but must be the modality of each token"):
@@ -144,6 +144,9 @@ def test_wrong_ids_are_refused_by_name():
     for wrong in (-1, M):
         with pytest.raises(InputError, match=rf"modality holds {wrong} but every id must be 0 to 2"):
             made(x, torch.cat([modality[1:], torch.tensor([wrong])]))
+    for ids in (torch.zeros(13), torch.zeros(13, dtype=torch.bool), torch.zeros(1, 13, dtype=torch.long)):
+        with pytest.raises(InputError, match="must be the id of each token"):
+            ByModality.of(ids, M)
     with pytest.raises(InputError, match="modality has 12 ids but must have one for each of 13 tokens"):
         made(x, modality[1:])
     with pytest.raises(InputError, match="sorted by 2 modalities but there are 3 parts"):
@@ -152,9 +155,12 @@ def test_wrong_ids_are_refused_by_name():
         ModalityLinear(D, OUT, 0)
 
 
-def test_masks_that_overlap_or_leave_tokens_out_are_refused():
+def test_masks_that_overlap_or_leave_tokens_out_are_refused(unchecked):
     masks = torch.tensor([[True, False, True], [False, True, False]])
     with pytest.raises(InputError, match=r"masks hold token 1 in more than one of 2 modalities \(1 such tokens\)"):
         modality_of(masks | torch.tensor([False, True, False]))
+    for wrong in (masks.long(), masks[0]):
+        with pytest.raises(InputError, match=r"masks is .* but must be bool \(modalities, tokens\)"):
+            modality_of(wrong)
     with pytest.raises(InputError, match=r"masks hold token 2 in none of 2 modalities"):
         modality_of(masks & torch.tensor([True, True, False]))

@@ -3,6 +3,8 @@
 import builtins
 import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import ot
@@ -237,6 +239,44 @@ def test_what_cannot_be_adapted_says_why_and_changes_nothing():
         PartialLoRALinear(nn.Linear(4, 4), 2)(torch.ones(2, 3, 4), torch.ones(6, dtype=torch.bool))
 
 
+def test_image_tokens_are_told_by_true_and_false_alone(unchecked):
+    """Numbers would be taken for the places of tokens."""
+    numbers = torch.tensor([0, 1, 0])
+    with pytest.raises(InputError, match=r"mask is torch.int64 but must be torch.bool"), ImageTokens().told(numbers):
+        pass
+    with pytest.raises(InputError, match=r"mask is torch.int64 but must be torch.bool"):
+        PartialLoRALinear(nn.Linear(3, 3), 2)(torch.ones(3, 3), numbers)
+
+
+def test_threads_that_share_a_model_tell_their_own_tokens():
+    _, model = extended()
+    rows = [text(), mixed(), mixed(2, 9), torch.full_like(text(), V)]
+    with torch.no_grad():
+        alone = [model(tokens) for tokens in rows]
+    meet = threading.Barrier(len(rows))
+
+    def wait(*_) -> None:
+        meet.wait(60)  # all have told, and nobody has read
+
+    def said(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(tokens)
+
+    model.base.blocks[0].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(len(rows)) as pool:
+        for found, wanted in zip(pool.map(said, rows), alone, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_a_model_is_adapted_once():
+    for layer in (nn.Sequential(nn.Linear(4, 4)), split_glu(GLU(D, 32), 4, 2)):
+        apply_partial_lora(layer, 2)
+        before = {name: (p.data_ptr(), p.requires_grad) for name, p in layer.named_parameters()}
+        with pytest.raises(InputError, match="model has PLoRA already, as"):
+            apply_partial_lora(layer, 2)
+        assert {name: (p.data_ptr(), p.requires_grad) for name, p in layer.named_parameters()} == before
+
+
 def test_a_checkpoint_that_would_forget_the_image_tokens_is_refused():
     layer = PartialLoRALinear(nn.Linear(4, 4), 2)
     x = torch.ones(6, 4, requires_grad=True)
@@ -246,12 +286,15 @@ def test_a_checkpoint_that_would_forget_the_image_tokens_is_refused():
         y.sum().backward()
 
 
-def test_the_extended_model_refuses_what_it_has_no_row_for():
+def test_the_extended_model_refuses_what_it_has_no_row_for(unchecked):
     base, model = extended()
-    with pytest.raises(InputError, match="ids up to 26 but must be"):
+    with pytest.raises(InputError, match=r"tokens is torch.int64 of 26 to 26 but must hold ids 0 to 25"):
         model(torch.full((1, 3), V + NEW))
-    with pytest.raises(InputError, match="but must be"):
-        model(text(1).repeat(1, 2))
+    with pytest.raises(InputError, match="of -1 to 2 but must hold ids 0 to 25"):
+        model(torch.tensor([[-1, 2]]))
+    for wrong in (text(1).repeat(1, 2), text(1)[0], text(0)):
+        with pytest.raises(InputError, match=r"tokens has shape .* but must be \(batch, 1 to"):
+            model(wrong)
     with pytest.raises(InputError, match=r"rows has shape \(4, 3\) but must be"):
         ExtendedLM(base, torch.ones(4, 3))
     assert model(torch.full((1, 3), V + NEW - 1)).shape == (1, 3, V + NEW)
@@ -341,9 +384,13 @@ def test_starts_differ_in_what_they_say():
     assert all(torch.equal(found, start_rows(how, codes, words, seed=3)) for how, found in rows.items())
 
 
-def test_what_has_no_geometry_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_what_has_no_geometry_is_refused(monkeypatch: pytest.MonkeyPatch, unchecked):
     with pytest.raises(InputError, match="the 4 points are all the same"):
         gromov_wasserstein_embeddings(torch.ones(4, 2), cloud(5, 3, 0))
+    for codes in (torch.ones(4), torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), torch.tensor([[torch.inf], [0.0]])):
+        for how in STARTS:
+            with pytest.raises(InputError, match=r"codes has shape .* but must be \(n, dim\) of finite numbers"):
+                start_rows(how, codes, cloud(5, 3, 0))
     with pytest.raises(InputError, match="starts is 0"):
         gromov_wasserstein_embeddings(cloud(4, 2, 0), cloud(5, 3, 0), starts=0)
     with pytest.raises(InputError, match="how 'gww' is unknown; did you mean 'gw'"):

@@ -142,7 +142,7 @@ def test_it_has_the_parameters_of_the_paper():
     assert count_params(made) == 3 * D * H * 6 + D * 6 + sum(D * D // 2 + D * e // 2 for e in EXPERTS.values())
 
 
-def test_what_it_cannot_route_is_refused(x):
+def test_what_it_cannot_route_is_refused(x, unchecked):
     made = layer()
     with pytest.raises(InputError, match="modality is None"):
         made(x)
@@ -150,10 +150,20 @@ def test_what_it_cannot_route_is_refused(x):
         made(x, Context(modality=MODALITY + 1))
     with pytest.raises(InputError, match="modality has 24 ids"):
         made(x[:5], Context(modality=MODALITY))
+    for mask in (torch.ones(len(x)), torch.ones(len(x) + 1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)):
+        with pytest.raises(InputError, match=r"context.mask is"):
+            layer()(x, Context(modality=torch.zeros(len(x), dtype=torch.long), mask=mask))
     with pytest.raises(InputError, match="experts is empty"):
         ModalityRouter(D, {})
     with pytest.raises(InputError, match="n_experts is 0"):
         ModalityRouter(D, {"text": 0})
+    depths, rows = MixtureOfDepths(block()), torch.ones(3, 4, D)
+    with pytest.raises(InputError, match=r"context.prefix is given"):
+        depths(rows, Context(prefix=torch.tensor([1, 1, 1])))
+    with pytest.raises(InputError, match=r"context.domain has 3 ids but must have one for each of"):
+        depths(rows, Context(domain=torch.zeros(3, dtype=torch.long)))
+    with pytest.raises(InputError, match="x has shape"):
+        depths(rows[0], Context())
     with pytest.raises(InputError, match="without rope"):
         MixtureOfDepths(Block(D, GLU(D, H), Attention(D, 2, causal=True, rope=True)))
 
@@ -311,6 +321,13 @@ def test_upcycled_experts_are_copies_with_new_routers_and_the_seed_is_left_as_it
     assert torch.allclose(new(x, Context(modality=MODALITY)), times * old(x, Context(modality=MODALITY)), atol=1e-6)
     lone = upcycle(layer({"text": 1, "image": 1}), {"text": 2, "image": 2})
     assert isinstance(lone, ModalityExpertFFN) and lone.n_experts == 4
+
+
+def test_a_layer_that_is_used_twice_is_upcycled_once():
+    one = layer({"text": 1, "image": 1})
+    made = upcycle(nn.ModuleList([one, one]), {"text": 2, "image": 3})
+    assert made[0] is made[1]
+    assert made[0].n_experts == 5
 
 
 def test_what_cannot_be_upcycled_is_refused():

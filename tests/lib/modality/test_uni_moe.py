@@ -173,6 +173,17 @@ def test_a_token_is_told_its_modality_its_row_s_and_whether_it_is_there():
         (lambda s: {"image": s["image"]}, r"signals are of the rows \[0, 3\] but must be of each of 4 rows once"),
         (lambda s: s | {"image": Signal(torch.tensor([0, 2]), s["image"].states)}, "signals are of the rows"),
         (lambda s: {}, r"signals are of the rows \[\]"),
+        (lambda s: s | {"image": Signal(s["image"].rows, rand(3, 4, 9))}, r"signals\['image'\] has states of 3 rows"),
+        (lambda s: s | {"image": Signal(s["image"].rows, rand(2, 4, 8))}, r"states has shape \(2, 4, 8\)"),
+        (lambda s: s | {"image": Signal(s["image"].rows, rand(2, 9))}, r"states has shape \(2, 9\)"),
+        (
+            lambda s: s | {"sound": Signal(s["sound"].rows, s["sound"].states, torch.ones(2, 7))},
+            r"mask is torch.float32 of shape \(2, 7\) but must be bool \(2, 7\)",
+        ),
+        (
+            lambda s: s | {"sound": Signal(s["sound"].rows, s["sound"].states, torch.ones(2, 4, dtype=torch.bool))},
+            r"mask is torch.bool of shape \(2, 4\)",
+        ),
         (
             lambda s: s | {"image": Signal(s["image"].rows, rand(2, 30, 9))},
             "36 tokens but must be at most seq_len = 20",
@@ -183,10 +194,13 @@ def test_a_token_is_told_its_modality_its_row_s_and_whether_it_is_there():
         ),
     ],
 )
-def test_signals_that_do_not_fit_are_named(change, said):
+def test_signals_that_do_not_fit_are_named(change, said, unchecked):
     text, signals = batch()
     with pytest.raises(InputError, match=said):
         model()(text, change(signals))
+    for wrong in (text - 300, text + 300, text.float()):
+        with pytest.raises(InputError, match=r"text is .* but must hold ids 0 to"):
+            model()(wrong, signals)
     for none in (text[:0], text[:, :0]):
         with pytest.raises(InputError, match="text has shape"):
             model()(none, signals)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from workbench.errors import InputError, unknown
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.observe import quiet
-from workbench.lib.core.routers import check_finite, check_tokens, check_top_k
+from workbench.lib.core.routers import check_finite, check_mask, check_tokens, check_top_k
 from workbench.lib.core.routing import Context, Routing
 from workbench.lib.core.task import Task
 from workbench.lib.core.train import TrainConfig, step_seed
@@ -69,7 +69,7 @@ class ExpertChoiceRouter(nn.Module):
 
     Attributes:
         mode: one of `MODES`; set by `deciding`.
-        auxiliary: the `AuxiliaryRouter`, once there is one.
+        auxiliary: the `AuxiliaryRouter`, once there is one; a state dict that has one brings it.
     """
 
     top_k = None
@@ -90,13 +90,21 @@ class ExpertChoiceRouter(nn.Module):
         self.auxiliary: AuxiliaryRouter | None = None
         nn.init.normal_(self.projection.weight, std=0.02)
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        if self.auxiliary is None and f"{prefix}auxiliary.out.weight" in state_dict:
+            weight = self.projection.weight
+            self.auxiliary = AuxiliaryRouter(weight.shape[1], self.n_experts).to(weight)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @property
     def chooses(self) -> bool:
         """Whether there is a choice: at capacity E every expert takes every token, which is causal as it is."""
         return self.capacity < self.n_experts
 
     def forward(self, x: Float[Tensor, "tokens dim"], context: Context | None = None) -> Routing:
+        mask = None if context is None else context.mask
         check_tokens(x)
+        check_mask(mask, len(x))
         logits = self.projection(x)
         check_finite(logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -107,7 +115,6 @@ class ExpertChoiceRouter(nn.Module):
         else:
             weights = torch.sigmoid(logits)
             probs = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        mask = None if context is None else context.mask
         chosen = self.choose(x, weights, mask)
         return Routing.ragged(chosen, weights, probs=probs, logits=logits)
 
@@ -210,6 +217,8 @@ def train_auxiliary_routers(model: nn.Module, task: Task, config: TrainConfig) -
             generator = torch.Generator().manual_seed(step_seed(config.seed, step))
             seen.clear()
             task.loss(model, task.batch("train", config.batch_size, generator))
+            if not seen:  # all of a modality whose experts have no choice
+                continue
             with torch.enable_grad():
                 loss = sum(
                     F.binary_cross_entropy_with_logits(router.auxiliary(x), chosen.to(x.dtype))

@@ -82,7 +82,7 @@ class MambaBlock(nn.Module):
         if wrong := [name for name, size in sizes.items() if size < 1]:
             raise InputError(f"{wrong[0]} is {sizes[wrong[0]]} but must be at least 1")
         make = projection or (lambda name, d_in, d_out, bias: Projection(d_in, d_out, bias))
-        channels = expand * d_model
+        self.d_model, channels = d_model, expand * d_model
         self.sizes = rank, d_state, d_state  # of what x_proj gives
         self.in_proj = make("in", d_model, 2 * channels, False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
@@ -108,8 +108,11 @@ class MambaBlock(nn.Module):
         Raises:
             InputError: u is no (B, T, D) with T of at least 1, or the cache is of another batch, block or type.
         """
-        if u.ndim != 3 or u.shape[1] == 0:
-            raise InputError(f"u has shape {tuple(u.shape)} but must be (batch, time, dim) with one token at least")
+        if u.ndim != 3 or u.shape[1] == 0 or u.shape[2] != self.d_model:
+            raise InputError(
+                f"u has shape {tuple(u.shape)} but must be (batch, time, dim) with one token at least and dim "
+                f"{self.d_model}"
+            )
         x, z = self.in_proj(u, context).transpose(1, 2).chunk(2, 1)
         before = self._before(x, cache)
         line = torch.cat([before, x], 2)
@@ -120,7 +123,8 @@ class MambaBlock(nn.Module):
         state = None if cache is None else cache.state
         y, state = selective_scan(x, delta, a, b.transpose(1, 2), c.transpose(1, 2), self.D, z, state)
         out = self.out_proj(y.transpose(1, 2), context)
-        return out, MambaCache(line[:, :, line.shape[2] - before.shape[2] :], state)
+        kept = line[:, :, line.shape[2] - before.shape[2] :].clone()  # a view would hold the line of all tokens
+        return out, MambaCache(kept, state)
 
     def step(
         self, u: Float[Tensor, "batch dim"], cache: MambaCache, context: Context | None = None

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from workbench.errors import InputError
 from workbench.lib.core.routing import Context
 
+IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclass(frozen=True)
 class ByModality:
@@ -34,10 +36,15 @@ class ByModality:
         """From the modality of each token.
 
         Raises:
-            InputError: there are no ids, or one is not 0 to M - 1.
+            InputError: there are no ids, they are not (N,) whole numbers, or one is not 0 to M - 1.
         """
         if modality is None:
             raise InputError("modality is None but must be the modality of each token: Context(modality=...)")
+        if modality.ndim != 1 or modality.dtype not in IDS:
+            raise InputError(
+                f"modality is {modality.dtype} of shape {tuple(modality.shape)} but must be the id of each token, "
+                "(tokens,) whole numbers; of a batch (rows, time) it is modality.flatten()"
+            )
         low, high = (int(end) for end in modality.aminmax()) if modality.numel() else (0, 0)
         if low < 0 or high >= n_modalities:
             wrong = low if low < 0 else high
@@ -64,8 +71,10 @@ def modality_of(masks: Bool[Tensor, "modalities tokens"]) -> Int64[Tensor, " tok
     """The modality of each token from a mask for each modality.
 
     Raises:
-        InputError: a token is in no mask, or in more than one.
+        InputError: a token is in no mask, or in more than one; or they are no (M, N) of True and False.
     """
+    if masks.ndim != 2 or masks.dtype != torch.bool:
+        raise InputError(f"masks is {masks.dtype} of shape {tuple(masks.shape)} but must be bool (modalities, tokens)")
     times = masks.sum(0)
     for wrong, what in ((times > 1, "more than one"), (times == 0, "none")):
         if wrong.any():

@@ -28,6 +28,15 @@ def check_tokens(x: Tensor) -> None:
         raise InputError(f"x has shape {tuple(x.shape)} but must be (tokens, dim) with at least one token")
 
 
+def check_mask(mask: Tensor | None, n_tokens: int) -> None:
+    """Raise `InputError` unless there is no mask, or one of True and False for each token."""
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (n_tokens,)):
+        raise InputError(
+            f"context.mask is {mask.dtype} of shape {tuple(mask.shape)} but must be bool ({n_tokens},), one for each "
+            "token"
+        )
+
+
 def check_finite(logits: Tensor) -> None:
     """Raise `InputError` where router logits hold NaN or infinity: routing them would hide a diverged model."""
     if not torch.isfinite(logits).all():

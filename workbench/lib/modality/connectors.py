@@ -11,6 +11,16 @@ from workbench.errors import InputError
 from workbench.lib.core.attention import Attention
 
 
+def check_states(states: Tensor, mask: Tensor | None, d_enc: int) -> None:
+    """Raise `InputError` unless states are (B, S, F), and the mask, if there is one, is bool (B, S)."""
+    if states.ndim != 3 or states.shape[2] != d_enc:
+        raise InputError(f"states has shape {tuple(states.shape)} but must be (batch, states, {d_enc})")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != states.shape[:2]):
+        raise InputError(
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)} but must be bool {tuple(states.shape[:2])}"
+        )
+
+
 class LinearConnector(nn.Module):
     """A soft token for each state: Linear, GELU, Linear. (B, S, F) -> (B, S, D).
 
@@ -26,6 +36,7 @@ class LinearConnector(nn.Module):
         self, states: Float[Tensor, "batch states d_enc"], mask: Bool[Tensor, "batch states"] | None = None
     ) -> Float[Tensor, "batch states dim"]:
         """Raises `InputError` where states are masked: each is a token, so all rows have as many."""
+        check_states(states, mask, self.projection[0].in_features)
         if mask is not None and not mask.all():
             raise InputError(f"mask leaves out {int((~mask).sum())} states but a LinearConnector has a token for each")
         return self.projection(states)
@@ -61,8 +72,9 @@ class QFormerConnector(nn.Module):
         """mask: False where a state is padding.
 
         Raises:
-            InputError: a row has no states.
+            InputError: a row has no states, or they or the mask do not fit.
         """
+        check_states(states, mask, self.layers[0].across.kdim)
         if states.shape[1] == 0 or (mask is not None and not mask.any(1).all()):
             raise InputError(f"states has shape {tuple(states.shape)} but every row must have a state that is unmasked")
         x = self.queries.expand(len(states), -1, -1)

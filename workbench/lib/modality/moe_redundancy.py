@@ -23,6 +23,7 @@ Tensor letters: B batch, T time, N tokens, D model width, V text tokens, K codes
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -74,26 +75,34 @@ def example() -> nn.Module:
     return layer
 
 
+_told: ContextVar[tuple[tuple["ImageTokens", Tensor], ...]] = ContextVar("told", default=())
+"""Masks that are told now, of whom: of one thread each, so that threads may share a model."""
+
+
 class ImageTokens:
     """Which tokens of a pass are of an image: told once a forward, read by every adapted layer.
 
     Attributes:
         everywhere: take all tokens for such ones: ordinary LoRA.
-        mask: (N,) inside `told`; None outside, where no token is one.
     """
 
     def __init__(self, everywhere: bool = False):
         self.everywhere = everywhere
-        self.mask: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(N,) inside `told`; None outside and in other threads, where no token is one."""
+        return next((mask for images, mask in reversed(_told.get()) if images is self), None)
 
     @contextmanager
     def told(self, mask: Bool[Tensor, "*batch"]) -> Iterator[None]:
         """The tokens that layers are given inside."""
-        before, self.mask = self.mask, mask.reshape(-1)
+        _check_mask(mask)
+        token = _told.set((*_told.get(), (self, mask.reshape(-1))))
         try:
             yield
         finally:
-            self.mask = before
+            _told.reset(token)
 
     def of(self, x: Tensor) -> Bool[Tensor, " tokens"] | None:
         """(N,) of the N rows of x (..., I); None where none is of an image."""
@@ -102,11 +111,17 @@ class ImageTokens:
             return x.new_ones(rows, dtype=torch.bool)
         if recomputing():
             raise InputError("a checkpoint repeats a layer whose image tokens are not known any more: use none here")
-        if self.mask is None:
+        mask = self.mask
+        if mask is None:
             return None
-        if self.mask.numel() != rows:
-            raise InputError(f"mask has {self.mask.numel()} tokens but a layer sees {rows}")
-        return self.mask if self.mask.any() else None
+        if mask.numel() != rows:
+            raise InputError(f"mask has {mask.numel()} tokens but a layer sees {rows}")
+        return mask if mask.any() else None
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise InputError(f"mask is {mask.dtype} but must be torch.bool, True at tokens of an image")
 
 
 class PartialLoRALinear(nn.Module):
@@ -127,6 +142,8 @@ class PartialLoRALinear(nn.Module):
         self, x: Float[Tensor, "*batch d_in"], mask: Bool[Tensor, "*tokens"] | None = None
     ) -> Float[Tensor, "*batch d_out"]:
         y = self.base(x)
+        if mask is not None:
+            _check_mask(mask)
         if mask is not None and mask.shape != x.shape[:-1]:
             raise InputError(
                 f"mask has shape {tuple(mask.shape)} but must be that of the tokens, {tuple(x.shape[:-1])}"
@@ -193,8 +210,14 @@ def apply_partial_lora(
         What to tell, once a forward, which tokens are of an image.
 
     Raises:
-        InputError: a pattern is the first match of no layer, or a rank is above a layer's width; nothing is changed.
+        InputError: a pattern is the first match of no layer, a rank is above a layer's width, or a layer has PLoRA
+            already; nothing is changed.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, PartialLoRALinear | PartialLoRAExperts):
+            raise InputError(
+                f"model has PLoRA already, as {name or 'itself'}: a second one would not be told its tokens"
+            )
     ranks = {"*": ranks} if isinstance(ranks, int) else dict(ranks)
     found: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -250,11 +273,11 @@ class ExtendedLM(nn.Module):
     ) -> Float[Tensor, "batch time all"]:
         """Logits of the text rows and then of the new ones; `text_only`: of the text rows alone, to decode text."""
         size = self.vocab + len(self.new.weight)
-        if not 1 <= tokens.shape[1] <= self.seq_len or not len(tokens) or int(tokens.max()) >= size:
-            raise InputError(
-                f"tokens has shape {tuple(tokens.shape)} and ids up to {int(tokens.max()) if tokens.numel() else None} "
-                f"but must be (batch, 1 to {self.seq_len}) with ids below {size}"
-            )
+        if tokens.ndim != 2 or not len(tokens) or not 1 <= tokens.shape[1] <= self.seq_len:
+            raise InputError(f"tokens has shape {tuple(tokens.shape)} but must be (batch, 1 to {self.seq_len})")
+        low, high = (int(end) for end in tokens.aminmax())
+        if tokens.is_floating_point() or low < 0 or high >= size:
+            raise InputError(f"tokens is {tokens.dtype} of {low} to {high} but must hold ids 0 to {size - 1}")
         context = context if context is not None else Context()
         if context.token_ids is None:
             context.token_ids = tokens.flatten()
@@ -320,6 +343,7 @@ def gromov_wasserstein_embeddings(
     """
     if starts < 1:
         raise InputError(f"starts is {starts} but must be at least 1")
+    _check_points(codes=codes, text=text)
     ot = _pot()
     inside, across = distances(codes), distances(text)
     p, q = np.full(len(codes), 1 / len(codes)), np.full(len(text), 1 / len(text))
@@ -347,6 +371,7 @@ def start_rows(
     """
     if how not in STARTS:
         raise unknown("how", how, STARTS)
+    _check_points(codes=codes, text=text)
     generator = torch.Generator().manual_seed(seed)
     if how in ("gw", "permuted"):
         rows = gromov_wasserstein_embeddings(codes, text, seed=seed)[0]
@@ -367,6 +392,12 @@ def distances(points: Float[Tensor, "n dim"]) -> np.ndarray:
     if not found.mean() > 0:
         raise InputError(f"the {len(points)} points are all the same, or NaN, and have no geometry to compare")
     return found / found.mean()
+
+
+def _check_points(**clouds: Tensor) -> None:
+    for name, points in clouds.items():
+        if points.ndim != 2 or not points.isfinite().all():
+            raise InputError(f"{name} has shape {tuple(points.shape)} but must be (n, dim) of finite numbers")
 
 
 def _lengthened(rows: Tensor, text: Tensor) -> Tensor:

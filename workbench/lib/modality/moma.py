@@ -36,7 +36,7 @@ from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.modality import ByModality
 from workbench.lib.core.models import Block
 from workbench.lib.core.moe import MoELayer
-from workbench.lib.core.routers import check_tokens
+from workbench.lib.core.routers import check_mask, check_tokens
 from workbench.lib.core.routing import Context, Routing
 
 METHOD = Method(
@@ -49,6 +49,9 @@ METHOD = Method(
     "than one mixed group.",
     objects=("ModalityExpertFFN", "ModalityRouter", "MixtureOfDepths", "upcycle"),
 )
+
+IDS = ("token_ids", "domain", "modality")
+"""What a context says of each token, its mask aside."""
 
 
 def example() -> nn.Module:
@@ -88,6 +91,7 @@ class ModalityRouter(nn.Module):
     def forward(self, x: Float[Tensor, "tokens dim"], context: Context | None = None) -> Routing:
         check_tokens(x)
         context = context or Context()
+        check_mask(context.mask, len(x))
         sorted_ = ByModality.of(context.modality, len(self.groups))
         if sorted_.order.numel() != len(x):
             raise InputError(f"context.modality has {sorted_.order.numel()} ids but must have one for each of {len(x)}")
@@ -147,6 +151,9 @@ class MixtureOfDepths(nn.Module):
         self.block = block
 
     def forward(self, x: Float[Tensor, "batch time dim"], context: Context) -> Float[Tensor, "batch time dim"]:
+        """Raises `InputError` for a prefix, whose places are lost as the tokens are packed, and for ids that are not
+        one for each token."""
+        self._check(x, context)
         routing = self.router(x.flatten(0, 1), context)
         chosen = routing.mask().view(x.shape[:2])
         if not chosen.any():
@@ -156,13 +163,24 @@ class MixtureOfDepths(nn.Module):
         # in the order of the row from the left: what is causal never sees the empty places behind
         shape = len(x), int(chosen.sum(1).max())
         packed = x.new_zeros(*shape, x.shape[-1]).index_put((row, place), x[row, time])
-        ids = {name: getattr(context, name) for name in ("token_ids", "domain", "modality")}
-        own = {name: values.view(chosen.shape) for name, values in ids.items() if values is not None}
+        ids = {name: getattr(context, name) for name in IDS}
+        own = {name: values.reshape(chosen.shape) for name, values in ids.items() if values is not None}
         own = {name: _packed(values, shape, row, place, time) for name, values in (own | {"mask": chosen}).items()}
         inside = replace(context, state=None, **own)
         added = (self.block(packed, inside) - packed)[row, place]
         context.aux = inside.aux
         return x.index_put((row, time), routing.weight[:, None].to(x.dtype) * added, accumulate=True)
+
+    def _check(self, x: Tensor, context: Context) -> None:
+        if x.ndim != 3:
+            raise InputError(f"x has shape {tuple(x.shape)} but must be (batch, time, dim)")
+        if context.prefix is not None:
+            raise InputError("context.prefix is given but tokens that are packed together have no prefix")
+        tokens = x.shape[:2].numel()
+        for name in IDS:
+            values = getattr(context, name)
+            if values is not None and values.numel() != tokens:
+                raise InputError(f"context.{name} has {values.numel()} ids but must have one for each of {tokens}")
 
 
 def _packed(
@@ -188,10 +206,15 @@ def upcycle(seed: nn.Module, experts: Mapping[str, int], gumbel: bool = True) ->
         gumbel: noise in training, without which copies that start alike are told apart by their routers alone.
     """
     model = copy.deepcopy(seed)
-    grown = {name: layer for name, layer in model.named_modules() if isinstance(layer, ModalityExpertFFN)}
+    named = model.named_modules(remove_duplicate=False)  # a layer that is used twice has two names
+    grown = {name: layer for name, layer in named if isinstance(layer, ModalityExpertFFN)}
     if not grown:
         raise InputError(f"seed is a {type(seed).__name__} without a ModalityExpertFFN, so nothing can be upcycled")
+    made = {}
     for name, layer in grown.items():
+        if layer in made:
+            model.set_submodule(name, made[layer])
+            continue
         had = layer.router.experts
         if list(had) != list(experts) or set(had.values()) != {1}:
             raise InputError(f"experts is {dict(experts)} but {name or 'seed'} has {had}, not one each of the same")
@@ -204,6 +227,7 @@ def upcycle(seed: nn.Module, experts: Mapping[str, int], gumbel: bool = True) ->
         new.train(layer.training)
         if not name:
             return new
+        made[layer] = new
         model.set_submodule(name, new)
     return model
 

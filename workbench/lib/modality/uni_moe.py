@@ -163,8 +163,8 @@ class MultimodalLM(nn.Module):
                 without one is the row's modality counted from 0; the modality, 0 for text; and whether it is there.
 
         Raises:
-            InputError: no text, a modality without a connector, rows without a signal or with two, or more tokens than
-                the decoder has positions.
+            InputError: no text, what is no byte, a modality without a connector, rows without a signal or with two, or
+                more tokens than the decoder has positions.
         """
         context = context if context is not None else Context()
         rows = self._rows(text, signals)
@@ -193,9 +193,17 @@ class MultimodalLM(nn.Module):
     def _rows(self, text: Tensor, signals: Mapping[str, Signal]) -> Tensor:
         if text.ndim != 2 or 0 in text.shape:
             raise InputError(f"text has shape {tuple(text.shape)} but must be (batch, time) with at least one of each")
-        for name in signals:
+        (low, high), size = (int(end) for end in text.aminmax()), self.lm.embedding.num_embeddings
+        if text.is_floating_point() or low < 0 or high >= size:
+            raise InputError(f"text is {text.dtype} of {low} to {high} but must hold ids 0 to {size - 1}")
+        for name, signal in signals.items():
             if name not in self.connectors:
                 raise unknown("modality", name, self.connectors)
+            if len(signal.rows) != len(signal.states):
+                raise InputError(
+                    f"signals[{name!r}] has states of {len(signal.states)} rows but says of {len(signal.rows)} which "
+                    "they are"
+                )
         rows = torch.cat([signal.rows for signal in signals.values()]) if signals else text.new_empty(0)
         if not torch.equal(rows.sort().values, torch.arange(len(text), device=text.device)):
             raise InputError(f"signals are of the rows {rows.tolist()} but must be of each of {len(text)} rows once")
