@@ -198,9 +198,9 @@ def test_a_loss_that_is_no_number_fails_the_run_and_keeps_what_was_good(
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_full_disk_under_the_store_stops_the_run_with_a_message(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_under_the_store_stops_the_run_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    long, whole = recipe(steps=96), tmp_path / "whole"  # the first record takes most of the pages, the others some more
+    train_run(long, whole)
     create = RunWriter.create.__func__
     needed = (whole / "run.sqlite").stat().st_size // 4096
 
@@ -211,7 +211,7 @@ def test_a_full_disk_under_the_store_stops_the_run_with_a_message(
 
     monkeypatch.setattr(RunWriter, "create", classmethod(small))
     with pytest.raises(RunStopped, match="no space left"):
-        train_run(recipe(), tmp_path / "run")
+        train_run(long, tmp_path / "run")
     monkeypatch.undo()
     with Run(tmp_path / "run") as run:
         assert run.steps("train/loss").tolist() == list(range(run.last_step + 1)) and run.last_step > 0
