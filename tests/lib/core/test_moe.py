@@ -1,7 +1,5 @@
 """The MoE layer and the dense expert bank against a plain loop over tokens and experts."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from torch.nn import functional as F
 from workbench.errors import InputError
 from workbench.lib.core.expert_choice import ExpertChoiceRouter
 from workbench.lib.core.experts import GLU, GLUExperts
-from workbench.lib.core.moe import MoELayer, moe_layers, within_capacity
+from workbench.lib.core.moe import MoELayer, moe_layers
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.routing import Context, Routing
 
@@ -112,21 +110,6 @@ def test_observers_see_the_routing_before_the_limit_until_removed():
     handle.remove()
     layer(torch.randn(10, 8))
     assert len(seen) == 1
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 5), st.floats(0.2, 2.0), st.integers(0, 2**31))
-def test_capacity_keeps_the_heaviest_pairs_of_each_expert(n_tokens, n_experts, factor, seed):
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(n_experts, (n_tokens, 1), generator=generator)
-    routing = Routing.fixed(indices, torch.rand(n_tokens, 1, generator=generator), n_experts)
-    kept = within_capacity(routing, factor)
-    capacity = math.ceil(factor * n_tokens / n_experts)
-    for e in range(n_experts):
-        mine = routing.expert == e
-        assert int((kept & mine).sum()) == min(capacity, int(mine.sum()))
-        if (kept & mine).any() and (~kept & mine).any():
-            assert routing.weight[kept & mine].min() >= routing.weight[~kept & mine].max()
 
 
 def test_auxiliary_losses_add_up_over_layers():

@@ -3,14 +3,14 @@
 Tensor letters: N tokens, D model width, E experts, K active experts per token, P routed pairs.
 """
 
-import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.errors import InputError
+from workbench.lib.core.capacity import Capacity
 from workbench.lib.core.observe import Announcing
 from workbench.lib.core.recompute import Call, Repeat, find, recomputing, sample
 from workbench.lib.core.routing import Context, Experts, Router, Routing
@@ -26,8 +26,9 @@ class MoELayer(Announcing):
         router: see `Router`.
         experts: see `Experts`; the router and the bank must agree on the number of experts.
         shared: a block every token passes through as well, (..., D) -> (..., D).
-        capacity_factor: each expert serves at most C = ceil(capacity_factor * P / E) pairs of a batch, those of the
-            highest combine weight; the rest is dropped (the token keeps its residual stream). None: no limit.
+        capacity_factor: each expert serves at most C = ceil(capacity_factor * P / E) pairs of a batch; the rest is
+            dropped (the token keeps its residual stream). A `Capacity` says whom, a number those of the highest combine
+            weight. None: no limit.
     """
 
     def __init__(
@@ -35,19 +36,25 @@ class MoELayer(Announcing):
         router: Router,
         experts: Experts,
         shared: nn.Module | None = None,
-        capacity_factor: float | None = None,
+        capacity_factor: float | Capacity | None = None,
     ):
         super().__init__()
         if router.n_experts != experts.n_experts:
             raise InputError(
                 f"router.n_experts is {router.n_experts} but must equal experts.n_experts = {experts.n_experts}"
             )
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise InputError(f"capacity_factor is {capacity_factor} but must be above 0, or None for no limit")
         self.router = router
         self.experts = experts
         self.shared = shared
         self.capacity_factor = capacity_factor
+        if isinstance(capacity_factor, int | float):
+            Capacity(capacity_factor)  # refuses what is no factor
+
+    @property
+    def capacity(self) -> Capacity | None:
+        """The limit on what an expert serves."""
+        factor = self.capacity_factor
+        return factor if factor is None or isinstance(factor, Capacity) else Capacity(factor)
 
     @property
     def n_experts(self) -> int:
@@ -77,8 +84,8 @@ class MoELayer(Announcing):
         self, tokens: Float[Tensor, "tokens dim"], routing: Routing, context: Context
     ) -> Float[Tensor, "tokens dim"]:
         """The layer for a routing that is already decided: run its experts, add its losses, announce it."""
-        if self.capacity_factor is not None:
-            routing.kept = within_capacity(routing, self.capacity_factor)
+        if self.capacity is not None:
+            routing.kept = self.capacity.kept(routing, self.training)
         y = self.experts(tokens, routing.served())
         if self.shared is not None:
             y = y + self.shared(tokens)
@@ -96,16 +103,6 @@ class MoELayer(Announcing):
                 context.aux = context.aux + call.part(name)
         self.announce(routing, context)
         return y
-
-
-def within_capacity(routing: Routing, capacity_factor: float) -> Bool[Tensor, " pairs"]:
-    """(P,) True for the C = ceil(capacity_factor * P / E) pairs of highest weight of each expert."""
-    capacity = math.ceil(capacity_factor * routing.expert.numel() / routing.n_experts)
-    by_weight = torch.argsort(routing.weight.detach(), descending=True, stable=True)
-    order = by_weight[torch.argsort(routing.expert[by_weight], stable=True)]  # by expert, heaviest first
-    counts = routing.counts
-    rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank < capacity)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from workbench.catalogue import Method
 from workbench.errors import InputError
 from workbench.lib.core.attention import Attention
+from workbench.lib.core.capacity import keep
 from workbench.lib.core.experts import MLPExperts
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.moe import MoELayer, moe_layers
@@ -96,9 +97,7 @@ class CapacityTopKRouter(LinearRouter):
     def route(self, logits: Float[Tensor, "tokens experts"], mask: Bool[Tensor, " tokens"] | None = None) -> Routing:
         routing = super().route(logits, mask)
         if self.capacity_factor is not None:
-            chosen = routing.mask() if mask is None else routing.mask() & mask[:, None]
-            place = chosen.cumsum(0).where(chosen, math.inf)
-            routing.kept = place[routing.token, routing.expert] <= self.capacity(routing.n_tokens)
+            routing.kept = keep(routing, self.capacity(routing.n_tokens), "position", mask=mask)
         return routing
 
     def capacity(self, n_tokens: int) -> int:
