@@ -1,0 +1,190 @@
+"""Work that is really done, on threads of its own for each resource, and timed as a simulation is: the same `Timeline`.
+
+    with Executor(("device", "cpu", "link"), basis="measured here") as executor:
+        load = executor.submit("load 1", "link", lambda: link.copy(there, here))
+        done = executor.submit("compute 1", "device", lambda: x @ there, after=[load])
+        y = done.result()
+    executor.timeline()
+
+Threads share one interpreter, but torch lets go of it inside its operators, so two threads with operators well above a
+hundred microseconds work at once if there are two cores: `pair_speedup` says how much of that is had.
+"""
+
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.lib.core.simulation.timeline import Event, Timeline
+
+ENOUGH = 1.6
+"""What `pair_speedup` must reach before two threads may stand for a device and a host."""
+
+
+class Job:
+    """A call on a resource; `result()` waits for it."""
+
+    def __init__(self, name: str, resource: str, call: Callable[[], Any], after: Iterable["Job"], group: str):
+        self.name, self.resource, self.group = name, resource, group
+        self.start: float | None = None
+        self.end: float | None = None
+        self._call, self._after = call, tuple(after)
+        self._done, self._value, self._error = threading.Event(), None, None
+
+    def result(self) -> Any:
+        """What the call returned; what it raised is raised, and what a job before it raised."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _run(self, epoch: float) -> None:
+        try:
+            for before in self._after:
+                before.result()
+            self.start = time.perf_counter() - epoch
+            self._value = self._call()
+            self.end = time.perf_counter() - epoch
+        except BaseException as error:  # told to whoever waits, and to no one else
+            self._error = error
+        finally:
+            self._call, self._after = None, ()  # what they hold is let go
+            self._done.set()
+
+
+class Executor:
+    """One thread for each resource, which does its jobs in the order of submission. A context manager.
+
+    While it is open, torch's operators take one thread each.
+    """
+
+    def __init__(self, resources: Sequence[str], basis: str):
+        if not resources or len(set(resources)) < len(resources):
+            raise InputError(f"resources is {tuple(resources)} but must be one or more different names")
+        self.basis, self._jobs = basis, []
+        self._queues: dict[str, queue.SimpleQueue] = {name: queue.SimpleQueue() for name in resources}
+
+    def __enter__(self) -> "Executor":
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._epoch = time.perf_counter()
+        self._threads = [
+            threading.Thread(target=self._work, args=(lane,), name=name, daemon=True)
+            for name, lane in self._queues.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for what was submitted."""
+        for lane in self._queues.values():
+            lane.put(None)
+        for thread in self._threads:
+            thread.join()
+        torch.set_num_threads(self._before)
+
+    def submit(
+        self, name: str, resource: str, call: Callable[[], Any], after: Iterable[Job] = (), group: str = ""
+    ) -> Job:
+        """Put a call in a resource's queue; it starts when those `after` which it comes have ended.
+
+        Jobs are submitted in an order in which they could run one by one, so that none can wait for one behind it.
+
+        Raises:
+            InputError: no such resource.
+        """
+        if resource not in self._queues:
+            raise InputError(f"resource is {resource!r} but must be one of {', '.join(self._queues)}")
+        job = Job(name, resource, call, after, group)
+        self._jobs.append(job)
+        self._queues[resource].put(job)
+        return job
+
+    def timeline(self) -> Timeline:
+        """What has ended, in seconds since it was opened."""
+        done = [job for job in self._jobs if job.end is not None]
+        events = (Event(job.name, job.resource, job.start, job.end, job.group) for job in done)
+        return Timeline(tuple(events), self.basis, tuple(self._queues))
+
+    def _work(self, lane: queue.SimpleQueue) -> None:
+        torch.set_num_threads(1)  # of OpenMP, each thread has a number of its own
+        while (job := lane.get()) is not None:
+            job._run(self._epoch)
+
+
+class ThrottledLink:
+    """A link of a chosen bandwidth: a token bucket over copies, chunk by chunk; between chunks it sleeps.
+
+    Args:
+        bandwidth: bytes/s.
+        chunk_bytes: what is copied at once; also what the bucket holds, so that a pause is worth one chunk at most.
+
+    Raises:
+        InputError: a number is not above 0.
+    """
+
+    def __init__(self, bandwidth: float, chunk_bytes: int = 1 << 16):
+        for name, value in (("bandwidth", bandwidth), ("chunk_bytes", chunk_bytes)):
+            if not value > 0:
+                raise InputError(f"{name} is {value} but must be above 0")
+        self.bandwidth, self.chunk_bytes = float(bandwidth), int(chunk_bytes)
+        self._free_at = 0.0  # when all that was taken has gone through
+
+    def take(self, n_bytes: int) -> None:
+        """Sleep until so many bytes have gone through, from now or from when those before them have."""
+        now = time.perf_counter()
+        self._free_at = max(self._free_at, now) + n_bytes / self.bandwidth
+        _sleep_until(self._free_at)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy a contiguous tensor into another of its shape and dtype; takes n / bandwidth, or the copy if slower.
+
+        Raises:
+            InputError: they differ in shape or dtype, or one is not contiguous.
+        """
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise InputError(
+                f"target is {target.dtype} {tuple(target.shape)} but must be {source.dtype} {tuple(source.shape)}"
+            )
+        if not (target.is_contiguous() and source.is_contiguous()):
+            raise InputError("target and source must both be contiguous")
+        there, here = target.view(-1), source.view(-1)
+        step = max(1, self.chunk_bytes // source.element_size())
+        start = max(self._free_at, time.perf_counter())
+        for at in range(0, here.numel(), step):
+            there[at : at + step].copy_(here[at : at + step])
+            done = min(at + step, here.numel()) * source.element_size()
+            _sleep_until(start + done / self.bandwidth)
+        self._free_at = start + source.nbytes / self.bandwidth
+
+
+def pair_speedup(first: Callable[[], object], second: Callable[[], object], repeats: int = 5) -> float:
+    """How much two threads gain: the time of two calls after one another over that of both at once, a median.
+
+    2 is all that two cores can give, if the calls take equally long; 1 is nothing. See `ENOUGH`.
+    """
+    ratios = []
+    for turn in range(-1, repeats):
+        start = time.perf_counter()
+        first(), second()
+        apart = time.perf_counter() - start
+        with Executor(("a", "b"), "measured") as both:
+            jobs = [both.submit("first", "a", first), both.submit("second", "b", second)]
+            for job in jobs:
+                job.result()
+        if turn >= 0:
+            ratios.append(apart / both.timeline().makespan)
+    return statistics.median(ratios)
+
+
+def _sleep_until(moment: float) -> None:
+    left = moment - time.perf_counter()
+    if left > 0:
+        time.sleep(left)
