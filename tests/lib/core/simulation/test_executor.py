@@ -11,7 +11,7 @@ from workbench.lib.core.simulation.executor import Executor, ThrottledLink, pair
 from workbench.lib.core.simulation.timeline import Timeline
 
 
-def test_jobs_run_in_order_after_what_comes_before_and_each_resource_is_a_thread():
+def test_what_is_ready_runs_in_order_and_each_resource_is_a_thread():
     seen: list[tuple[str, str, int]] = []
     gate = threading.Event()
 
@@ -22,14 +22,15 @@ def test_jobs_run_in_order_after_what_comes_before_and_each_resource_is_a_thread
     with Executor(("device", "link"), "measured") as executor:
         load = executor.submit("load", "link", gate.wait, group="stream")
         use = executor.submit("use", "device", call("use"), after=[load])
+        ready = executor.submit("ready", "device", call("ready"))
         last = executor.submit("last", "device", call("last"))
-        assert not seen  # the device waits for the link
+        assert (ready.result(), last.result(), use.done) == ("ready", "last", False)
         gate.set()
-        assert (use.result(), last.result()) == ("use", "last")
-    assert seen == [("use", "device", 1), ("last", "device", 1)] and torch.get_num_threads() == before
+        assert use.result() == "use"
+    assert seen == [(name, "device", 1) for name in ("ready", "last", "use")] and torch.get_num_threads() == before
     timeline = executor.timeline()
     assert isinstance(timeline, Timeline) and timeline.overlaps() == [] and timeline.resources == ("device", "link")
-    assert [event.name for event in timeline.events] == ["load", "use", "last"] and load.end <= use.start
+    assert {event.name for event in timeline.events} == {"load", "use", "ready", "last"} and load.end <= use.start
     assert timeline.events[0].group == "stream"
 
 
@@ -83,6 +84,7 @@ def test_an_idle_link_saves_nothing_up():
         (lambda: Executor((), "x"), "resources is"),
         (lambda: Executor(("a", "a"), "x"), "different names"),
         (lambda: Executor(("a",), "x").submit("t", "b", int), "resource is 'b' but must be one of a"),
+        (lambda: Executor(("a",), "x").submit("t", "a", int), "not open"),
         (lambda: ThrottledLink(0), "bandwidth is 0"),
         (lambda: ThrottledLink(float("nan")), "bandwidth is nan"),
         (lambda: ThrottledLink(1, 0), "chunk_bytes is 0"),

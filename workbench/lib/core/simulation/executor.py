@@ -10,7 +10,6 @@ Threads share one interpreter, but torch lets go of it inside its operators, so 
 hundred microseconds work at once if there are two cores: `pair_speedup` says how much of that is had.
 """
 
-import queue
 import statistics
 import threading
 import time
@@ -37,12 +36,20 @@ class Job:
         self._call, self._after = call, tuple(after)
         self._done, self._value, self._error = threading.Event(), None, None
 
+    @property
+    def done(self) -> bool:
+        """Whether it ended, or failed."""
+        return self._done.is_set()
+
     def result(self) -> Any:
         """What the call returned; what it raised is raised, and what a job before it raised."""
         self._done.wait()
         if self._error is not None:
             raise self._error
         return self._value
+
+    def _ready(self) -> bool:
+        return all(before.done for before in self._after)
 
     def _run(self, epoch: float) -> None:
         try:
@@ -59,7 +66,7 @@ class Job:
 
 
 class Executor:
-    """One thread for each resource, which does its jobs in the order of submission. A context manager.
+    """One thread for each resource, which does what is ready in the order of submission. A context manager.
 
     While it is open, torch's operators take one thread each.
     """
@@ -67,16 +74,17 @@ class Executor:
     def __init__(self, resources: Sequence[str], basis: str):
         if not resources or len(set(resources)) < len(resources):
             raise InputError(f"resources is {tuple(resources)} but must be one or more different names")
-        self.basis, self._jobs = basis, []
-        self._queues: dict[str, queue.SimpleQueue] = {name: queue.SimpleQueue() for name in resources}
+        self.basis, self._jobs, self._open = basis, [], False
+        self._lanes: dict[str, list[Job]] = {name: [] for name in resources}
+        self._changed = threading.Condition()
 
     def __enter__(self) -> "Executor":
         self._before = torch.get_num_threads()
         torch.set_num_threads(1)
-        self._epoch = time.perf_counter()
+        self._epoch, self._open = time.perf_counter(), True
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=name, daemon=True)
-            for name, lane in self._queues.items()
+            for name, lane in self._lanes.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -84,8 +92,9 @@ class Executor:
 
     def __exit__(self, *_: object) -> None:
         """Waits for what was submitted."""
-        for lane in self._queues.values():
-            lane.put(None)
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
         torch.set_num_threads(self._before)
@@ -93,30 +102,45 @@ class Executor:
     def submit(
         self, name: str, resource: str, call: Callable[[], Any], after: Iterable[Job] = (), group: str = ""
     ) -> Job:
-        """Put a call in a resource's queue; it starts when those `after` which it comes have ended.
-
-        Jobs are submitted in an order in which they could run one by one, so that none can wait for one behind it.
+        """Give a call to a resource; it starts after those that it comes `after`, which were submitted before.
 
         Raises:
-            InputError: no such resource.
+            InputError: no such resource, or the executor is not open.
         """
-        if resource not in self._queues:
-            raise InputError(f"resource is {resource!r} but must be one of {', '.join(self._queues)}")
+        if resource not in self._lanes:
+            raise InputError(f"resource is {resource!r} but must be one of {', '.join(self._lanes)}")
         job = Job(name, resource, call, after, group)
-        self._jobs.append(job)
-        self._queues[resource].put(job)
+        with self._changed:
+            if not self._open:
+                raise InputError(f"job {name!r} is submitted to an executor that is not open: use it in a with block")
+            self._jobs.append(job)
+            self._lanes[resource].append(job)
+            self._changed.notify_all()
         return job
 
     def timeline(self) -> Timeline:
         """What has ended, in seconds since it was opened."""
         done = [job for job in self._jobs if job.end is not None]
         events = (Event(job.name, job.resource, job.start, job.end, job.group) for job in done)
-        return Timeline(tuple(events), self.basis, tuple(self._queues))
+        return Timeline(tuple(events), self.basis, tuple(self._lanes))
 
-    def _work(self, lane: queue.SimpleQueue) -> None:
+    def _work(self, lane: list[Job]) -> None:
         torch.set_num_threads(1)  # of OpenMP, each thread has a number of its own
-        while (job := lane.get()) is not None:
+        while (job := self._next(lane)) is not None:
             job._run(self._epoch)
+            with self._changed:
+                self._changed.notify_all()
+
+    def _next(self, lane: list[Job]) -> Job | None:
+        """The first job that is ready; waits for it. None when the executor closes and nothing is left."""
+        with self._changed:
+            while True:
+                for at, job in enumerate(lane):
+                    if job._ready():
+                        return lane.pop(at)
+                if not lane and not self._open:
+                    return None
+                self._changed.wait()
 
 
 class ThrottledLink:
