@@ -15,6 +15,7 @@ BENCHES = {
     "optimisers": "workbench.bench.optimisers",
     "shared": "workbench.bench.shared",
     "scan": "workbench.bench.scan",
+    "serving": "workbench.bench.serving",
 }
 
 

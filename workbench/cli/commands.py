@@ -161,7 +161,10 @@ def _show_bench(result: dict) -> None:
         )
         for row in result["rows"]
     ]
-    show(rows, ("case", "threads", "direction", "implementation", "ms", "of limit", "speed-up (time of peer / own)"))
+    if rows:
+        show(
+            rows, ("case", "threads", "direction", "implementation", "ms", "of limit", "speed-up (time of peer / own)")
+        )
     for name, table in result.items():
         if name != "rows" and isinstance(table, list) and table and isinstance(table[0], dict):
             print()
