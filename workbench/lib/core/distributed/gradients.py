@@ -1,0 +1,92 @@
+"""Gradients of parameters that some ranks copy and others split: summed where they are copies, clipped by one norm.
+
+    sets = [GradientSet(dense, copies=everyone), GradientSet(experts, copies=edp, parts=ep)]
+    loss.backward()                    # of this rank's tokens: the sum of their losses over the number of all tokens
+    reduce_gradients(sets)
+    norm = clip_gradients(sets, 1.0)   # of the whole model, the same on every rank
+
+With losses that are sums over rows and collectives that have their adjoints as gradients (`rows`), what a rank finds is
+the part of its own copy in the gradient of the sum of all ranks' losses. So every set is a plain sum over its copies,
+experts too: that fewer ranks copy them, and more tokens reached each, needs no factor of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from workbench.errors import InputError
+from workbench.lib.core.distributed.rows import Group, ranks_of
+
+
+@dataclass(frozen=True)
+class GradientSet:
+    """Parameters that are spread over the ranks alike.
+
+    Attributes:
+        copies: group of the ranks that hold the same values; None: no other does.
+        parts: group of the ranks that hold other parts of these tensors, or other tensors of the same kind (other
+            experts), each once; None: they are whole.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    copies: Group = None
+    parts: Group = None
+
+
+@torch.no_grad()
+def reduce_gradients(sets: Sequence[GradientSet], ranks: int = 1) -> None:
+    """Sums each gradient over the copies of its parameter, and divides all of them by `ranks`.
+
+    A parameter without a gradient, such as an expert that no token reached here, counts as zero.
+
+    Args:
+        ranks: 1 where losses are over the number of all tokens; where each rank takes the mean of its own, and all have
+            as many, the number of ranks that split the tokens. It is the same for experts, whatever their group.
+    """
+    if ranks < 1:
+        raise InputError(f"ranks is {ranks} but must be at least 1")
+    for each in sets:
+        for p in each.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for gradients in _by_dtype([p.grad for p in each.parameters]):
+            flat = torch.cat([g.reshape(-1) for g in gradients])  # one message for the set
+            if ranks_of(each.copies) > 1:
+                dist.all_reduce(flat, group=each.copies)
+            flat /= ranks
+            for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(part.view_as(g))
+
+
+@torch.no_grad()
+def clip_gradients(sets: Sequence[GradientSet], max_norm: float) -> Tensor:
+    """Scales all gradients so that the norm of the whole model's is at most `max_norm`, as torch's clip_grad_norm_ does
+    in one process. Copies count once, parts each.
+
+    Returns:
+        The norm before, in float64.
+    """
+    if not max_norm > 0:
+        raise InputError(f"max_norm is {max_norm} but must be above 0")
+    total = torch.zeros((), dtype=torch.float64)
+    for each in sets:
+        own = sum((p.grad.double().square().sum() for p in each.parameters), torch.zeros((), dtype=torch.float64))
+        if ranks_of(each.parts) > 1:
+            dist.all_reduce(own, group=each.parts)
+        total += own
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for each in sets:
+        for p in each.parameters:
+            p.grad.mul_(scale.to(p.grad.dtype))
+    return norm
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    return list(kinds.values())
