@@ -24,7 +24,7 @@ from workbench.lib.data.sets import SETS
 
 BEDS = (
     *("images", "digit_experts", "shifted_digits", "byte_model", "restoration", "tables", "dynamics"),
-    *("glyph_stream", "spoken_stream"),
+    *("glyph_stream", "spoken_stream", "router_traces"),
 )
 """Modules with `NEEDS` (data sets), settings, `prepare(settings)` and `measure(settings)`."""
 
