@@ -10,11 +10,13 @@ from workbench.kernels import (
     column_topk,
     dct2_rows,
     dct3_rows,
+    dequantise_planes,
     dispatch,
     gather_sum,
     magnitude_threshold,
     moe_mlp,
     newton_schulz,
+    pack_planes,
     pcb_merge,
     random_basis,
     random_basis_adjoint,
@@ -24,6 +26,7 @@ from workbench.kernels import (
     span_attention,
     topk_softmax,
     trim_elect_merge,
+    unpack_planes,
     walsh_hadamard,
 )
 from workbench.kernels.block_sparse_attention import block_gate_topk
@@ -216,6 +219,20 @@ def test_columns_of_the_largest_norm(norm):
     assert dispatch.last_backend("column_topk") == "triton"
     for ours, exact in zip(found, column_topk(x.double().cpu(), 40, norm=norm), strict=True):
         assert torch.equal(ours.cpu(), exact.to(ours.dtype))
+
+
+@pytest.mark.parametrize("cols", [64, 1000])
+def test_bit_planes(cols):
+    codes = torch.randint(256, (3, 70, cols), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    planes = pack_planes(codes.cuda())
+    assert dispatch.last_backend("pack_planes") == "triton"
+    assert torch.equal(planes.cpu(), pack_planes(codes))
+    scale, offset = draw(3, 70, -(-cols // 64)).float(), draw(3, 70, -(-cols // 64), seed=1).float()
+    for bits in (1, 3, 8):
+        assert torch.equal(unpack_planes(planes[:, :bits], cols).cpu(), codes >> (8 - bits))
+        made = dequantise_planes(planes[:, :bits], scale, offset, cols, 64).cpu()
+        exact = dequantise_planes(planes[:, :bits].cpu(), scale.double().cpu(), offset.double().cpu(), cols, 64)
+        assert (made - exact).abs().max() < 1e-6 * exact.abs().max()
 
 
 @pytest.mark.parametrize(("m", "offset"), [(31, 5), (6_000, 2**40 + 3)])

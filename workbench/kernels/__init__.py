@@ -7,6 +7,7 @@ the operator itself, registered with torch, checks its arguments and chooses the
 
 # Imported here and not on demand: an operator has the name of its folder, and a folder that is imported before its
 # operator is asked for would stand here in its place.
+from workbench.kernels.bit_planes import dequantise_planes, pack_planes, plane_bytes, unpack_planes
 from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
 from workbench.kernels.column_adam import column_adam
 from workbench.kernels.column_topk import column_topk, gather_columns
@@ -36,13 +37,16 @@ __all__ = [
     "dct2_rows",
     "dct3_rows",
     "dct_basis",
+    "dequantise_planes",
     "gather_columns",
     "gather_sum",
     "low_rank",
     "magnitude_threshold",
     "moe_mlp",
     "newton_schulz",
+    "pack_planes",
     "pcb_merge",
+    "plane_bytes",
     "random_basis",
     "random_basis_adjoint",
     "register_transformers",
@@ -54,5 +58,6 @@ __all__ = [
     "span_decode",
     "topk_softmax",
     "trim_elect_merge",
+    "unpack_planes",
     "walsh_hadamard",
 ]

@@ -40,6 +40,7 @@ OPERATORS = (
     "column_topk",
     "shared_store",
     "selective_scan",
+    "bit_planes",
 )
 """The operators with a Triton path."""
 
