@@ -12,6 +12,8 @@ from workbench.kernels import (
     dct3_rows,
     dequantise_planes,
     dispatch,
+    e3m0_pack,
+    e3m0_unpack,
     gather_sum,
     magnitude_threshold,
     moe_mlp,
@@ -276,3 +278,15 @@ def test_selective_scan(shape):
         draw(*rows, seed=6),
         draw(batch, channels, states, seed=7),
     )
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_e3m0(block):
+    """What it packs and unpacks has the bits of the reference on a processor."""
+    x = draw(2**16 + 7).float() * draw(2**16 + 7, seed=1).float()
+    codes, scales = e3m0_pack(x, block)
+    unpacked = e3m0_unpack(codes, scales, len(x), block)
+    assert dispatch.last_backend("e3m0_pack") == dispatch.last_backend("e3m0_unpack") == "triton"
+    expected = e3m0_pack(x.cpu(), block, backend="reference")
+    assert torch.equal(codes.cpu(), expected[0]) and torch.equal(scales.cpu(), expected[1])
+    assert torch.equal(unpacked.cpu(), e3m0_unpack(*expected, len(x), block, backend="reference"))

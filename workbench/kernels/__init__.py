@@ -12,6 +12,7 @@ from workbench.kernels.block_sparse_attention import block_gate_topk, block_spar
 from workbench.kernels.column_adam import column_adam
 from workbench.kernels.column_topk import column_topk, gather_columns
 from workbench.kernels.dct import dct2_rows, dct3_rows, dct_basis
+from workbench.kernels.e3m0 import e3m0_pack, e3m0_unpack
 from workbench.kernels.gather_sum import gather_sum
 from workbench.kernels.low_rank import low_rank
 from workbench.kernels.moe_mlp import moe_mlp
@@ -38,6 +39,8 @@ __all__ = [
     "dct3_rows",
     "dct_basis",
     "dequantise_planes",
+    "e3m0_pack",
+    "e3m0_unpack",
     "gather_columns",
     "gather_sum",
     "low_rank",

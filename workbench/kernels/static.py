@@ -41,6 +41,7 @@ OPERATORS = (
     "shared_store",
     "selective_scan",
     "bit_planes",
+    "e3m0",
 )
 """The operators with a Triton path."""
 
