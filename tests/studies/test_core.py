@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from workbench.catalogue import Method, method, methods
+from workbench.engines import Workers
 from workbench.errors import InputError
 from workbench.studies.core import Study, load_study
 from workbench.studies.rows import Row
@@ -61,7 +62,7 @@ def test_rows_come_seed_by_seed_with_one_thread_each():
 
 
 def test_the_dictionary_is_json_and_the_same_in_one_process_and_in_two():
-    one, two = (STUDY.execute("smoke", jobs=jobs, fresh=True).to_dict() for jobs in (1, 2))
+    one, two = (STUDY.execute("smoke", workers=Workers(jobs), fresh=True).to_dict() for jobs in (1, 2))
     assert json.dumps(without_seconds(one)) == json.dumps(without_seconds(two))
     fields = {"slug", "preset", "seeds", "arms", "effect", "ci", "verdict", "rule"}
     assert fields <= set(one) and one["ci"] == ["-inf", "inf"]
@@ -99,6 +100,6 @@ def test_wrong_input_is_named():
     with pytest.raises(InputError, match="seed is -1"):
         STUDY.execute("smoke", seed=-1)
     with pytest.raises(InputError, match="jobs is 0"):
-        STUDY.execute("smoke", jobs=0)
+        STUDY.execute("smoke", workers=Workers(0))
     with pytest.raises(InputError, match="no study yet"):
         load_study(methods(status="planned")[0].slug)

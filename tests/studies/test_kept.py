@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from joblib.externals.loky import get_reusable_executor
 
 from tests.processes import below, running
 from tests.studies import toy
 from tests.studies.toy import ARMS, STUDY, ran
+from workbench.engines import HERE, Workers
 from workbench.errors import InputError
 from workbench.studies import gather as gathering
 from workbench.studies import kept as keeping
@@ -86,9 +86,11 @@ def test_fresh_runs_everything_and_replaces_what_was_kept(home: Path):
 
 def test_rows_of_other_settings_arms_or_functions_are_others():
     STUDY.execute("smoke")
-    assert STUDY.execute("small", jobs=1).origin == {"run": 6}
+    assert STUDY.execute("small", workers=HERE).origin == {"run": 6}
     same = replace(STUDY, presets={"full": STUDY.presets["smoke"] | {"seeds": 1}})
-    assert same.execute("full", jobs=1).origin == {"kept": 3}  # neither the preset's name nor its seeds make a row
+    assert same.execute("full", workers=HERE).origin == {
+        "kept": 3
+    }  # neither the preset's name nor its seeds make a row
     with pytest.warns(NotUsed, match="other code"):
         assert replace(STUDY, run=another).execute("smoke").origin == {"run": 6}
 
@@ -98,9 +100,8 @@ def another(arm, seed, settings):
 
 
 def test_each_row_is_kept_in_two_processes_too(home: Path):
-    get_reusable_executor().shutdown()  # workers of other tests have their environment
-    assert STUDY.execute("smoke", jobs=2).origin == {"run": 6} and len(files(home)) == 6
-    assert STUDY.execute("smoke", jobs=2).origin == {"kept": 6} and len(ran()) == 6
+    assert STUDY.execute("smoke", workers=Workers(2)).origin == {"run": 6} and len(files(home)) == 6
+    assert STUDY.execute("smoke", workers=Workers(2)).origin == {"kept": 6} and len(ran()) == 6
 
 
 def start(log: Path, seeds: int, jobs: int = 1, **env: object) -> subprocess.Popen:
@@ -197,6 +198,7 @@ def test_a_file_that_is_not_as_it_was_written_is_named_and_run_again(home: Path,
 def test_rows_of_other_code_are_named_and_not_used(home: Path, monkeypatch: pytest.MonkeyPatch):
     STUDY.execute("smoke")
     monkeypatch.setattr(keeping, "code_of", lambda run: "another")
+    monkeypatch.setattr(gathering, "_code", lambda run: "another")
     with pytest.warns(NotUsed, match="other code than today's made 6 of the kept rows of toy, .*; not used"):
         assert STUDY.execute("smoke").origin == {"run": 6}
     assert STUDY.execute("smoke").origin == {"kept": 6}  # and no more is said: nothing is missing
@@ -251,10 +253,10 @@ def test_progress_counts_what_is_there():
 def test_what_ran_before_an_interrupt_is_kept(monkeypatch: pytest.MonkeyPatch):
     usual = gathering._timed
 
-    def interrupted(run, arm, seed, settings):
+    def interrupted(code, run, arm, seed, settings):
         if (arm, seed) == ("one", 1):
             raise KeyboardInterrupt
-        return usual(run, arm, seed, settings)
+        return usual(code, run, arm, seed, settings)
 
     monkeypatch.setattr(gathering, "_timed", interrupted)
     with pytest.raises(KeyboardInterrupt):

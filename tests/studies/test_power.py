@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import chi2
 
 from tests.studies.toy import STUDY, ran
+from workbench.engines import HERE
 from workbench.errors import InputError
 from workbench.lib.measures.statistics import seeds_needed
 from workbench.studies.core import Power
@@ -45,7 +46,7 @@ def test_what_was_found_is_printed_with_every_result_of_that_preset():
     )
     result = study.execute("smoke")
     assert line in str(result) and line in result._repr_markdown_()
-    assert "Seeds:" not in str(study.execute("small", jobs=1)) and "Seeds:" not in str(STUDY.execute("smoke"))
+    assert "Seeds:" not in str(study.execute("small", workers=HERE)) and "Seeds:" not in str(STUDY.execute("smoke"))
 
 
 def test_wrong_declarations_are_named():

@@ -11,6 +11,7 @@ import workbench
 from tests.studies.toy import STUDY, ran
 from workbench.catalogue import methods
 from workbench.cli import main
+from workbench.engines import HERE
 from workbench.errors import InputError
 from workbench.studies import stored
 from workbench.studies.core import load_study
@@ -64,35 +65,35 @@ def test_no_file_is_the_result_of_no_system():
 
 
 def test_a_stored_result_is_shown_at_once_and_says_what_it_is(package: Path):
-    ran_now = STUDY.store(jobs=1)
+    ran_now = STUDY.store(workers=HERE)
     assert len(ran()) == 6 and package.exists() and ran_now.origin == {"run": 6}
-    shown = STUDY.execute("small", jobs=1)
+    shown = STUDY.execute("small", workers=HERE)
     assert len(ran()) == 6 and shown.verdict == ran_now.verdict and shown.judgement == ran_now.judgement
 
 
 def test_where_nothing_is_kept_the_stored_rows_serve(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    STUDY.store(jobs=1)
+    STUDY.store(workers=HERE)
     monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "elsewhere"))
     shown = STUDY.execute("small")
     assert shown.origin == {"stored": 6} and len(ran()) == 6
     note = "Rows: 6 of the stored result of version 1 (fresh=True or --fresh runs them anew)."
     assert note in str(shown) and note in shown._repr_markdown_()
     assert [line.rstrip()[-1] for line in str(shown).splitlines() if line.startswith("method")] == ["4"]  # no time
-    assert STUDY.execute("small", seeds=3, jobs=1).origin == {"stored": 6, "run": 3}
+    assert STUDY.execute("small", seeds=3, workers=HERE).origin == {"stored": 6, "run": 3}
     assert STUDY.execute("smoke").origin == {"run": 6}
-    assert STUDY.execute("small", jobs=1, fresh=True).origin == {"run": 6}
-    assert STUDY.execute("small", seed=101, jobs=1).origin == {"run": 6}
+    assert STUDY.execute("small", workers=HERE, fresh=True).origin == {"run": 6}
+    assert STUDY.execute("small", seed=101, workers=HERE).origin == {"run": 6}
     assert STUDY.execute("small").origin == {"kept": 6}  # those that ran here come first
 
 
 def test_a_seed_is_all_of_one_machine(package: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    STUDY.store(jobs=1)
+    STUDY.store(workers=HERE)
     next((home / "results").rglob("one-1-*")).unlink()
     assert STUDY.execute("small").origin == {"kept": 3, "stored": 3} and len(ran()) == 6
 
 
 def test_a_result_is_read_without_its_study_and_judged_anew_with_it(package: Path):
-    STUDY.store(jobs=1)
+    STUDY.store(workers=HERE)
     (found,) = workbench.results()
     assert found.slug == "toy" and found.verdict in VERDICTS and found.seeds == [0, 1]
     assert repr(workbench.results()).splitlines()[0].split() == ["slug", "verdict", "effect", "interval", "seeds"]
@@ -103,7 +104,7 @@ def test_a_result_is_read_without_its_study_and_judged_anew_with_it(package: Pat
 
 
 def test_the_file_is_plain_json_with_a_row_a_line_and_no_time(package: Path):
-    STUDY.store(jobs=1)
+    STUDY.store(workers=HERE)
     text = package.read_text()
 
     def strict(name: str) -> None:
@@ -124,14 +125,14 @@ def test_the_file_is_plain_json_with_a_row_a_line_and_no_time(package: Path):
     ],
 )
 def test_a_spoilt_result_is_named_and_not_used(package: Path, spoil, why: str):
-    STUDY.store(jobs=1)
+    STUDY.store(workers=HERE)
     spoil(package)
     with pytest.warns(NotUsed, match=f"{package} {why}.* not used"):
         assert workbench.results() == []
     with pytest.warns(NotUsed, match=why), pytest.raises(InputError, match="slug 'toy' has no stored result"):
         workbench.result("toy")
     with pytest.warns(NotUsed, match=why):
-        assert STUDY.execute("small", seed=5, jobs=1).origin == {"run": 6}
+        assert STUDY.execute("small", seed=5, workers=HERE).origin == {"run": 6}
 
 
 @pytest.mark.parametrize(
@@ -144,18 +145,18 @@ def test_a_spoilt_result_is_named_and_not_used(package: Path, spoil, why: str):
     ],
 )
 def test_a_result_of_another_version_is_named_and_not_used(package, changes, why, monkeypatch: pytest.MonkeyPatch):
-    STUDY.store(jobs=1)
+    STUDY.store(workers=HERE)
     changed = replace(STUDY, **changes)
     assert STUDY.foreign(stored.need("toy")) is None and changed.foreign(stored.need("toy")) == why
     with pytest.warns(NotUsed, match=f"{why}; not used"):
-        assert "stored" not in changed.execute("small", jobs=1).origin
+        assert "stored" not in changed.execute("small", workers=HERE).origin
     monkeypatch.setattr("workbench.studies.core.load_study", lambda slug: changed)
     with pytest.raises(InputError, match=f"slug 'toy' has a stored result that {why}; workbench study toy runs it"):
         workbench.result("toy")
 
 
 def test_a_file_of_no_system_is_named(package: Path):
-    STUDY.store(jobs=1)
+    STUDY.store(workers=HERE)
     package.with_name("toys.json").write_text("{}")
     with pytest.warns(NotUsed, match=r"toys\.json is the result of no system; not used"):
         assert len(workbench.results()) == 1

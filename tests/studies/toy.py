@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from workbench.catalogue import Method
+from workbench.engines import Workers
 from workbench.studies.core import Power, Study
 from workbench.studies.rows import Row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
@@ -61,4 +62,4 @@ if __name__ == "__main__":
 
     os.environ["TOY_LOG"] = sys.argv[1]
     seeds, jobs = map(int, sys.argv[2:])
-    print(json.dumps(dict(toy.STUDY.execute("smoke", seeds=seeds, jobs=jobs).origin)))
+    print(json.dumps(dict(toy.STUDY.execute("smoke", seeds=seeds, workers=Workers(jobs)).origin)))

@@ -50,6 +50,15 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return convert
 
 
+def add_workers(sub: argparse.ArgumentParser) -> None:
+    """The arguments that say where work is done, one thread a piece."""
+    sub.add_argument("--jobs", type=whole(1), metavar="N", help="at the same time (default: one for each core)")
+    text = "where: loky, processes of this machine (default), or dask or ray, a cluster"
+    sub.add_argument("--engine", metavar="E", default="loky", help=text)
+    text = "of a cluster that is there (default: one of this machine, for as long as the work takes)"
+    sub.add_argument("--address", metavar="HOST:PORT", help=text)
+
+
 def build_parser(argv: Sequence[str] = ()) -> Parser:
     """The parser of every command. The many flags of live take time to make: only with "live" in ``argv``."""
     from workbench import __version__
@@ -87,7 +96,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         metavar="N",
         help="how many (default: the preset's); with more, intervals hold at every look",
     )
-    sub.add_argument("--jobs", type=whole(1), metavar="N", help="processes (default: one for each core)")
+    add_workers(sub)
     sub.add_argument("--fresh", action="store_true", help="run everything, also what is kept")
     sub.add_argument("--power", action="store_true", help="run the baselines alone and say how many seeds are needed")
 

@@ -58,13 +58,18 @@ def study(args: argparse.Namespace) -> None:
         raise InputError(f"slug {args.slug!r} is planned: it has no study yet; workbench methods --status ready")
     if args.power and (args.fresh or args.seeds):
         raise InputError("--power takes neither --seeds nor --fresh: it has seeds of its own")
+    from workbench.engines import Workers
     from workbench.studies.core import load_study, run_study
 
     with _keeping(f"{args.slug} {args.preset}") as progress:
         if args.power:
-            result = load_study(args.slug).measure_power(args.preset, args.seed, args.jobs, progress)
+            workers = Workers(args.jobs, args.engine, args.address)
+            result = load_study(args.slug).measure_power(args.preset, args.seed, workers, progress)
         else:
-            result = run_study(args.slug, args.preset, args.seed, args.seeds, args.jobs, progress, args.fresh)
+            where = {"jobs": args.jobs, "engine": args.engine, "address": args.address}
+            result = run_study(
+                args.slug, args.preset, args.seed, args.seeds, progress=progress, fresh=args.fresh, **where
+            )
     if args.json:
         as_json(result.to_dict())
     else:

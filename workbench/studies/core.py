@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from workbench.catalogue import Method, method
+from workbench.engines import EVERY_CORE, HERE, Workers
 from workbench.errors import InputError, unknown
 from workbench.studies import sheets, stored
 from workbench.studies.gather import Progress, gather
@@ -83,7 +84,7 @@ class Study:
         preset: str,
         seed: int | None = None,
         seeds: int | None = None,
-        jobs: int | None = None,
+        workers: Workers = EVERY_CORE,
         progress: Progress | None = None,
         fresh: bool = False,
     ) -> StudyResult:
@@ -93,10 +94,10 @@ class Study:
         if seeds is not None and not least <= seeds <= MOST_SEEDS:
             raise InputError(f"seeds is {seeds} but must be from {least}, as {preset} has, to {MOST_SEEDS}")
         given = () if fresh else self._stored_rows(preset)
-        return self._judged(preset, range(first, first + (seeds or least)), jobs, progress, given, fresh)
+        return self._judged(preset, range(first, first + (seeds or least)), workers, progress, given, fresh)
 
     def measure_power(
-        self, preset: str, seed: int | None = None, jobs: int | None = None, progress: Progress | None = None
+        self, preset: str, seed: int | None = None, workers: Workers = EVERY_CORE, progress: Progress | None = None
     ) -> Measured:
         """Run the baselines of `power` alone, or read what is kept of them, and say how many seeds the preset needs.
 
@@ -111,12 +112,12 @@ class Study:
                 raise unknown("arm", arm, arms)
         first = seeds_of(self.presets[preset])[0] if seed is None else seed
         seeds = range(first, first + SEEDS)
-        rows, _ = self._gather(preset, seeds, self.power.baselines, jobs, progress, self._stored_rows(preset))
+        rows, _ = self._gather(preset, seeds, self.power.baselines, workers, progress, self._stored_rows(preset))
         return measured(self, preset, Rows(rows))
 
-    def store(self, jobs: int | None = None, progress: Progress | None = None) -> StudyResult:
+    def store(self, workers: Workers = EVERY_CORE, progress: Progress | None = None) -> StudyResult:
         """Write the result of "small" into the package, of kept rows and of what has to be run."""
-        result = self._judged("small", seeds_of(self.presets["small"]), jobs, progress)
+        result = self._judged("small", seeds_of(self.presets["small"]), workers, progress)
         stored.write(result, row_settings(result.settings))
         return result
 
@@ -150,28 +151,26 @@ class Study:
         self,
         preset: str,
         seeds: range,
-        jobs: int | None,
+        workers: Workers,
         progress: Progress | None,
         given: Iterable[Row] = (),
         fresh: bool = False,
     ) -> StudyResult:
         settings, began = self.presets[preset], time.perf_counter()
-        rows, origin = self._gather(preset, seeds, self.arms_of(settings), jobs, progress, given, fresh)
+        rows, origin = self._gather(preset, seeds, self.arms_of(settings), workers, progress, given, fresh)
         rows = Rows(rows, growing=len(seeds) > int(settings["seeds"]))
         judgement = self.judge(rows, settings)
         spent = time.perf_counter() - began
         return StudyResult(self, preset, [*seeds], dict(settings), rows, judgement, origin, spent)
 
-    def _gather(self, preset: str, seeds: range, arms, jobs, progress, given=(), fresh=False):
+    def _gather(self, preset: str, seeds: range, arms, workers, progress, given=(), fresh=False):
         if not 0 <= seeds[0] <= 2**31 - MOST_SEEDS:
             raise InputError(f"seed is {seeds[0]} but must be between 0 and 2**31 - {MOST_SEEDS}")
-        if jobs is None:  # starting a worker takes longer than a smoke run
-            jobs = 1 if preset == "smoke" else _cores()
-        if jobs < 1:
-            raise InputError(f"jobs is {jobs} but must be at least 1")
+        if preset == "smoke" and workers == EVERY_CORE:  # starting a worker takes longer than a smoke run
+            workers = HERE
         # Seed by seed, so that an interrupted look at the progress compares like with like.
         plan = [(arm, seed) for seed in seeds for arm in arms]
-        return gather(self.slug, row_settings(self.presets[preset]), self.run, plan, jobs, progress, given, fresh)
+        return gather(self.slug, row_settings(self.presets[preset]), self.run, plan, workers, progress, given, fresh)
 
 
 def seeds_of(settings: Settings) -> range:
@@ -193,6 +192,8 @@ def run_study(
     jobs: int | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    engine: str = "loky",
+    address: str | None = None,
 ) -> StudyResult:
     """Run the study of a system and judge its paper's claim. No row that is there already is run again.
 
@@ -202,11 +203,15 @@ def run_study(
         seed: the first seed; by default the preset's, which is 0 unless it says so.
         seeds: how many; by default as many as the preset has. With more, the intervals hold at every look, so that
             seeds may be added for as long as they are wanted; they are wider than those of a number that was fixed.
-        jobs: processes, one thread each; default all cores (one for smoke).
+        jobs: rows at the same time, one thread each; default all cores (one for smoke), or all that a cluster has.
         progress: called as progress(rows done, rows in all, what was just done).
         fresh: run everything, whatever is kept or stored.
+        engine: where rows run: "loky" for processes of this machine, "dask" or "ray" for a cluster. They are the same
+            bit for bit, and kept here.
+        address: of the cluster; without it, one of this machine that ends with the study.
     """
-    return load_study(slug).execute(preset, seed, seeds, jobs, progress, fresh)
+    workers = Workers(jobs, engine, address)
+    return load_study(slug).execute(preset, seed, seeds, workers, progress, fresh)
 
 
 def load_result(slug: str) -> StudyResult:
@@ -229,9 +234,3 @@ def load_study(slug: str) -> Study:
     if row.status != "ready":
         raise InputError(f"slug {slug!r} is {row.status}: it has no study yet")
     return importlib.import_module(f"workbench.studies.{row.family}.{slug.replace('-', '_')}").STUDY
-
-
-def _cores() -> int:
-    from joblib import cpu_count  # heavy enough to wait for a study
-
-    return cpu_count()

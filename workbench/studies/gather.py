@@ -1,18 +1,19 @@
 """The rows of a plan: those that are there already, and the others run, each kept the moment it is done."""
 
-import os
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
 
-from workbench.attached import attach
+from workbench.engines import HERE, Crew, Workers
+from workbench.errors import InputError
 from workbench.studies import sheets
-from workbench.studies.kept import Kept
+from workbench.studies.kept import Kept, code_of
 from workbench.studies.rows import Row
 
 Progress = Callable[[int, int, str], None]
@@ -27,7 +28,7 @@ def gather(
     settings: Mapping[str, object],
     run: Run,
     plan: list[Key],
-    jobs: int = 1,
+    workers: Workers = HERE,
     progress: Progress | None = None,
     given: Iterable[Row] = (),
     fresh: bool = False,
@@ -37,6 +38,7 @@ def gather(
     Args:
         settings: what `run` is told.
         plan: seed by seed.
+        workers: who runs them, one thread each. They are kept here, wherever they ran.
         given: stored rows. They serve a seed where all of its arms are there and not all are kept, so that the arms of
             a seed, which are compared, come from one machine.
         fresh: run all of them, whatever is kept.
@@ -56,12 +58,14 @@ def gather(
         _warn(f"other code than today's made {len(others)} of the kept rows of {slug}, the first is {others[0]}")
     if found and missing and progress is not None:
         progress(len(found), len(plan), f"{len(found)} are there")
-    for key, (row, how, problem) in zip(missing, _run_all(kept, run, missing, settings, jobs, fresh), strict=True):
-        found[key], origin[key] = row, how
-        if problem is not None:
-            warnings.warn(problem, sheets.NotUsed, stacklevel=2)
-        if progress is not None:
-            progress(len(found), len(plan), f"{key[0]}, seed {key[1]}: {row.metric:.4f}")
+    with workers.open(len(missing)) as crew:
+        one = partial(_run_one, kept, crew, run, settings, fresh)
+        for key, (row, how, problem) in crew.each(one, missing):
+            found[key], origin[key] = row, how
+            if problem is not None:
+                warnings.warn(problem, sheets.NotUsed, stacklevel=2)
+            if progress is not None:
+                progress(len(found), len(plan), f"{key[0]}, seed {key[1]}: {row.metric:.4f}")
     return [found[key] for key in plan], Counter(origin.values())
 
 
@@ -80,25 +84,8 @@ def _warn(what: str) -> None:
     warnings.warn(f"{what}; not used", sheets.NotUsed, stacklevel=3)
 
 
-def _run_all(kept: Kept, run: Run, plan: list[Key], settings: Mapping[str, object], jobs: int, fresh: bool) -> Iterator:
-    if min(jobs, len(plan)) < 2:
-        return (_run_one(kept, run, arm, seed, settings, fresh) for arm, seed in plan)
-    from joblib import Parallel, delayed
-    from joblib._parallel_backends import LokyBackend
-
-    class Attached(LokyBackend):
-        """Workers that end with the study: killed, it would leave them for minutes, with what their rows hold."""
-
-        def configure(self, *args, **options):
-            return super().configure(*args, **options, initializer=attach, initargs=(os.getpid(),))
-
-    backend = Attached(inner_max_num_threads=1)
-    parallel = Parallel(min(jobs, len(plan)), backend=backend, return_as="generator", batch_size=1)
-    return parallel(delayed(_run_one)(kept, run, arm, seed, settings, fresh) for arm, seed in plan)
-
-
 def _run_one(
-    kept: Kept, run: Run, arm: str, seed: int, settings: Mapping[str, object], fresh: bool
+    kept: Kept, crew: Crew, run: Run, settings: Mapping[str, object], fresh: bool, arm: str, seed: int
 ) -> tuple[Row, str, str | None]:
     """The row, whether it was "run" here or "kept" by a process that was faster, and why it could not be kept."""
     with kept.claim(arm, seed):
@@ -106,8 +93,8 @@ def _run_one(
             with suppress(sheets.Damaged):
                 if (row := kept.read(arm, seed)) is not None:
                     return row, "kept", None
-        # as a file gives it back, so that a rule sees the same in both cases
-        row = Row(**sheets.plain(asdict(_timed(run, arm, seed, settings))))
+        made = crew.call(_timed, kept.code, run, arm, seed, settings)
+        row = Row(**sheets.plain(asdict(made)))  # as a file gives it back, so that a rule sees the same in both cases
         try:
             kept.write(row)
         except OSError as error:
@@ -115,9 +102,11 @@ def _run_one(
         return row, "run", None
 
 
-def _timed(run: Run, arm: str, seed: int, settings: Mapping[str, object]) -> Row:
+def _timed(code: str, run: Run, arm: str, seed: int, settings: Mapping[str, object]) -> Row:
     import torch
 
+    if (here := _code(run)) != code:
+        raise InputError(f"a worker has other code than this workbench, {here} and not {code}: install the same there")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same numbers on any machine, and no two runs fighting for a core
     began = time.perf_counter()
@@ -126,3 +115,6 @@ def _timed(run: Run, arm: str, seed: int, settings: Mapping[str, object]) -> Row
     finally:
         torch.set_num_threads(threads)
     return replace(row, seconds=time.perf_counter() - began)
+
+
+_code = cache(code_of)

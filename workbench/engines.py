@@ -1,0 +1,340 @@
+"""Where pieces of work that do not need each other are done: in processes of this machine, or on a cluster.
+
+    with Workers(4, "dask", "tcp://head:8786").open(len(pieces)) as crew:
+        for piece, made in crew.each(work, pieces): ...
+
+`loky` is processes of this machine. `dask` and `ray` are clusters of those names: the one that answers at an address,
+or one of this machine that lives as long as the crew. What is sent there is one call, a function of a file and its
+arguments; what happens around it, such as keeping its result, happens here. A call has one thread wherever it is made,
+and calls nobody else to help: it gives the same bits on each engine.
+
+A worker that dies costs the call that it was making and no other. The call is made again, `ATTEMPTS` times in all.
+
+Each engine is used by its futures. Its backend of joblib is not, for that of Ray gives nothing before all is done, that
+of loky gives up every call when one worker dies, and that of Dask takes no number of jobs.
+"""
+
+import logging
+import os
+import queue
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from workbench.attached import attach
+from workbench.errors import InputError, unknown
+
+ATTEMPTS = 3
+PATIENCE = 10.0
+"""Seconds in which a cluster has to answer."""
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
+
+Piece = TypeVar("Piece", bound=tuple)
+Made = TypeVar("Made")
+
+
+class WorkerLostError(RuntimeError):
+    """The worker died of a call, each time that the call was made."""
+
+
+class Engine(Protocol):
+    """Calls that run elsewhere. `submit` may be asked by several threads at once.
+
+    Attributes:
+        size: how many calls run at the same time.
+        deaths: the errors that say that a worker died.
+        closed: whether it has ended.
+    """
+
+    size: int
+    closed: bool
+    deaths: tuple[type[Exception], ...]
+
+    def submit(self, function: Callable, *args: Any) -> Future: ...
+
+    def close(self) -> None:
+        """End at once; calls that are being made raise."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Which workers are wanted.
+
+    Attributes:
+        jobs: calls at the same time; None for one on each core of this machine, or what a cluster has.
+        engine: "loky", "dask" or "ray".
+        address: of a cluster that is there; None for one of this machine.
+
+    Raises:
+        InputError: no such engine, fewer than one job, or an address where there is no cluster.
+    """
+
+    jobs: int | None = None
+    engine: str = "loky"
+    address: str | None = None
+
+    def __post_init__(self):
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+        if self.jobs is not None and self.jobs < 1:
+            raise InputError(f"jobs is {self.jobs} but must be at least 1")
+        if self.address is not None and self.engine == "loky":
+            raise InputError(f"address is {self.address!r} but engine loky is this machine: take dask or ray")
+
+    @contextmanager
+    def open(self, pieces: int) -> Iterator["Crew"]:
+        """The workers, until the block ends; then no process of theirs is left on this machine.
+
+        Args:
+            pieces: of work, and no more workers are started than there are. Of none, or of one on this machine, none.
+
+        Raises:
+            InputError: the package of the engine is missing, or no cluster answers at the address.
+        """
+        if pieces == 0 or (self.engine == "loky" and min(self.jobs or pieces, pieces) == 1):
+            yield Crew(None)
+            return
+        from joblib import cpu_count  # heavy enough to wait for a study
+
+        cores = self.jobs or (cpu_count() if self.address is None else None)
+        engine = ENGINES[self.engine](cores and min(cores, pieces), self.address)
+        try:
+            yield Crew(engine)
+        finally:
+            engine.close()
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Workers that are there; without an engine this process is the only one."""
+
+    engine: Engine | None
+
+    def call(self, function: Callable[..., Made], *args: Any) -> Made:
+        """`function(*args)`, made by a worker.
+
+        Args:
+            function: of a module that the worker can import; it and what it takes and gives can be pickled.
+
+        Raises:
+            WorkerLostError: the worker died, `ATTEMPTS` times.
+        """
+        if self.engine is None:
+            return alone(function, *args)
+        for _ in range(ATTEMPTS):
+            if self.engine.closed:
+                raise RuntimeError("the workers have ended")
+            try:
+                return self.engine.submit(alone, function, *args).result()
+            except self.engine.deaths as error:
+                if self.engine.closed:  # it did not die, it was ended
+                    raise
+                died = error
+        raise WorkerLostError(f"the worker died {ATTEMPTS} times (out of memory?): {type(died).__name__}") from died
+
+    def each(self, work: Callable[..., Made], pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Made]]:
+        """`work(*piece)` of all pieces, as they are done; `work` runs here, and leaves to `call` what is heavy.
+
+        An error ends all of it. Only of lost workers the others' work is waited for, and then the first is raised.
+        """
+        if self.engine is None:
+            yield from ((piece, work(*piece)) for piece in pieces)
+            return
+        lost = []
+        pool = ThreadPoolExecutor(self.engine.size, thread_name_prefix="workbench-crew")
+        running = {pool.submit(work, *piece): piece for piece in pieces}
+        try:
+            for done in as_completed(running):
+                try:
+                    made = done.result()
+                except WorkerLostError as error:
+                    lost.append((running[done], error))
+                else:
+                    yield running[done], made
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not all(one.done() for one in running):
+                self.engine.close()  # or the threads would wait for calls that nobody wants any more
+            pool.shutdown()
+        if lost:
+            piece, error = lost[0]
+            more = f", and {len(lost) - 1} more" * (len(lost) > 1)
+            raise WorkerLostError(f"{', '.join(map(str, piece))}: {error}{more}; what the others made is there")
+
+
+def alone(function: Callable[..., Made], *args: Any) -> Made:
+    """`function(*args)` with one thread and no helpers, whatever its libraries would take by themselves."""
+    from joblib import parallel_config
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1), parallel_config("sequential"):
+        return function(*args)
+
+
+class Loky:
+    """Processes of this machine, an executor each: one that dies breaks its own."""
+
+    def __init__(self, jobs: int, address: None):
+        from joblib.externals.loky.process_executor import BrokenProcessPool
+
+        self.size, self.deaths = jobs, (BrokenProcessPool,)
+        self.closed, self._all, self._idle = False, [], queue.SimpleQueue()
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
+
+        try:
+            executor = self._idle.get_nowait()
+        except queue.Empty:
+            # Workers end with this process: killed, it would leave them for minutes, with what their calls hold.
+            ended = {"initializer": attach, "initargs": (os.getpid(),)}
+            executor = ProcessPoolExecutor(1, env=ONE_THREAD, **ended)
+            self._all.append(executor)
+
+        def free(done: Future) -> None:
+            if done.cancelled() or not isinstance(done.exception(), BrokenProcessPool):
+                self._idle.put(executor)
+
+        future = executor.submit(function, *args)
+        future.add_done_callback(free)
+        return future
+
+    def close(self) -> None:
+        from joblib.externals.loky.backend.utils import kill_process_tree
+
+        self.closed = True
+        for executor in self._all:
+            # by itself, and then told that it is broken: with kill_workers=True its thread may fail over a new call
+            for process in list(executor._processes.values()):
+                kill_process_tree(process)
+            executor.shutdown()
+
+
+class Dask:
+    """A cluster of Dask."""
+
+    def __init__(self, jobs: int | None, address: str | None):
+        with _package("dask", "distributed"):
+            import dask
+            from dask.distributed import Client, LocalCluster
+            from distributed.scheduler import KilledWorker
+        self.deaths, self.closed, self._cluster = (KilledWorker,), False, None
+        if address is None:
+            quiet = {"dashboard_address": None, "silence_logs": logging.ERROR}
+            # Dask itself gives the call to another worker, so often
+            with dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS - 1}):
+                self._cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, **quiet)
+        else:
+            reach(address, r"(tcp|tls)://HOST:PORT", r"(?:(?:tcp|tls)://)?(\[?[^/\]]+\]?):(\d+)")
+        try:
+            self._client = Client(self._cluster or address, timeout=PATIENCE, set_as_default=False)
+        except (OSError, TimeoutError) as error:
+            raise InputError(f"address is {address!r} but no scheduler of Dask answers there: {error}") from None
+        if not (threads := self._client.nthreads()):
+            self.close()
+            raise InputError(f"address is {address!r} but its cluster has no workers")
+        self.size, self._pending = jobs or sum(threads.values()), set()
+
+    def submit(self, function: Callable, *args: Any) -> "_OfDask":
+        future = self._client.submit(function, *args, pure=False)
+        self._pending.add(future)
+        return _OfDask(future, self._pending)
+
+    def close(self) -> None:
+        self.closed = True
+        with suppress(Exception):  # of a cluster that is gone nothing need be called off
+            self._client.cancel(list(self._pending), force=True)
+        self._client.close()
+        if self._cluster is not None:
+            self._cluster.close()
+
+
+@dataclass(frozen=True)
+class _OfDask:
+    future: Any
+    pending: set
+
+    def result(self) -> Any:
+        try:
+            return self.future.result()
+        finally:
+            self.pending.discard(self.future)
+
+
+class Ray:
+    """A cluster of Ray."""
+
+    def __init__(self, jobs: int | None, address: str | None):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+        with _package("ray"):
+            import ray
+            from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+        self.closed, self._ray, self.deaths = False, ray, (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+        self._own = not ray.is_initialized()
+        if self._own:
+            plain = {"log_to_driver": False, "logging_level": logging.ERROR}
+            if address is None:
+                local = {"num_cpus": jobs, "_node_ip_address": "127.0.0.1"}
+                ray.init(include_dashboard=False, **local, **plain)
+            else:
+                reach(address, "HOST:PORT or ray://HOST:PORT", r"(?:ray://)?(\[?[^/\]]+\]?):(\d+)")
+                try:
+                    ray.init(address, **plain)
+                except Exception as error:  # it says so in many ways
+                    raise InputError(f"address is {address!r} but no cluster of Ray answers there: {error}") from None
+        self.size = jobs or int(ray.cluster_resources().get("CPU", 0))
+        if not self.size:
+            self.close()
+            raise InputError(f"address is {address!r} but its cluster has no workers")
+        self._remote, self._pending = ray.remote(num_cpus=1, max_retries=0)(_made_by_ray), set()
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        reference = self._remote.remote(function, args)
+        self._pending.add(reference)
+        future = reference.future()
+        future.add_done_callback(lambda done: self._pending.discard(reference))
+        return future
+
+    def close(self) -> None:
+        self.closed = True
+        for reference in list(self._pending):
+            with suppress(Exception):  # it may have ended by itself
+                self._ray.cancel(reference, force=True)
+        if self._own:
+            self._ray.shutdown()
+
+
+def _made_by_ray(function: Callable, args: tuple) -> Any:
+    return function(*args)
+
+
+ENGINES = {"loky": Loky, "dask": Dask, "ray": Ray}
+
+HERE = Workers(1)
+EVERY_CORE = Workers()
+
+
+@contextmanager
+def _package(*names: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"engine {names[0]} needs {' and '.join(names)}: pip install 'workbench[engines]' ({error})"
+        ) from error
+
+
+def reach(address: str, form: str, pattern: str) -> None:
+    """Refuse an address of another form, or where nobody listens: clients of clusters would ask it for minutes."""
+    match = re.fullmatch(pattern, address)
+    if match is None or not 0 < int(match[2]) < 2**16:
+        raise InputError(f"address is {address!r} but must be {form}")
+    try:
+        socket.create_connection((match[1].strip("[]"), int(match[2])), PATIENCE).close()
+    except OSError as error:
+        raise InputError(f"address is {address!r} but nobody answers there: {error.strerror or error}") from None
