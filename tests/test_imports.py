@@ -27,6 +27,7 @@ FLOORS = (
     tuple(f"studies.{family}" for family in FAMILIES),
     ("live",),
     ("doctor", "merging", "notebook", "verdicts"),
+    ("notebook_grid",),
     ("cli",),
     ("__main__",),
 )

@@ -271,7 +271,7 @@ def run(
     path = find(notebook)
     values = check(path, given or {})
     output = default_output(path, values) if output is None else Path(output)
-    kernel = _kernel(path)
+    kernel = kernel_of(path)
     if output.suffix != ".ipynb":
         raise InputError(f"output {output} must end in .ipynb")
     if output.resolve() == path.resolve():
@@ -288,7 +288,7 @@ def run(
     return output
 
 
-def _kernel(path: Path) -> str:
+def kernel_of(path: Path) -> str:
     """The name of the notebook's kernel; ``InputError`` where it is not installed."""
     from jupyter_client.kernelspec import KernelSpecManager
 

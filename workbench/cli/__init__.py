@@ -17,6 +17,7 @@ from workbench.bench import BENCHES
 from workbench.cli.compress import add_compress
 from workbench.cli.merge import add_merge
 from workbench.cli.mix import add_mix
+from workbench.cli.sweep import add_sweep
 from workbench.errors import InputError, unknown
 
 PRESETS = ("smoke", "small", "full")
@@ -147,6 +148,10 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     sub.add_argument("-o", "--output", metavar="FILE", help="where to write (default: out/<notebook>-<hash>.ipynb)")
     sub.add_argument("--parameters", action="store_true", help="list what can be set, and run nothing")
+
+    sub = command("sweep", "run a notebook at every point of a grid of parameters")
+    add_sweep(sub)
+    add_workers(sub)
 
     command("runs", "list the runs that are kept, newest first")
 

@@ -249,6 +249,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def sweep(args: argparse.Namespace) -> int:
+    from workbench.cli.sweep import sweep as run_sweep
+
+    rows, status = run_sweep(args)
+    if args.json:
+        as_json(rows)
+    elif rows:
+        names = list(rows[0]["parameters"])
+        told = [
+            (*row["parameters"].values(), row["state"], f"{row['seconds']:.1f}", row["error"] or row["output"])
+            for row in rows
+        ]
+        show(told, (*names, "state", "seconds", "output or error"))
+    return status
+
+
 def runs(args: argparse.Namespace) -> None:
     from workbench.live.store import runs as all_runs
     from workbench.paths import home
