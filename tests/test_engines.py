@@ -151,6 +151,26 @@ def test_an_engine_or_an_address_that_is_none_is_refused_at_once(wanted: tuple[s
     assert time.monotonic() - began < PATIENCE
 
 
+def test_a_cluster_that_is_there_is_taken_and_has_to_have_the_same_workbench():
+    from dask.distributed import LocalCluster
+
+    there = LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0")
+    with there as cluster, Workers(None, "dask", cluster.scheduler_address).open(pieces=9) as crew:
+        assert crew.engine.size == 2 and crew.code == engines.code()
+        assert each(crew, square) == {number: number**2 for number in range(8)}
+        with pytest.raises(InputError, match="another workbench, Python or torch"):
+            Crew(crew.engine, "of another").call(square, 3)
+
+
+def test_a_cluster_without_workers_is_refused():
+    from dask.distributed import LocalCluster
+
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster:
+        wanted = Workers(None, "dask", cluster.scheduler_address)
+        with pytest.raises(InputError, match="has no workers"), wanted.open(pieces=2):
+            pass
+
+
 def test_no_jobs_are_refused():
     with pytest.raises(InputError, match="jobs is 0 but must be at least 1"):
         Workers(0)

@@ -15,7 +15,8 @@ from workbench.imports import PACKAGE, Imports, files_below, read
 FLOORS = (
     ("", "errors"),  # "": the package itself, which imports nothing before it is asked for a name
     ("paths", "catalogue", "sealed", "attached"),
-    ("engines", "imports"),
+    ("imports",),
+    ("engines",),
     ("kernels",),
     ("lib",),
     ("lib.data", "lib.measures"),

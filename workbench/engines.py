@@ -14,19 +14,26 @@ Each engine is used by its futures. Its backend of joblib is not, for that of Ra
 of loky gives up every call when one worker dies, and that of Dask takes no number of jobs.
 """
 
+import hashlib
 import logging
 import os
+import platform
 import queue
 import re
+import secrets
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
 from workbench.attached import attach
 from workbench.errors import InputError, unknown
+from workbench.imports import COMPILED, PACKAGE
 
 ATTEMPTS = 3
 PATIENCE = 10.0
@@ -104,16 +111,21 @@ class Workers:
         cores = self.jobs or (cpu_count() if self.address is None else None)
         engine = ENGINES[self.engine](cores and min(cores, pieces), self.address)
         try:
-            yield Crew(engine)
+            yield Crew(engine, None if self.address is None else code())
         finally:
             engine.close()
 
 
 @dataclass(frozen=True)
 class Crew:
-    """Workers that are there; without an engine this process is the only one."""
+    """Workers that are there; without an engine this process is the only one.
+
+    Attributes:
+        code: what `code()` has to be where a call is made; None where it cannot be another.
+    """
 
     engine: Engine | None
+    code: str | None = None
 
     def call(self, function: Callable[..., Made], *args: Any) -> Made:
         """`function(*args)`, made by a worker.
@@ -123,6 +135,7 @@ class Crew:
 
         Raises:
             WorkerLostError: the worker died, `ATTEMPTS` times.
+            InputError: the worker has another workbench, or another version of Python or torch.
         """
         if self.engine is None:
             return alone(function, *args)
@@ -130,7 +143,7 @@ class Crew:
             if self.engine.closed:
                 raise RuntimeError("the workers have ended")
             try:
-                return self.engine.submit(alone, function, *args).result()
+                return self.engine.submit(_elsewhere, self.code, function, *args).result()
             except self.engine.deaths as error:
                 if self.engine.closed:  # it did not die, it was ended
                     raise
@@ -165,6 +178,24 @@ class Crew:
             piece, error = lost[0]
             more = f", and {len(lost) - 1} more" * (len(lost) > 1)
             raise WorkerLostError(f"{', '.join(map(str, piece))}: {error}{more}; what the others made is there")
+
+
+def _elsewhere(code_here: str | None, function: Callable[..., Made], *args: Any) -> Made:
+    if code_here is not None and code() != code_here:
+        raise InputError(
+            f"a worker on {socket.gethostname()} has another workbench, Python or torch than this machine: "
+            f"install the same there, its code is {code()} and not {code_here}"
+        )
+    return alone(function, *args)
+
+
+@cache
+def code() -> str:
+    """Digest of this workbench and of what its numbers depend on, 16 hexadecimal digits."""
+    found = hashlib.sha256(f"{version('torch')} {version('numpy')} {platform.python_version()}".encode())
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", *COMPILED)):
+        found.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def alone(function: Callable[..., Made], *args: Any) -> Made:
@@ -225,10 +256,12 @@ class Dask:
             from distributed.scheduler import KilledWorker
         self.deaths, self.closed, self._cluster = (KilledWorker,), False, None
         if address is None:
-            quiet = {"dashboard_address": None, "silence_logs": logging.ERROR}
+            # who may reach a scheduler may run code as who started it: certificates of its own, and this machine alone
+            quiet = {"silence_logs": logging.ERROR}
+            apart = {"security": True, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
             # Dask itself gives the call to another worker, so often
             with dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS - 1}):
-                self._cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, **quiet)
+                self._cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, **apart, **quiet)
         else:
             reach(address, r"(tcp|tls)://HOST:PORT", r"(?:(?:tcp|tls)://)?(\[?[^/\]]+\]?):(\d+)")
         try:
@@ -270,7 +303,11 @@ class Ray:
     """A cluster of Ray."""
 
     def __init__(self, jobs: int | None, address: str | None):
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+        if "ray" not in sys.modules:  # it reads these once
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+            if address is None:  # it listens on all addresses of the machine: to those who have the token
+                os.environ.setdefault("RAY_AUTH_MODE", "token")
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         with _package("ray"):
             import ray
             from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
@@ -291,20 +328,21 @@ class Ray:
         if not self.size:
             self.close()
             raise InputError(f"address is {address!r} but its cluster has no workers")
-        self._remote, self._pending = ray.remote(num_cpus=1, max_retries=0)(_made_by_ray), set()
+        self._remote, self._pending = ray.remote(num_cpus=1, max_retries=0)(_made_by_ray), {}
 
     def submit(self, function: Callable, *args: Any) -> Future:
         reference = self._remote.remote(function, args)
-        self._pending.add(reference)
         future = reference.future()
-        future.add_done_callback(lambda done: self._pending.discard(reference))
+        self._pending[future] = reference
+        future.add_done_callback(lambda done: self._pending.pop(done, None))
         return future
 
     def close(self) -> None:
         self.closed = True
-        for reference in list(self._pending):
+        for future, reference in list(self._pending.items()):
             with suppress(Exception):  # it may have ended by itself
                 self._ray.cancel(reference, force=True)
+            future.cancel()  # or who waits for it would wait for ever once Ray has gone
         if self._own:
             self._ray.shutdown()
 

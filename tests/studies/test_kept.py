@@ -198,7 +198,6 @@ def test_a_file_that_is_not_as_it_was_written_is_named_and_run_again(home: Path,
 def test_rows_of_other_code_are_named_and_not_used(home: Path, monkeypatch: pytest.MonkeyPatch):
     STUDY.execute("smoke")
     monkeypatch.setattr(keeping, "code_of", lambda run: "another")
-    monkeypatch.setattr(gathering, "_code", lambda run: "another")
     with pytest.warns(NotUsed, match="other code than today's made 6 of the kept rows of toy, .*; not used"):
         assert STUDY.execute("smoke").origin == {"run": 6}
     assert STUDY.execute("smoke").origin == {"kept": 6}  # and no more is said: nothing is missing
@@ -253,10 +252,10 @@ def test_progress_counts_what_is_there():
 def test_what_ran_before_an_interrupt_is_kept(monkeypatch: pytest.MonkeyPatch):
     usual = gathering._timed
 
-    def interrupted(code, run, arm, seed, settings):
+    def interrupted(run, arm, seed, settings):
         if (arm, seed) == ("one", 1):
             raise KeyboardInterrupt
-        return usual(code, run, arm, seed, settings)
+        return usual(run, arm, seed, settings)
 
     monkeypatch.setattr(gathering, "_timed", interrupted)
     with pytest.raises(KeyboardInterrupt):

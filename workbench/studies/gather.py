@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
 from workbench.engines import HERE, Crew, Workers
-from workbench.errors import InputError
 from workbench.studies import sheets
-from workbench.studies.kept import Kept, code_of
+from workbench.studies.kept import Kept
 from workbench.studies.rows import Row
 
 Progress = Callable[[int, int, str], None]
@@ -93,7 +92,7 @@ def _run_one(
             with suppress(sheets.Damaged):
                 if (row := kept.read(arm, seed)) is not None:
                     return row, "kept", None
-        made = crew.call(_timed, kept.code, run, arm, seed, settings)
+        made = crew.call(_timed, run, arm, seed, settings)
         row = Row(**sheets.plain(asdict(made)))  # as a file gives it back, so that a rule sees the same in both cases
         try:
             kept.write(row)
@@ -102,11 +101,9 @@ def _run_one(
         return row, "run", None
 
 
-def _timed(code: str, run: Run, arm: str, seed: int, settings: Mapping[str, object]) -> Row:
+def _timed(run: Run, arm: str, seed: int, settings: Mapping[str, object]) -> Row:
     import torch
 
-    if (here := _code(run)) != code:
-        raise InputError(f"a worker has other code than this workbench, {here} and not {code}: install the same there")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same numbers on any machine, and no two runs fighting for a core
     began = time.perf_counter()
@@ -115,6 +112,3 @@ def _timed(code: str, run: Run, arm: str, seed: int, settings: Mapping[str, obje
     finally:
         torch.set_num_threads(threads)
     return replace(row, seconds=time.perf_counter() - began)
-
-
-_code = cache(code_of)
