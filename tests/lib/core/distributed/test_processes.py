@@ -2,7 +2,10 @@
 
 import math
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +75,15 @@ def test_a_function_that_no_other_process_can_import_is_refused():
     local = type("local", (), {"__module__": "__main__", "__name__": "local", "__call__": lambda self: 1})()
     with pytest.raises(InputError, match="is of __main__"):
         run_processes(local, 2)
+
+
+def test_a_script_that_is_not_guarded_runs_once(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from tests.lib.core.distributed import ranks\n"
+        "from workbench.lib.core.distributed.processes import run_processes\n"
+        "print('begun', len(run_processes(ranks.whole, 2, torch.ones(1))))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "begun 2\n"), done.stderr

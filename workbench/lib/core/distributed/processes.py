@@ -17,7 +17,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -109,7 +111,8 @@ class _Ranks:
                 target=_rank, args=(its, str(self.folder), rank, world, job, dict(os.environ)), daemon=True
             )
             self.pipes.append(mine)
-            process.start()
+            with _without_main():
+                process.start()
             self.processes.append(process)
             its.close()  # so that the end of the process is the end of the pipe
 
@@ -190,6 +193,18 @@ class _Ranks:
             process.close()
         for pipe in self.pipes:
             pipe.close()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keeps multiprocessing from running the caller's script again in each process: what runs there is of a module, and
+    a script would have to be guarded by `if __name__ == "__main__"`."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _rank(pipe: Any, folder: str, rank: int, world: int, job: bytes, environment: dict[str, str]) -> None:
