@@ -1,0 +1,1 @@
+"""Distributed: experts on many devices. One file per system."""
