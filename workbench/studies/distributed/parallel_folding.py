@@ -4,8 +4,8 @@ Nothing runs here: steps are reckoned by `folding_model`, whose assumptions stan
 simulated. A seed draws the constants of a cluster around the specified ones of H100 nodes, its size, and two models, of
 few large experts and of many small ones; see `drawn`. All arms choose the fastest of their layouts that fits in memory.
 
-What the model says of machines that were measured is beside it in parallel_folding.validation.json, which
-`workbench bench distributed` makes anew.
+What the model says of steps that were really taken, by two processes, is in `measured/`, made by
+`workbench bench distributed`.
 """
 
 from collections.abc import Iterator
@@ -78,21 +78,15 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     for kind in KINDS:
         configs[kind], cluster, world = drawn(seed, kind, settings["most"])
         report = chosen(arm, configs[kind], cluster, world)
-        parts = {} if report is None else report.parts
-        found[kind] = {
-            "mfu": 0.0 if report is None else 100 * report.mfu,
-            "layout": "none fits" if report is None else str(report.layout),
-            "gigabytes": 0.0 if report is None else report.memory_bytes / 1e9,
-            "dispatch": (parts.get("ep", 0.0) + parts.get("etp", 0.0)) / sum(parts.values()) if parts else 0.0,
-            "parts": {name: round(seconds, 4) for name, seconds in parts.items()},
-        }
+        found[kind] = {"mfu": 0.0, "layout": "none fits", "dispatch": 0.0} if report is None else _facts(report)
     fine = configs["fine"]
-    extra = found | {
-        "basis": cluster.basis,
-        "world": world,
-        "models": [f"{c.params / 1e9:.0f}B" for c in configs.values()],
-    }
+    extra = found | {"world": world}
     return Row(arm, seed, fine.params, fine.active_params, round(fine.flops), 1, found["fine"]["mfu"], extra)
+
+
+def _facts(report: Report) -> dict[str, float | str]:
+    dispatch = (report.parts["ep"] + report.parts["etp"]) / report.seconds
+    return {"mfu": round(100 * report.mfu, 4), "layout": str(report.layout), "dispatch": round(dispatch, 5)}
 
 
 def judge(rows: Rows, settings: Settings) -> Judgement:
@@ -116,7 +110,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
         f"Simulated: the fastest folded layout has {gain} points of MFU more than the fastest without folding on small "
         f"experts, {coarse} on large ones; on small ones it is strictly faster in {better} of "
         f"{len(rows.arm('folded'))} draws, and the least difference of all is {worst:.2g}. The share of a step that "
-        f"brings tokens to experts and back is smaller by {relief}. The effect is the first of these."
+        f"brings tokens to experts and back, coupled minus folded, is {relief}. The effect is the first of these."
     )
     details = {
         "mfu": {kind: {arm: sum(of(arm, kind, "mfu")) / len(rows.arm(arm)) for arm in ARMS} for kind in KINDS},
@@ -128,7 +122,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
         "relief": relief,
         "strictly_faster": {kind: sum(each > 0 for each in gains(kind, "mfu")) for kind in KINDS},
         "folded_minus": {arm: rows.minus("folded", arm) for arm in ARMS[2:]},
-        "basis": rows[0].extra["basis"],
+        "basis": drawn(0)[1].basis,
     }
     return Judgement.on(gain, verdict, reason, details)
 
