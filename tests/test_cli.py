@@ -26,6 +26,7 @@ COMMANDS = (
     "bench",
     "merge",
     "mix",
+    "simulate",
     "live",
     "view",
     "run",

@@ -17,6 +17,7 @@ from workbench.bench import BENCHES
 from workbench.cli.compress import add_compress
 from workbench.cli.merge import add_merge
 from workbench.cli.mix import add_mix
+from workbench.cli.simulate import add_simulate
 from workbench.cli.sweep import add_sweep
 from workbench.errors import InputError, unknown
 
@@ -124,6 +125,9 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
     sub = command("mix", "search in which proportion to train on domains of text, with small proxy models")
     add_mix(sub, whole)
+
+    sub = command("simulate", "run a serving system on the numbers of a machine of your own")
+    add_simulate(sub)
 
     def page(name: str, text: str) -> Parser:
         sub = command(name, text, json=False)

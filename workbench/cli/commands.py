@@ -2,31 +2,17 @@
 
 import argparse
 import json
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from workbench import catalogue
 from workbench.cli.progress import Report, progress_bar
+from workbench.cli.table import show
 from workbench.errors import InputError, unknown
-
-
-def show(rows: Sequence[Sequence[object]], names: Sequence[str]) -> None:
-    """Print rows as a table as wide as its content; on a terminal the last column ends where the terminal does."""
-    texts = [[_plain(str(cell)) for cell in row] for row in [names, *rows]]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(names))]
-    limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for row in texts:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()[:limit])
-
-
-def _plain(text: str) -> str:
-    """What a terminal shows as it is: a line break or a command to the terminal is spelled out."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def as_json(value: object) -> None:
@@ -199,6 +185,12 @@ def mix(args: argparse.Namespace) -> None:
     from workbench.cli.mix import mix as search_mixtures
 
     search_mixtures(args)
+
+
+def simulate(args: argparse.Namespace) -> None:
+    from workbench.cli.simulate import simulate as simulate_system
+
+    simulate_system(args)
 
 
 def live(args: argparse.Namespace) -> None:

@@ -3,14 +3,13 @@
 import argparse
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench.cli.files import check_new, write_new
 from workbench.cli.progress import Report, progress_bar
 from workbench.errors import InputError, unknown
-from workbench.sealed import sealed_file
 
 SEARCHES = {
     "climb": "three shrinking rounds of proxies and a predictor fitted on all before (the system `climb`)",
@@ -52,7 +51,7 @@ def mix(args: argparse.Namespace) -> None:
         raise InputError("--runs goes with the other searches: linear-dmo has one proxy for each domain")
     for option, ending in (("out", ".json"), ("html", ".html")):
         if (path := getattr(args, option)) is not None:
-            _check_new(option, Path(path), ending)
+            check_new(option, Path(path), ending)
     from workbench.beds import text_mixtures as bed  # torch
     from workbench.lib.core.mixtures import check_weights
 
@@ -66,9 +65,9 @@ def mix(args: argparse.Namespace) -> None:
             found = _search(args, purpose, progress)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt("the proxy runs that are done are kept; the same command goes on") from stop
-    _write(Path(args.out), json.dumps(found, indent=2) + "\n")
+    write_new(Path(args.out), json.dumps(found, indent=2) + "\n")
     if args.html is not None:
-        _write(Path(args.html), _picture(found))
+        write_new(Path(args.html), _picture(found))
     print(json.dumps(found, indent=2) if args.json else _line(args.out, found))
 
 
@@ -159,23 +158,6 @@ def _merged(proxies: Any, names: Sequence[str], seed: int, progress: Report) -> 
     return found, {"best predicted": (tried[int(scores.argmin())], None)}
 
 
-def _check_new(option: str, path: Path, ending: str) -> None:
-    if path.suffix != ending or os.path.lexists(path) or not path.absolute().parent.is_dir():
-        raise InputError(f"--{option} is {str(path)!r} but must be a new file in a folder, ending in {ending}")
-    try:  # now, and not when the search is done
-        with sealed_file(path) as unfinished:
-            unfinished.touch()
-            raise _Writable
-    except _Writable:
-        pass
-    except OSError as error:
-        raise InputError(f"--{option} is {str(path)!r} but cannot be written: {error.strerror}") from None
-
-
-class _Writable(Exception):
-    pass
-
-
 def _shrinking(runs: int) -> list[int]:
     """Three rounds, each half of the one before."""
     second, third = round(runs * 2 / 7), round(runs / 7)
@@ -228,13 +210,3 @@ def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     for weights, score in (*measured, (found["share"], found["natural"]), (even, found["even"])):
         rows.setdefault(tuple(weights), {"weights": weights, "foreseen": None})["score"] = score
     return [*rows.values()]
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        if os.path.lexists(path):  # another search may have come first
-            raise InputError(f"{path} is there by now, and is left as it is; the same command with a new name is quick")
-        with sealed_file(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
