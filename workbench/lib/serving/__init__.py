@@ -1,0 +1,1 @@
+"""Serving: experts that do not fit in memory. One file per system."""
