@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import random
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import pytest
 import torch
@@ -255,9 +255,13 @@ def test_an_engine_that_knows_nothing_but_tasks_finds_the_same_times(how):
 def test_metrics_are_those_of_the_timeline(how):
     found = sim(TRACE, SLOW, 3, **how)
     metrics, timeline = found.metrics, found.timeline
-    ends = [max(event.end for event in timeline.events if event.group == "expert"
-                and event.name.split()[1].startswith(f"{row}.{at}.")) for row in range(2) for at in range(7)]  # fmt: skip
-    spans = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
+    ends: dict[str, float] = {}
+    for event in timeline.events:
+        if event.group == "expert":
+            name = event.name.split()[1].rsplit(".", 2)[0]  # prompt and token
+            ends[name] = max(ends.get(name, 0.0), event.end)
+    ends = [*ends.values()]
+    spans = [end - start for start, end in pairwise([0.0, *ends])]
     first, rest = spans[0::7], [span for nth, span in enumerate(spans) if nth % 7]
     assert metrics.first_token_seconds == pytest.approx(sum(first) / 2)
     assert metrics.token_seconds == pytest.approx(sum(rest) / 12)

@@ -1,0 +1,130 @@
+"""`workbench simulate`: a machine and a trace in; a table, JSON and a picture out; one line for what is wrong."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from workbench import catalogue
+from workbench.cli import main
+from workbench.lib.core.simulation import traces
+from workbench.lib.core.simulation.timeline import Timeline
+from workbench.lib.core.simulation.traces import zipf_markov
+
+MACHINE = {
+    "name": "mine",
+    "basis": "measured",
+    "source": "a test",
+    "device": {"flops": 1e13, "memory_bytes": 1.2e7, "memory_bandwidth": 1e11},
+    "host": {"flops": 1e11, "memory_bytes": 1e10, "memory_bandwidth": 1e10},
+    "link": {"bandwidth": 1e9, "latency_seconds": 0},
+}
+SYSTEMS = [row.slug for row in catalogue.methods() if row.simulates]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A machine and a trace."""
+    made = {"hardware": tmp_path / "mine.json", "trace": tmp_path / "trace.safetensors"}
+    made["hardware"].write_text(json.dumps(MACHINE))
+    zipf_markov(prompts=2, prompt=4, generated=4, layers=3, experts=8, top_k=2).write(made["trace"])
+    return made
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture, files: dict[str, Path]):
+    """Call the command: (exit status, stdout, stderr). Later flags win, so that one of them can be put wrong."""
+
+    def call(slug: str, *argv: object) -> tuple[int, str, str]:
+        given = ["--hardware", files["hardware"], "--trace", files["trace"], "--expert-bytes", "1e6", *argv]
+        status = main(["simulate", slug, *map(str, given)])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("slug", SYSTEMS)
+def test_every_system_that_can_says_what_it_rests_on(shell, slug: str):
+    status, out, _ = shell(slug, "--json")
+    found = json.loads(out)
+    assert status == 0 and found["slug"] == slug
+    assert found["basis"] == found["timeline"]["basis"] == "simulated, calibrated by mine (measured)"
+    timeline = Timeline.from_dict(found["timeline"])
+    assert timeline.events and timeline.overlaps() == []
+    assert len({tuple(row) for row in found["rows"]}) == 1 and found["rows"]
+    assert shell(slug, "--json")[1] == out
+
+
+def test_the_table_and_the_picture_are_labelled_as_simulated(shell, tmp_path: Path):
+    status, out, _ = shell("hybrimoe", "--html", tmp_path / "a.html")
+    lines = out.splitlines()
+    assert status == 0 and lines[0].split()[:3] == ["policy", "token", "ms"] and lines[1].startswith("hybrimoe ")
+    assert lines[-1].startswith("hybrimoe, simulated, calibrated by mine (measured): 2 prompts of 4 tokens")
+    page = (tmp_path / "a.html").read_text()
+    assert "simulated, calibrated by mine (measured)" in page and "HybriMoE" in page
+    status, _, err = shell("hybrimoe", "--html", tmp_path / "a.html")
+    assert status == 2 and "must be a new file" in err
+
+
+def test_the_default_budget_is_half_of_the_experts_or_the_memory_if_that_is_less(shell, files):
+    assert "4 of a layer's experts" in shell("hybrimoe")[1]  # 24 MB of experts, 12 MB of memory
+    files["hardware"].write_text(json.dumps(MACHINE | {"device": MACHINE["device"] | {"memory_bytes": 7e6}}))
+    assert "2 of a layer's experts" in shell("hybrimoe")[1]
+    assert "8 of a layer's experts" in shell("hybrimoe", "--budget", "1e9")[1]
+
+
+def test_a_machine_by_its_public_name_and_a_synthetic_trace(shell, monkeypatch):
+    monkeypatch.setattr(traces, "zipf_markov", partial(zipf_markov, prompts=1, prompt=2, generated=2))
+    status, out, _ = shell("hybrimoe", "--hardware", "a40-pcie4", "--trace", "synthetic")
+    assert status == 0 and "simulated, calibrated by a40-pcie4 (specified)" in out and "synthetic" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("hybrimo", "slug 'hybrimo' is unknown; did you mean 'hybrimoe'"),
+        ("rmoe", f"slug 'rmoe' cannot be simulated; these can: {', '.join(SYSTEMS)}"),
+        ("hybrimoe --hardware a40", "--hardware 'a40' is unknown; did you mean 'a40-pcie4'"),
+        ("hybrimoe --hardware none.json", "hardware 'none.json' cannot be read"),
+        ("hybrimoe --trace trainde", "--trace 'trainde' is unknown; did you mean 'trained'"),
+        ("hybrimoe --trace none.safetensors", "trace 'none.safetensors' cannot be read"),
+        (
+            "hybrimoe --budget 2999999",
+            "budget is 2,999,999 bytes but must hold one expert of each of 3 layers, 3,000,000",
+        ),
+        ("hybrimoe --budget -1", "--budget is '-1' but must be a number of bytes above 0"),
+        ("hybrimoe --expert-bytes much", "--expert-bytes is 'much' but must be a number of bytes above 0"),
+        ("hybrimoe --html a.txt", "--html is 'a.txt' but must be a new file in a folder, ending in .html"),
+    ],
+)
+def test_what_is_wrong_is_one_line(shell, words: str, message: str):
+    status, out, err = shell(*words.split())
+    assert status == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"flops": -1}, "device: flops is -1 but must be finite and above 0"),
+        ({"flops": None}, "device: flops is None but must be a number"),
+        ({"speed": 1}, "device: key 'speed' is unknown"),
+    ],
+)
+def test_a_machine_of_bad_numbers_is_refused(shell, files, part: dict, message: str):
+    files["hardware"].write_text(json.dumps(MACHINE | {"device": MACHINE["device"] | part}))
+    status, _, err = shell("hybrimoe")
+    assert status == 2 and message in err
+
+
+def test_a_machine_without_a_part_and_a_trace_of_nothing_are_refused(shell, files):
+    without = {key: value for key, value in MACHINE.items() if key != "link"}
+    files["hardware"].write_text(json.dumps(without))
+    status, _, err = shell("hybrimoe")
+    assert status == 2 and "hardware 'mine' must have link but says nothing of it" in err
+    about = {"trace": json.dumps({"source": "x", "top_k": 1, "prompt": 0})}
+    save_file({"probs": torch.zeros(0, 4, 2, 4)}, str(files["trace"]), about)
+    status, _, err = shell("hybrimoe")
+    assert status == 2 and "probs has shape (0, 4, 2, 4) but must be" in err
