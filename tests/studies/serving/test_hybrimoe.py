@@ -8,6 +8,7 @@ import torch
 
 from workbench.lib.core.simulation.traces import zipf_markov
 from workbench.lib.serving.hybrid_schedule import PUBLIC
+from workbench.lib.serving.hybrimoe import CACHES
 from workbench.studies import measured
 from workbench.studies.rows import Row, Rows
 from workbench.studies.serving.hybrimoe import ARMS, METHOD, PRESETS, costs, judge, replays
@@ -27,10 +28,10 @@ def judged(logs=None, sizes=None, hits=None, spread=0.01, seeds=6):
         for seed in range(seeds):
             by_size = {size: value + noise[at][seed] + (sizes or {}).get((arm, size), 0.0) for size in SIZES}
             own = (hits or {"hybrimoe": 0.6}).get(arm, 0.5) + noise[at][seed]
-            cells = {f"{size} 5x": [2 ** by_size[size], 9.0, own, 0.1, 0.1, 0.1] for size in SIZES}
-            extra = {"by_size": by_size, "hits": dict.fromkeys(SIZES, own), "cells": cells}
+            token_ms = {size: [2 ** by_size[size]] * 5 for size in SIZES}
+            extra = {"by_size": by_size, "hits": dict.fromkeys(SIZES, own), "first_token": 3.0, "token_ms": token_ms}
             if arm == "hybrimoe":
-                extra |= {"reuse": 0.4, "foreseen": [0.8, 0.7], "replay": {"50%": {"lru": 0.6, "mrs": 0.7}}}
+                extra |= {"reuse": 0.4, "foreseen": [0.8, 0.7], "replay": {"50%": dict.fromkeys(CACHES, 0.6)}}
             rows.append(Row(arm, seed, 1, 1, 1, 1, sum(by_size.values()) / 3, extra))
     return judge(Rows(rows), SETTINGS)
 
