@@ -22,9 +22,6 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.lib.core.simulation.timeline import Event, Timeline
 
-ENOUGH = 1.6
-"""What `pair_speedup` must reach before two threads may stand for a device and a host."""
-
 
 class Job:
     """A call on a resource; `result()` waits for it."""
@@ -154,7 +151,7 @@ class ThrottledLink:
         InputError: a number is not above 0.
     """
 
-    def __init__(self, bandwidth: float, chunk_bytes: int = 1 << 16):
+    def __init__(self, bandwidth: float, chunk_bytes: int = 1 << 20):
         for name, value in (("bandwidth", bandwidth), ("chunk_bytes", chunk_bytes)):
             if not value > 0:
                 raise InputError(f"{name} is {value} but must be above 0")
@@ -192,7 +189,8 @@ class ThrottledLink:
 def pair_speedup(first: Callable[[], object], second: Callable[[], object], repeats: int = 5) -> float:
     """How much two threads gain: the time of two calls after one another over that of both at once, a median.
 
-    2 is all that two cores can give, if the calls take equally long; 1 is nothing. See `ENOUGH`.
+    2 is all that two cores can give, if the calls take equally long; 1 is nothing. Where it stays well below 1.6, the
+    interpreter is in the way, and one of the two has to go to a process of its own.
     """
     ratios = []
     for turn in range(-1, repeats):

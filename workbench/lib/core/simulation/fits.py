@@ -100,8 +100,16 @@ class RateTable:
         object.__setattr__(self, "times", tuple(map(float, _isotonic(times[order]))))
 
     @classmethod
-    def measure(cls, call: Callable[[int], object], sizes: Sequence[int], repeats: int = 5) -> "RateTable":
+    def measure(
+        cls,
+        call: Callable[[int], object],
+        sizes: Sequence[int],
+        repeats: int = 5,
+        before: Callable[[], object] = lambda: None,
+    ) -> "RateTable":
         """The medians of `call(size)`, which is warmed up once for each size; the sizes take turns.
+
+        `before` comes before each call and is not timed: what the machine does in between where the work is done.
 
         Raises:
             InputError: fewer than 5 repeats.
@@ -111,6 +119,7 @@ class RateTable:
         spent: dict[int, list[float]] = {size: [] for size in sizes}
         for turn in range(-1, repeats):
             for size in sizes:
+                before()
                 start = time.perf_counter()
                 call(size)
                 if turn >= 0:
