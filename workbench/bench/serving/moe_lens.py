@@ -35,22 +35,22 @@ from workbench.lib.serving.moe_lens import (
 PAGE = 16
 #: prompt, generated, requests, pages, bytes/s; with drawn lengths where the last is True
 GRID = (
-    (64, 16, 200, 800, 300e6, False),
-    (64, 16, 100, 400, 300e6, False),
-    (64, 16, 50, 200, 300e6, False),
-    (64, 16, 200, 1200, 450e6, False),
-    (32, 32, 80, 400, 300e6, False),
-    (32, 32, 150, 800, 450e6, False),
-    (128, 8, 100, 400, 300e6, False),
-    (128, 8, 150, 800, 450e6, False),
-    (256, 16, 30, 400, 300e6, False),
-    (256, 16, 60, 1200, 450e6, False),
-    (96, 48, 90, 1200, 600e6, False),
-    (64, 8, 60, 200, 300e6, True),
-    (96, 12, 80, 1000, 450e6, True),
+    (48, 24, 120, 700, 300e6, False),
+    (48, 24, 60, 300, 300e6, False),
+    (80, 12, 160, 600, 450e6, False),
+    (80, 12, 60, 250, 300e6, False),
+    (24, 40, 100, 400, 300e6, False),
+    (24, 40, 140, 800, 450e6, False),
+    (160, 10, 60, 400, 300e6, False),
+    (160, 10, 100, 900, 450e6, False),
+    (320, 12, 24, 400, 300e6, False),
+    (320, 12, 40, 1200, 450e6, False),
+    (120, 36, 60, 1200, 600e6, False),
+    (72, 10, 60, 250, 300e6, True),
+    (100, 14, 60, 900, 450e6, True),
 )
 VARIANTS = {"separate": {"mode": "separate"}, "one group": {"groups": 1}}
-VARIED = (0, 5, 9)  # of the grid
+VARIED = (0, 9)  # of the grid
 QUICK = (
     (16, 4, 8, 40, 10e6, False),
     (8, 8, 8, 20, 5e6, False),
@@ -82,8 +82,8 @@ def measure(quick: bool = False) -> Validation:
     """Calibrate, then run and predict every configuration."""
     grid = QUICK if quick else GRID
     pages, requests = max(row[3] for row in grid), max(row[2] for row in grid)
-    with TinyOffloadServer(model(quick), pages, PAGE, 300e6, apart=requests) as server:
-        costs = calibrate(server, 256 if quick else 2048, repeats=5)
+    with TinyOffloadServer(model(quick), pages, PAGE, 600e6, apart=requests) as server:
+        costs = calibrate(server, 256 if quick else 2048, repeats=7)
         run(server, costs, QUICK[0], "warm-up", {})  # the first run is slower
         rows = [run(server, costs, row, "full", {}) for row in grid]
         rows += [

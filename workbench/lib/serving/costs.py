@@ -220,7 +220,7 @@ class MeasuredCosts:
         cached_tokens: whose keys and values are attended over at once.
         output: head and embedding, by requests.
         hand_over: seconds from the end of one task to the start of the next that waited for it.
-        crowd: how many times longer device and CPU take while both work, at least 1.
+        crowd: how many times longer the device takes while the CPU works, and the CPU while the device does.
         page: tokens of a page.
     """
 
@@ -237,7 +237,7 @@ class MeasuredCosts:
     decode: LinkModel
     output: RateTable
     hand_over: float
-    crowd: float
+    crowd: tuple[float, float]
 
     def load(self) -> float:
         return self.streamed.seconds(self.layer_bytes) + self.hand_over
@@ -273,8 +273,8 @@ class MeasuredCosts:
 
     def crowded(self, device: float, attention: float) -> tuple[float, float]:
         """For as long as the shorter of the two lasts, both are slower."""
-        more = (self.crowd - 1) * min(device, attention)
-        return device + more, attention + more
+        shared, (slow_device, slow_cpu) = min(device, attention), self.crowd
+        return device + (slow_device - 1) * shared, attention + (slow_cpu - 1) * shared
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them."""
@@ -288,7 +288,7 @@ class MeasuredCosts:
         """The inverse of `to_dict`."""
         lines = {name: LinkModel(**found[name]) for name in _LINES}
         tables = {name: RateTable.from_dict(found[name]) for name in _TABLES}
-        return cls(**{**found, **lines, **tables})
+        return cls(**{**found, **lines, **tables, "crowd": tuple(found["crowd"])})
 
 
 _LINES = ("streamed", "decode")

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from workbench.errors import InputError
 from workbench.lib.core.attention import Attention
 from workbench.lib.core.models import DecoderLM
-from workbench.lib.core.simulation.executor import Executor, Job, ThrottledLink, pair_speedup
+from workbench.lib.core.simulation.executor import Executor, Job, ThrottledLink
 from workbench.lib.core.simulation.fits import LinkModel, RateTable
 from workbench.lib.core.simulation.timeline import Timeline
 from workbench.lib.core.simulation.validation import machine
@@ -342,8 +342,8 @@ class _Run:
 def calibrate(server: TinyOffloadServer, max_tokens: int, repeats: int = 7) -> MeasuredCosts:
     """Times of the parts of this server's passes, each alone; none of a whole pass.
 
-    Only how much slower device and CPU make each other is measured with both at work, on parts that take equally long:
-    2 on one core, 1 where they do not meet.
+    Only how much slower device and CPU make each other is measured with both at work: twice as slow each on one core,
+    and not at all where they do not meet.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -429,21 +429,30 @@ def _times(call: Callable[[], object], repeats: int) -> list[float]:
     return spent[1:]
 
 
-def _crowd(device: Callable[[], object], cpu: Callable[[], object], repeats: int) -> float:
-    """How many times longer two threads take for work that takes each equally long alone."""
-    seconds = [statistics.median(_times(call, repeats)) for call in (device, cpu)]
-    goal = max(0.02, *seconds)
-    counts = [max(1, round(goal / spent)) for spent in seconds]
+def _crowd(device: Callable[[], object], cpu: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """How many times longer each of two threads takes for its work while the other works too; medians."""
+    calls = (device, cpu)
+    alone = [statistics.median(_times(call, repeats)) for call in calls]
+    counts = [max(1, round(max(0.05, *alone) / spent)) for spent in alone]
+    alone = [spent * count for spent, count in zip(alone, counts, strict=True)]
 
-    def both(call: Callable[[], object], count: int) -> Callable[[], None]:
-        @torch.no_grad()
-        def repeated() -> None:
-            for _ in range(count):
-                call()
+    def repeated(which: int) -> None:
+        with torch.no_grad():
+            for _ in range(counts[which]):
+                calls[which]()
 
-        return repeated
-
-    return max(1.0, 2 / pair_speedup(both(device, counts[0]), both(cpu, counts[1]), repeats))
+    found: tuple[list[float], list[float]] = [], []
+    for _ in range(repeats):
+        with Executor((DEVICE, CPU), "measured") as executor:
+            jobs = [executor.submit(name, name, partial(repeated, i)) for i, name in enumerate((DEVICE, CPU))]
+            for job in jobs:
+                job.result()
+        spent = [job.end - job.start for job in jobs]
+        first = spent.index(min(spent))
+        both = spent[first]  # and the other does the rest of its work alone
+        for i in (0, 1):
+            found[i].append(both / max(alone[i] - (spent[i] - both), alone[i] / 4))
+    return max(1.0, statistics.median(found[0])), max(1.0, statistics.median(found[1]))
 
 
 def _hand_over(count: int = 200) -> float:
