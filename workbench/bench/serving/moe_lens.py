@@ -23,9 +23,9 @@ from workbench.lib.serving.moe_lens import (
     MeasuredCosts,
     PagedKV,
     PipelineSim,
+    Requests,
     Scheduler,
     TinyOffloadServer,
-    Workload,
     calibrate,
     n_star,
     predict,
@@ -81,8 +81,8 @@ def model(quick: bool) -> DecoderLM:
 def measure(quick: bool = False) -> Validation:
     """Calibrate, then run and predict every configuration."""
     grid = QUICK if quick else GRID
-    pages, requests = max(row[3] for row in grid), max(row[2] for row in grid)
-    with TinyOffloadServer(model(quick), pages, PAGE, 600e6, apart=requests) as server:
+    pages, most = max(row[3] for row in grid), max(row[2] for row in grid)
+    with TinyOffloadServer(model(quick), pages, PAGE, 600e6, apart=most) as server:
         costs = calibrate(server, 256 if quick else 2048, repeats=7)
         run(server, costs, QUICK[0], "warm-up", {})  # the first run is slower
         rows = [run(server, costs, row, "full", {}) for row in grid]
@@ -97,25 +97,25 @@ def measure(quick: bool = False) -> Validation:
 
 def run(server: TinyOffloadServer, costs: MeasuredCosts, configuration: tuple, variant: str, options: dict) -> dict:
     """One configuration, predicted and then run."""
-    p, g, requests, pages, bandwidth, drawn = configuration
-    workload = Workload.drawn(p, g, requests, seed=0) if drawn else Workload.uniform(p, g, requests)
+    p, g, count, pages, bandwidth, drawn = configuration
+    requests = Requests.drawn(p, g, count, seed=0) if drawn else Requests.uniform(p, g, count)
     costs = replace(costs, streamed=LinkModel(costs.streamed.alpha, 1 / bandwidth))
     most = n_star(costs)
-    scheduler = Scheduler(workload, PagedKV(pages, PAGE), most, **options)
+    scheduler = Scheduler(requests, PagedKV(pages, PAGE), most, **options)
     passes, groups = list(scheduler), options.get("groups", 2)
     predicted, unlimited = (
-        predict(costs, passes, workload, groups),
-        stage2(costs, workload, UNLIMITED, PAGE, most, **options),
+        predict(costs, passes, requests, groups),
+        stage2(costs, requests, UNLIMITED, PAGE, most, **options),
     )
-    simulated = workload.generated / PipelineSim(costs).run(passes).makespan
+    simulated = requests.generated / PipelineSim(costs).run(passes).makespan
     server.n_pages, server.link = pages, ThrottledLink(bandwidth)
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in workload.prompts]
-    served = server.serve(prompts, workload.generate, most, **options)
+    prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in requests.prompts]
+    served = server.serve(prompts, requests.generate, most, **options)
     shares = served.timeline.busy_shares()
     first, second = sorted((value for name, value in predicted.terms.items() if name != HOST), reverse=True)[:2]
     return {
-        "configuration": f"{'drawn ' if drawn else ''}p={p} g={g} K={requests} pages={pages} "
+        "configuration": f"{'drawn ' if drawn else ''}p={p} g={g} K={count} pages={pages} "
         f"B={bandwidth / 1e6:.0f} MB/s {variant}",
         "variant": variant,
         "predicted": predicted.throughput,

@@ -8,7 +8,7 @@ decodes over the keys and values in host memory.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from workbench.errors import InputError
 from workbench.lib.core.simulation.fits import LinkModel, RateTable
@@ -136,6 +136,7 @@ MIXTRAL = MoESpec(
 """Mixtral 8x7B (2401.04088, table 1) in bfloat16."""
 
 
+@runtime_checkable
 class Costs(Protocol):
     """Seconds of the parts of a pass. `shares` are those of one micro-group."""
 
@@ -208,7 +209,7 @@ class SpecCosts:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Costs by times measured on one machine, as `offload.calibrate` takes them.
+    """Costs by times measured on one machine, as `calibrate` takes them.
 
     Attributes:
         streamed: seconds of one layer's weights by its bytes.

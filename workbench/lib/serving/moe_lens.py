@@ -1,8 +1,8 @@
 """MoE-Lens: how fast mixture-of-experts can be served at most where weights stream from host memory (2504.09345).
 
     machine = HardwareSpec.of(Hardware.named("a40-pcie4"), MIXTRAL)
-    stage1(machine, MIXTRAL, Workload.uniform(prompt=512, generate=64, requests=1)).throughput
-    stage2(SpecCosts(machine, MIXTRAL), Workload.uniform(512, 64, 2000), n_pages=40_000, page=16, max_tokens=9000)
+    stage1(machine, MIXTRAL, Requests.uniform(prompt=512, generate=64, requests=1)).throughput
+    stage2(SpecCosts(machine, MIXTRAL), Requests.uniform(512, 64, 2000), n_pages=40_000, page=16, max_tokens=9000)
 
 All weights go over the link once a pass, whatever the pass does, so a pass has to have many tokens. How many it can
 have, host memory says: a request holds its keys and values for as many passes as it generates tokens. The tokens that
@@ -22,6 +22,10 @@ from itertools import accumulate
 
 from workbench.catalogue import Method
 from workbench.errors import InputError
+from workbench.lib.core.simulation.hardware import Hardware
+from workbench.lib.core.simulation.timeline import Timeline
+from workbench.lib.core.simulation.workload import Simulation, Workload
+from workbench.lib.serving.calibration import calibrate as calibrate
 from workbench.lib.serving.costs import (
     ATTENTION,
     DEVICE,
@@ -36,8 +40,8 @@ from workbench.lib.serving.costs import (
 )
 from workbench.lib.serving.costs import MeasuredCosts as MeasuredCosts
 from workbench.lib.serving.offload import TinyOffloadServer as TinyOffloadServer
-from workbench.lib.serving.offload import calibrate as calibrate
-from workbench.lib.serving.paging import PagedKV, Pass, Scheduler, Share, Workload
+from workbench.lib.serving.paging import PagedKV, Pass, Requests, Scheduler, Share
+from workbench.lib.serving.pipeline import BUFFERS
 from workbench.lib.serving.pipeline import PipelineSim as PipelineSim
 
 METHOD = Method(
@@ -55,7 +59,7 @@ METHOD = Method(
         "n_star",
         "HardwareSpec",
         "MoESpec",
-        "Workload",
+        "Requests",
         "PagedKV",
         "Scheduler",
         "PipelineSim",
@@ -63,6 +67,7 @@ METHOD = Method(
         "calibrate",
         "SpecCosts",
         "MeasuredCosts",
+        "simulate",
     ),
     kind="simulator",
 )
@@ -73,7 +78,7 @@ def pme(prompt: int, generate: int, exact: bool = True) -> float:
 
     exact: (p + g - 1) / (p g + g (g - 1) / 2); otherwise the paper's form for long texts, (p + g) / (p g + g^2 / 2).
     """
-    load = Workload.uniform(prompt, generate, 1)  # refuses what are no lengths
+    load = Requests.uniform(prompt, generate, 1)  # refuses what are no lengths
     if exact:
         return load.processed / load.held()
     return (prompt + generate) / (prompt * generate + generate**2 / 2)
@@ -114,24 +119,24 @@ class Bound:
     utilisation: float
 
 
-def stage1(machine: HardwareSpec, moe: MoESpec, workload: Workload) -> Bound:
+def stage1(machine: HardwareSpec, moe: MoESpec, requests: Requests) -> Bound:
     """The bound by host memory, link, device, and CPU: endlessly many requests of these lengths, pages of one token.
 
-    A pass with all memory in use advances a part x = M / held of the workload, and takes
+    A pass with all memory in use advances a part x = M / held of them, and takes
     max(S / B, x device, x attention, (S + x read) / host bandwidth); generated tokens are x G.
 
     Raises:
         InputError: the memory does not hold the longest request.
     """
     costs, memory = SpecCosts(machine, moe), machine.kv_bytes / moe.kv_bytes_per_token
-    longest = max(p + g - 1 for p, g in zip(workload.prompts, workload.generate, strict=True))
+    longest = max(p + g - 1 for p, g in zip(requests.prompts, requests.generate, strict=True))
     if memory < longest:
         raise InputError(
             f"kv_bytes is {machine.kv_bytes:.4g} but must be at least {longest * moe.kv_bytes_per_token:.4g}: the "
             f"longest request has {longest} tokens of {moe.kv_bytes_per_token} bytes"
         )
-    part = memory / workload.held()
-    device, read = work(costs, workload)
+    part = memory / requests.held()
+    device, read = work(costs, requests)
     read *= moe.kv_bytes_per_token * part
     terms = {
         STREAM: moe.total_bytes / machine.link_bandwidth,
@@ -141,27 +146,27 @@ def stage1(machine: HardwareSpec, moe: MoESpec, workload: Workload) -> Bound:
     }
     bottleneck = max(terms, key=terms.get)
     seconds = terms[bottleneck]
-    throughput = part * workload.generated / seconds
-    return Bound(throughput, bottleneck, terms, part * workload.processed, terms[DEVICE] / seconds)
+    throughput = part * requests.generated / seconds
+    return Bound(throughput, bottleneck, terms, part * requests.processed, terms[DEVICE] / seconds)
 
 
-def work(costs: SpecCosts, workload: Workload) -> tuple[float, float]:
-    """Seconds of the device for a whole workload, and the tokens whose keys and values are read for it."""
+def work(costs: SpecCosts, requests: Requests) -> tuple[float, float]:
+    """Seconds of the device for all requests, and the tokens whose keys and values are read for it."""
     spec = costs.moe_spec
-    pairs = sum(p * (p + 1) // 2 for p in workload.prompts)
-    flops = workload.processed * spec.token_flops + pairs * spec.pair_flops
-    flops += 2 * workload.generated * spec.dim * spec.vocab
-    return flops / costs.machine.flops, workload.held() - sum(workload.prompts)
+    pairs = sum(p * (p + 1) // 2 for p in requests.prompts)
+    flops = requests.processed * spec.token_flops + pairs * spec.pair_flops
+    flops += 2 * requests.generated * spec.dim * spec.vocab
+    return flops / costs.machine.flops, requests.held() - sum(requests.prompts)
 
 
-def finite_bound(costs: SpecCosts, workload: Workload, n_pages: int, page: int) -> float:
+def finite_bound(costs: SpecCosts, requests: Requests, n_pages: int, page: int) -> float:
     """Generated tokens/s that no schedule of these requests exceeds: not more than `stage1` of as much memory.
 
     There are at least max(g, held / M) passes, held in whole pages, and each resource has to do all its work.
     """
     machine, spec = costs.machine, costs.moe_spec
-    passes = max(max(workload.generate), math.ceil(workload.held(page) / (n_pages * page)))
-    device, read = work(costs, workload)
+    passes = max(max(requests.generate), math.ceil(requests.held(page) / (n_pages * page)))
+    device, read = work(costs, requests)
     stream, read = passes * spec.total_bytes, read * spec.kv_bytes_per_token
     seconds = max(
         stream / machine.link_bandwidth,
@@ -169,7 +174,7 @@ def finite_bound(costs: SpecCosts, workload: Workload, n_pages: int, page: int) 
         read / machine.attention_bandwidth,
         (stream + read) / machine.host_bandwidth,
     )
-    return workload.generated / seconds
+    return requests.generated / seconds
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ class Prediction:
 
 def stage2(
     costs: Costs,
-    workload: Workload,
+    requests: Requests,
     n_pages: int,
     page: int,
     max_tokens: int,
@@ -214,11 +219,11 @@ def stage2(
 
     Options are those of `Scheduler`.
     """
-    scheduler = Scheduler(workload, PagedKV(n_pages, page), max_tokens, admission, mode, groups)
-    return predict(costs, scheduler, workload, groups)
+    scheduler = Scheduler(requests, PagedKV(n_pages, page), max_tokens, admission, mode, groups)
+    return predict(costs, scheduler, requests, groups)
 
 
-def predict(costs: Costs, passes: Iterable[Pass], workload: Workload, groups: int = 2) -> Prediction:
+def predict(costs: Costs, passes: Iterable[Pass], requests: Requests, groups: int = 2) -> Prediction:
     """`stage2` of passes that are planned."""
     passes = list(passes)
     terms = [pass_terms(costs, step.shares) for step in passes]
@@ -232,7 +237,7 @@ def predict(costs: Costs, passes: Iterable[Pass], workload: Workload, groups: in
     phases = {"fill": filled, "steady": max(0.0, ends[idle] - filled), "drain": ends[-1] - ends[idle]}
     return Prediction(
         ends[-1],
-        workload.generated / ends[-1],
+        requests.generated / ends[-1],
         len(passes),
         phases,
         {name: sum(found[name] for found in terms) for name in owed},
@@ -256,6 +261,62 @@ def _first_end(passes: list[Pass]) -> int:
     return min(last.values())
 
 
+PAGE, SIMULATED = 16, 2048
+"""Tokens of a page, and requests, of `simulate`."""
+#: what is compared there -> options of the scheduler
+POLICIES = {
+    "moe-lens": {},
+    "prefills and decodes apart": {"mode": "separate"},
+    "one group": {"groups": 1},
+    "a page kept free for each": {"admission": "headroom"},
+}
+
+
+def simulate(hardware: Hardware, workload: Workload) -> Simulation:
+    """A workload on a machine by its numbers, beside systems that lack one idea of MoE-Lens, and its two bounds.
+
+    2,048 requests have the lengths of the trace. Only experts' bytes are given, so the rest of the model is taken to be
+    as DeepSeek-V2-Lite's: experts as wide as 11/16 of the model, heads of 128. All weights are in host memory, and
+    those of two layers on the device.
+
+    Raises:
+        InputError: host memory does not hold the weights and one request, or the budget not two layers of experts.
+    """
+    trace, size = workload.trace, workload.weight_bytes
+    least = BUFFERS * trace.n_experts * workload.expert_bytes
+    if workload.budget_bytes < least:
+        raise InputError(
+            f"budget is {workload.budget_bytes:,.0f} bytes but must hold all experts of {BUFFERS} layers, {least:,.0f}"
+        )
+    dim = max(128, round(math.sqrt(workload.expert_bytes / size / (3 * 11 / 16)) / 128) * 128)
+    heads, hidden = dim // 128, max(1, round(workload.expert_bytes / size / 3 / dim))
+    sizes = (trace.n_layers, dim, heads, heads, 128, hidden, trace.n_experts, trace.top_k, 32_000, round(size))
+    moe = MoESpec(*sizes)
+    machine, generate = HardwareSpec.of(hardware, moe), trace.probs.shape[1] - trace.prompt
+    requests = Requests.uniform(max(1, trace.prompt), generate, SIMULATED)
+    bound = stage1(machine, moe, requests)  # refuses what memory does not hold
+    costs, n_pages = SpecCosts(machine, moe), int(machine.kv_bytes / moe.kv_bytes_per_token / PAGE)
+    rows, timelines = [], []
+    for name, options in POLICIES.items():
+        passes = list(Scheduler(requests, PagedKV(n_pages, PAGE), n_star(costs), **options))
+        timelines.append(PipelineSim(costs).run(passes))
+        rate = requests.generated / timelines[-1].makespan
+        rows.append({"system": name, "tokens_per_second": rate} | _busy(timelines[-1]))
+    bounds = {
+        "bound of these requests": finite_bound(costs, requests, n_pages, PAGE),
+        f"bound of endlessly many, by {bound.bottleneck}": bound.throughput,
+    }
+    idle = dict.fromkeys(_busy(timelines[0]), "")
+    rows += [{"system": name, "tokens_per_second": rate} | idle for name, rate in bounds.items()]
+    shown = timelines[0].between(0.0, timelines[0].makespan / 16)
+    said = f"{SIMULATED} requests of {requests.prompts[0]} tokens and {generate} after each; {workload}"
+    return Simulation(METHOD.slug, hardware.label, said, rows, shown)
+
+
+def _busy(timeline: Timeline) -> dict[str, float]:
+    return {f"{name}_busy": share for name, share in timeline.busy_shares().items()}
+
+
 def example() -> Callable[[int], Prediction]:
     """Mixtral on a device of 48 GB that holds none of it: a few hundred requests of drawn lengths."""
     machine = HardwareSpec(150e12, 31.5e9, 205e9, 205e9, kv_bytes=20e9)
@@ -263,8 +324,8 @@ def example() -> Callable[[int], Prediction]:
     n_pages = int(machine.kv_bytes / MIXTRAL.kv_bytes_per_token / page)
 
     def simulate(seed: int) -> Prediction:
-        workload = Workload.drawn(prompt=512, generate=16, requests=300, seed=seed)
+        requests = Requests.drawn(prompt=512, generate=16, requests=300, seed=seed)
         costs = SpecCosts(machine, MIXTRAL)
-        return stage2(costs, workload, n_pages, page, max_tokens=n_star(costs))
+        return stage2(costs, requests, n_pages, page, max_tokens=n_star(costs))
 
     return simulate

@@ -1,7 +1,7 @@
 """Which requests share a pass, and in which pages their keys and values lie: counts only, no tokens.
 
     kv = PagedKV(n_pages=64, page=16)
-    scheduler = Scheduler(Workload.uniform(prompt=100, generate=32, requests=50), kv, max_tokens=700)
+    scheduler = Scheduler(Requests.uniform(prompt=100, generate=32, requests=50), kv, max_tokens=700)
     for step in scheduler: ...                        # a `Pass`: who takes part, with how many tokens
 
 A request of prompt p that generates g tokens takes part in g passes: one with its p tokens, which gives the first of
@@ -22,7 +22,7 @@ MODES = ("mixed", "separate")
 
 
 @dataclass(frozen=True)
-class Workload:
+class Requests:
     """Requests by their lengths in tokens: prompts p and what they generate g, all at least 1."""
 
     prompts: tuple[int, ...]
@@ -39,12 +39,12 @@ class Workload:
                 raise InputError(f"{name} holds {least[0]} but lengths must be whole numbers of at least 1")
 
     @classmethod
-    def uniform(cls, prompt: int, generate: int, requests: int) -> "Workload":
+    def uniform(cls, prompt: int, generate: int, requests: int) -> "Requests":
         """Requests of one length."""
         return cls((prompt,) * requests, (generate,) * requests)
 
     @classmethod
-    def drawn(cls, prompt: int, generate: int, requests: int, seed: int) -> "Workload":
+    def drawn(cls, prompt: int, generate: int, requests: int, seed: int) -> "Requests":
         """Lengths drawn evenly from half of these means to one and a half."""
         draw = random.Random(seed)
 
@@ -186,7 +186,7 @@ class Scheduler:
 
     def __init__(
         self,
-        workload: Workload,
+        requests: Requests,
         kv: PagedKV,
         max_tokens: int,
         admission: str = "peak",
@@ -201,19 +201,19 @@ class Scheduler:
             raise unknown("mode", mode, MODES)
         if groups < 1:
             raise InputError(f"groups is {groups} but must be at least 1")
-        for request, (p, g) in enumerate(zip(workload.prompts, workload.generate, strict=True)):
+        for request, (p, g) in enumerate(zip(requests.prompts, requests.generate, strict=True)):
             if kv.pages(p + g - 1) > kv.n_pages:
                 raise InputError(
                     f"n_pages is {kv.n_pages} but request {request} alone needs {kv.pages(p + g - 1)} pages of "
                     f"{kv.page} for its {p + g - 1} tokens"
                 )
-        self.workload, self.kv, self.max_tokens = workload, kv, max_tokens
+        self.requests, self.kv, self.max_tokens = requests, kv, max_tokens
         self.admission, self.mode = admission, mode
-        self._queue = deque((request, workload.prompts[request], 0) for request in range(len(workload)))
+        self._queue = deque((request, requests.prompts[request], 0) for request in range(len(requests)))
         self._running: list[_Running] = []
         self._held = [0] * groups  # tokens that each micro-group keeps
         # Pages of all who run, in the pass that was planned last and in those ahead of it.
-        self._need = np.zeros(max(workload.generate) + 1, dtype=np.int64)
+        self._need = np.zeros(max(requests.generate) + 1, dtype=np.int64)
 
     def __iter__(self) -> Iterator[Pass]:
         while self._queue or self._running:
@@ -228,7 +228,7 @@ class Scheduler:
         if not preempted and not (self.mode == "separate" and shares):
             shares += self._admit(len(shares))
         plan = Pass(tuple(shares), preempted, len(self._queue))
-        for run in [run for run in self._running if run.given == self.workload.generate[run.request]]:
+        for run in [run for run in self._running if run.given == self.requests.generate[run.request]]:
             self._running.remove(run)
             self._need[0] -= self.kv.pages(run.held)
             self._leave(run)
@@ -275,12 +275,12 @@ class Scheduler:
             return False
         if self.admission == "headroom":
             return not self._running or self.kv.free >= self.kv.pages(prompt) + len(self._running) + 1
-        left = self.workload.generate[request] - given
+        left = self.requests.generate[request] - given
         return bool((self._need[:left] + self._pages_ahead(prompt, left) <= self.kv.n_pages).all())
 
     def _ahead(self, run: _Running, sign: int) -> None:
         """Count the pages of a request in the pass that was planned last and in those that it still has to come."""
-        left = self.workload.generate[run.request] - run.given + 1
+        left = self.requests.generate[run.request] - run.given + 1
         self._need[:left] += sign * self._pages_ahead(run.held, left)
 
     def _pages_ahead(self, held: int, passes: int) -> np.ndarray:

@@ -18,9 +18,9 @@ from workbench.lib.serving.moe_lens import (
     HardwareSpec,
     PagedKV,
     PipelineSim,
+    Requests,
     Scheduler,
     SpecCosts,
-    Workload,
     finite_bound,
     n_star,
     predict,
@@ -66,12 +66,12 @@ PRESETS = {
 
 
 @lru_cache(maxsize=2)  # the arms of a seed serve one workload
-def workload(prompt: int, generate: int, requests: int, seed: int) -> Workload:
-    return Workload.drawn(prompt, generate, requests, seed)
+def lengths(prompt: int, generate: int, requests: int, seed: int) -> Requests:
+    return Requests.drawn(prompt, generate, requests, seed)
 
 
 def run(arm: str, seed: int, settings: Settings) -> Row:
-    wanted = workload(settings["prompt"], settings["generate"], settings["requests"], seed)
+    wanted = lengths(settings["prompt"], settings["generate"], settings["requests"], seed)
     found = [served(arm, wanted, memory, settings) for memory in settings["memory_bytes"]]
     metric = statistics.geometric_mean(one["of_bound"] for one in found)
     flops = wanted.processed * MIXTRAL.token_flops
@@ -80,7 +80,7 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     return Row(arm, seed, params, MIXTRAL.token_flops // 2, flops, sum(extra["passes"]), metric, extra)
 
 
-def served(arm: str, wanted: Workload, memory_bytes: float, settings: Settings) -> dict:
+def served(arm: str, wanted: Requests, memory_bytes: float, settings: Settings) -> dict:
     """One arm at one size of memory."""
     options, page = ARMS[arm], settings["page"]
     machine = HardwareSpec.of(Hardware.named(settings["machine"]), MIXTRAL, memory_bytes)
