@@ -336,4 +336,4 @@ def stretches(costs: Costs, shares: Sequence[Share]) -> tuple[float, float]:
     device, attention = (sum(terms[name] for terms in alone) for name in (DEVICE, ATTENTION))
     both = pass_terms(costs, shares)
     last = both[ATTENTION] if both[HOST] <= both[STREAM] else max(both[ATTENTION], both[HOST])
-    return both[DEVICE] / device, last / attention if attention else 1.0
+    return both[DEVICE] / device if device else 1.0, last / attention if attention else 1.0
