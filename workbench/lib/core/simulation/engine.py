@@ -108,8 +108,8 @@ class Engine:
             if not left:
                 self._arrive(task)
 
-    def run(self, until: float = math.inf) -> Timeline:
-        """Go on until a moment, or until nothing is left, and return what has begun by then.
+    def advance(self, until: float = math.inf) -> None:
+        """Go on until a moment, or until nothing is left; what can begin at that moment has begun.
 
         Raises:
             InputError: without `until`: tasks that wait for one another, all named, so that none can start.
@@ -129,6 +129,10 @@ class Engine:
             self.now = until
         elif stuck := [task.name for task in self._tasks if task.end is None]:
             raise InputError(f"tasks {', '.join(map(repr, stuck[:6]))} wait for one another and can never start")
+
+    def run(self, until: float = math.inf) -> Timeline:
+        """`advance`, and return what has begun by then."""
+        self.advance(until)
         events = (Event(t.name, t.resource.name, t.start, t.end, t.group) for t in self._tasks if t.start is not None)
         return Timeline(tuple(events), self.basis, tuple(resource.name for resource in self._lanes))
 
