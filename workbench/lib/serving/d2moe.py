@@ -55,7 +55,7 @@ METHOD = Method(
     paper="arXiv:2504.15299",
     claim="Routing each token to experts and to bit-widths of a nested code serves faster in less memory at near full "
     "accuracy.",
-    objects=("NestedQuantizer", "BitRouter", "dual_routed", "train_bit_router", "D2Sim", "D2Executor", "simulate"),
+    objects=("NestedQuantizer", "BitRouter", "dual_routed", "train_bit_router", "set_price", "D2Sim", "simulate"),
     kind="simulator",
 )
 

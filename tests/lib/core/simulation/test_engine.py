@@ -142,3 +142,17 @@ def test_a_timeline_is_plain_json_and_says_who_was_busy():
 def test_an_overlap_is_seen():
     events = (Event("x", "a", 0, 2), Event("nothing", "a", 1, 1), Event("y", "a", 1.5, 3), Event("z", "b", 0, 9))
     assert [(a.name, b.name) for a, b in Timeline(events, "a test").overlaps()] == [("x", "y")]
+
+
+def test_advancing_to_a_moment_begins_what_can_begin_then_and_ends_where_running_does():
+    first, second = Task("first", A, 2.0), Task("second", A, 3.0)
+    engine = Engine("a test")
+    engine.submit([first, second])
+    engine.advance(0.0)
+    assert (first.start, first.end, second.start) == (0.0, 2.0, None)
+    engine.advance(2.0)
+    assert (second.start, second.end, engine.now) == (2.0, 5.0, 2.0)
+    engine.advance()
+    assert engine.now == 5.0 and engine.run().makespan == 5.0
+    with pytest.raises(InputError, match="must not be before now"):
+        engine.advance(4.0)
