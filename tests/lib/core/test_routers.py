@@ -86,3 +86,20 @@ def test_nan_and_empty_input_are_refused(router, x):
         router(torch.full((3, 8), float("nan")), Context())
     with pytest.raises(InputError, match="at least one token"):
         router(x[:0], Context())
+
+
+def test_jitter_is_for_training_and_for_the_router_alone():
+    torch.manual_seed(0)
+    router, x = LinearRouter(6, 4, 2, jitter=0.25), torch.ones(1000, 6)
+    assert torch.equal(router.eval().jittered(x), x)
+    seen = router.train().jittered(x)
+    assert (
+        0.75 <= seen.min() < 0.76 and 1.24 < seen.max() <= 1.25 and seen.std() == pytest.approx(0.25 / 3**0.5, rel=0.05)
+    )
+    torch.manual_seed(1)
+    logits = router(x).logits
+    torch.manual_seed(1)
+    assert torch.equal(logits, router.projection(router.jittered(x)))
+    for wrong in (-0.1, 1):
+        with pytest.raises(InputError, match=f"jitter is {wrong} but must be at least 0 and below 1"):
+            LinearRouter(6, 4, 2, jitter=wrong)

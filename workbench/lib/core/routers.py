@@ -113,15 +113,28 @@ class TopKRouter(nn.Module):
 
 
 class LinearRouter(TopKRouter):
-    """The usual router: logits = x W with W (D, E). Options as in `TopKRouter`."""
+    """The usual router: logits = x W with W (D, E). Options as in `TopKRouter`.
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int, **options):
+    Args:
+        jitter: j; in training the router sees x times numbers from U(1 - j, 1 + j) (Fedus et al. 2021).
+    """
+
+    def __init__(self, d_model: int, n_experts: int, top_k: int, *, jitter: float = 0.0, **options):
         super().__init__(n_experts, top_k, **options)
+        if not 0 <= jitter < 1:
+            raise InputError(f"jitter is {jitter} but must be at least 0 and below 1")
+        self.jitter = jitter
         self.projection = nn.Linear(d_model, n_experts, bias=False)
         nn.init.normal_(self.projection.weight, std=0.02)
 
     def scores(self, x: Float[Tensor, "tokens dim"], context: Context) -> Float[Tensor, "tokens experts"]:
-        return self.projection(x)
+        return self.projection(self.jittered(x))
+
+    def jittered(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+        """What the router sees of x."""
+        if not self.jitter or not self.training:
+            return x
+        return x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
 
 
 class FixedRandomRouter(LinearRouter):

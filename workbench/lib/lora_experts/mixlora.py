@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.catalogue import Method
-from workbench.errors import InputError
 from workbench.lib.core.adapt import Adapted, AdaptedLayer, Adapter, LoRALinear, adapt
 from workbench.lib.core.adapt.expert_ffn import JointBalance, RoutedFeedForward, combine
 from workbench.lib.core.adapt.feed_forward import FeedForward
@@ -60,22 +59,13 @@ def example() -> nn.Module:
 
 
 class MixLoRARouter(LinearRouter):
-    """Softmax in float32 over all experts, the K largest renormalised, for K = 1 too. Options as in `TopKRouter`.
+    """Softmax in float32 over all experts, the K largest renormalised, for K = 1 too. Options as in `LinearRouter`."""
 
-    Args:
-        jitter: j; in training the router sees h times numbers from U(1 - j, 1 + j).
-    """
-
-    def __init__(self, d_model: int, n_experts: int, top_k: int, *, jitter: float = 0.0, **options):
+    def __init__(self, d_model: int, n_experts: int, top_k: int, **options):
         super().__init__(d_model, n_experts, top_k, renormalize=True, **options)
-        if not 0 <= jitter < 1:
-            raise InputError(f"jitter is {jitter} but must be at least 0 and below 1")
-        self.jitter = jitter
 
     def scores(self, x: Float[Tensor, "tokens dim"], context: Context) -> Float[Tensor, "tokens experts"]:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.jitter and self.training:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        x = self.jittered(x.to(torch.promote_types(x.dtype, torch.float32)))
         return F.linear(x, self.projection.weight.to(x.dtype))
 
 
@@ -154,7 +144,7 @@ class MixLoRA(Adapter):
         dora: DoRA in place of LoRA, in the experts and beside them.
         attention_rank, attention_alpha: r and alpha of the layers outside the blocks; default as in the experts.
         balance: c; 0 for no balance loss.
-        jitter: see `MixLoRARouter`.
+        jitter: see `LinearRouter`.
     """
 
     slug = "mixlora"

@@ -356,9 +356,8 @@ def _mean(router: nn.Module, labels: Tensor, weights: Tensor) -> LinearRouter:
     rows = router.projection.weight
     clusters = int(labels.max()) + 1
     top_k = min(router.top_k, clusters)
-    made = LinearRouter(
-        rows.shape[1], clusters, top_k, renormalize=router.renormalize, coefficients=router.coefficients
-    ).to(rows)
+    options = {"renormalize": router.renormalize, "coefficients": router.coefficients, "jitter": router.jitter}
+    made = LinearRouter(rows.shape[1], clusters, top_k, **options).to(rows)
     mixing = torch.zeros(clusters, len(labels), dtype=torch.float64).scatter_(0, labels[None], weights[None])
     made.projection.weight.copy_(mixing.to(rows.device) @ rows.double())
     return made
