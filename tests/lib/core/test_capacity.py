@@ -178,6 +178,8 @@ def test_a_layer_drops_by_its_capacity_and_tells_what_it_dropped():
     assert not torch.equal(kept[0], kept[1])  # drawn anew
     layer.eval()
     assert torch.equal(layer(x), layer(x)) and torch.equal(seen[-1].kept, seen[-2].kept)
+    layer(x.flip(0))
+    assert not torch.equal(seen[-1].kept.flip(0), seen[-2].kept) and not torch.equal(seen[-1].kept, seen[-2].kept)
 
 
 def test_evaluation_may_have_another_factor():

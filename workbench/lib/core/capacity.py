@@ -128,8 +128,8 @@ class Capacity:
 
     Attributes:
         factor: fair shares of the pairs that an expert has places for; above 0.
-        policy: who gets them, of `POLICIES`. In evaluation mode what is random is drawn anew from one seed each time,
-            so that a batch is served alike whenever it comes.
+        policy: who gets them, of `POLICIES`. In evaluation mode what is random is drawn from a seed that the choices
+            give, so that a batch is served alike whenever it comes.
         minimum: places there are at least.
         evaluation: the factor in evaluation mode, None for the same one.
     """
@@ -154,8 +154,8 @@ class Capacity:
 
     def kept(self, routing: Routing, training: bool = True) -> Bool[Tensor, " pairs"]:
         """Which pairs are served."""
-        seeded = None if training else torch.Generator(routing.expert.device).manual_seed(0)
-        return keep(routing, self.places(routing, training), self.policy, seeded)
+        generator = None if training or self.policy != "random" else _seeded_by(routing.expert)
+        return keep(routing, self.places(routing, training), self.policy, generator)
 
     def _factor(self, training: bool) -> float:
         return self.factor if training or self.evaluation is None else self.evaluation
@@ -163,6 +163,11 @@ class Capacity:
 
 def _descending(priority: Tensor) -> Tensor:
     return torch.argsort(priority, descending=True, stable=True)
+
+
+def _seeded_by(expert: Tensor) -> torch.Generator:
+    seed = (expert * torch.arange(1, len(expert) + 1, device=expert.device)).sum()
+    return torch.Generator(expert.device).manual_seed(int(seed))
 
 
 def _rank(expert: Tensor, n_experts: int) -> Tensor:
