@@ -56,7 +56,7 @@ class Translation:
         texts: TextDomains,
         length: int,
         languages: int = 6,
-        denoising: float = 0.25,
+        denoising: float = 0.5,
         shard: tuple[int, int] = (0, 1),
     ):
         if languages < 2:

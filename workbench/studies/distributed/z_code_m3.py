@@ -73,13 +73,13 @@ RULE = (
     "position. Multitask training is not varied."
 )
 
-COMMON = {"n_heads": 4, "denoising": 0.25, "balance": 0.01, "jitter": 0.01, "factor": 0.5, "lr": 8e-3}
+COMMON = {"n_heads": 4, "denoising": 0.5, "balance": 0.01, "jitter": 0.01, "factor": 0.5, "lr": 8e-3}
 PRESETS = {
     "smoke": COMMON
-    | {"seeds": 2, "steps": 8, "tuning": 2, "batch_size": 8, "length": 15, "cap": 65_536, "arms": SMALL_ARMS}
+    | {"seeds": 2, "steps": 8, "tuning": 2, "batch_size": 8, "length": 11, "cap": 65_536, "arms": SMALL_ARMS}
     | {"d_model": 16, "d_hidden": 16, "n_layers": 2, "n_experts": 4, "test_batches": 1},
     "small": COMMON
-    | {"seeds": 12, "steps": 320, "tuning": 30, "batch_size": 32, "length": 15, "cap": 262_144, "arms": SMALL_ARMS}
+    | {"seeds": 12, "steps": 400, "tuning": 40, "batch_size": 32, "length": 11, "cap": 262_144, "arms": SMALL_ARMS}
     | {"d_model": 48, "d_hidden": 48, "n_layers": 2, "n_experts": 8, "test_batches": 4},
     "full": COMMON
     | {"seeds": 12, "steps": 8000, "tuning": 400, "batch_size": 32, "length": 127, "cap": 1_048_576}
