@@ -4,9 +4,9 @@
 
 Of each parameter there are a weight and a gradient in half precision, 2 bytes each, and 12 bytes of states: a weight
 and two moments of AdamW in single precision. Tensor slices divide what is not of experts by tp, expert parallelism the
-experts by ep. Of D = world / tp data ranks ZeRO divides the states of the first among D, of the experts among the D / ep
-that have the same. Offloading moves the states to the host, and the gradients too but for a bucket. Activations and
-buffers of the runtime are not in it.
+experts by ep. Of D = world / tp data ranks ZeRO divides the states of the first among D, those of the experts among the
+D / ep that have the same. Offloading moves the states to the host, and the gradients too but for a bucket. Activations
+and buffers of the runtime are not in it.
 """
 
 from dataclasses import dataclass

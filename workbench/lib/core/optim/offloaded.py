@@ -13,6 +13,7 @@ any other: gradients are on the device until the step, where whoever clips them 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         masters = {i: own.pop("master", None) for i, own in states.items()}
         if lacking := [i for i in range(len(self._masters)) if masters.get(i) is None]:
             raise InputError(f"state_dict has no master of parameter {lacking[0]}: it is none of an OffloadedAdamW")
-        self._adamw.load_state_dict(state_dict | {"state": {i: own for i, own in states.items() if own}})
+        moments = deepcopy({i: own for i, own in states.items() if own})  # torch would go on in those it is given
+        self._adamw.load_state_dict(state_dict | {"state": moments})
         for i, (p, master) in enumerate(self._masters.items()):
             master.copy_(masters[i])
             p.copy_(master)
