@@ -53,6 +53,10 @@ def test_and_in_single_precision(ranks: list[dict]):
         assert found["gap"] < 1e-6 and found["norm"] < 1e-6
 
 
+def test_the_whole_weights_are_gathered_on_every_rank(ranks: list[dict]):
+    assert max(gap for rank in ranks for gap in rank["together"].values()) < 1e-12
+
+
 @pytest.mark.parametrize("form", ["E+D", "E+D+ZeRO", "E", "D+ZeRO", "E+D+ZeRO in single precision"])
 def test_a_rank_holds_the_bytes_that_the_formula_says(ranks: list[dict], form: str):
     for found in (rank[form] for rank in ranks):

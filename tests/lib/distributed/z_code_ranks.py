@@ -20,7 +20,7 @@ from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.data.types import TextDomains
-from workbench.lib.distributed.expert_groups import ExpertData, ExpertGroups, Shares, ZeroAdamW
+from workbench.lib.distributed.expert_groups import ExpertData, ExpertGroups, Shares, ZeroAdamW, train_together
 from workbench.lib.distributed.expert_memory import Bytes, memory
 
 E, D, H, LENGTH, ROWS = 4, 8, 6, 12, 8
@@ -88,6 +88,17 @@ def trained(ep: int, zero: bool, dtype: torch.dtype = torch.float64) -> dict:
         "held": [*held, states],
         "formula": [model_of.weights, model_of.gradients, model_of.states],
     }
+
+
+def together() -> dict[str, float]:
+    """The gap of all weights, gathered, to those of one process; with the states shared out and without."""
+    whole, _ = alone()
+    found = {}
+    for zero in (False, True):
+        made = train_together(model(), task(), CONFIG, 2, zero, **OPTIONS)
+        assert made.keys() == whole.keys()
+        found[f"zero {zero}"] = max(float((made[name] - p).abs().max()) for name, p in whole.items())
+    return found
 
 
 def wrong_scales() -> dict[str, float]:
@@ -189,6 +200,7 @@ def everything() -> dict:
         "E": trained(4, False),
         "D+ZeRO": trained(1, True),
         "E+D+ZeRO in single precision": trained(2, True, torch.float32),
+        "together": together(),
         "scales": wrong_scales(),
         "capacity": capacity_of_ranks(),
         "torch": beside_torch(),

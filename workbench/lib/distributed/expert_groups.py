@@ -5,6 +5,8 @@
     together = ExpertData(model, groups)         # now with this rank's experts only
     train(model, Shares(task), replace(config, clip=math.inf), [together], optimizer=ZeroAdamW(together, lr=1e-3))
 
+or all of it, on every rank: train_together(model, task, config, ep=2, zero=True).
+
 Rank r is the r % P-th of its expert-parallel group of P ranks that stand side by side. Tokens travel within it, and the
 gradients of an expert are summed over its expert-data group, the ranks r, r + P, ... that have the same experts, those
 of all else over all ranks. Both are divided by the number of all ranks, for that many shares make the batch: an expert
@@ -13,6 +15,7 @@ whole model: experts count once, over the expert-parallel group.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.moe import moe_layers
 from workbench.lib.core.routing import Routing
 from workbench.lib.core.task import Batch, Task
-from workbench.lib.core.train import Hook, State
+from workbench.lib.core.train import Hook, State, TrainConfig, train
 
 
 class ExpertGroups:
@@ -121,6 +124,13 @@ class ExpertData(Hook):
         reduce_gradients(self.sets, ranks=self.groups.world)
         state.grad_norm = float(clip_gradients(self.sets, self.max_norm))
 
+    def whole(self, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters of the whole model, those of experts from the ranks that have them; all ranks must ask."""
+        group, own, found = self.sets[1].parts, set(self.experts), {}
+        for name, p in model.named_parameters():
+            found[name] = _gathered(p, group) if p in own else p.detach()
+        return found
+
 
 class Shares:
     """A task whose training batches are this rank's rows of those of `task`, in the order of ranks."""
@@ -170,8 +180,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         self._adamw.step()
         for group, part, owners in zip(self.param_groups, self._parts, self._owners, strict=True):
             part.grad = None
-            whole = part.new_empty(len(part) * owners.size())
-            dist.all_gather_into_tensor(whole, part.detach(), group=owners)
+            whole = _gathered(part, owners)
             sizes = [p.numel() for p in group["params"]]
             for p, values in zip(group["params"], whole[: sum(sizes)].split(sizes), strict=True):
                 p.copy_(values.view_as(p))
@@ -180,6 +189,32 @@ class ZeroAdamW(torch.optim.Optimizer):
         """Bytes of the parts and their moments on this rank."""
         moments = [s[name] for s in self._adamw.state.values() for name in ("exp_avg", "exp_avg_sq")]
         return sum(t.numel() * t.element_size() for t in (*self._parts, *moments))
+
+
+def train_together(
+    model: nn.Module, task: Task, config: TrainConfig, ep: int, zero: bool = False, **options: Any
+) -> dict[str, Tensor]:
+    """Train a model on all ranks, each with 1 / `ep` of the experts and its share of the rows; the whole weights.
+
+    Args:
+        config: as of one process: `batch_size` is that of all ranks, `clip` of the whole gradient.
+        zero: by `ZeroAdamW`; else by torch's AdamW.
+        options: of AdamW.
+    """
+    together = ExpertData(model, ExpertGroups(dist.get_world_size(), ep), config.clip)
+    if zero:
+        optimizer = ZeroAdamW(together, **options)
+    else:
+        optimizer = torch.optim.AdamW([{"params": together.shared}, {"params": together.experts}], **options)
+    train(model, Shares(task), replace(config, clip=math.inf), [together], optimizer=optimizer)
+    return together.whole(model)
+
+
+def _gathered(part: Tensor, group: Any) -> Tensor:
+    """The parts of all ranks, one after the other."""
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.detach(), group=group)
+    return torch.cat(parts)
 
 
 def _flat(tensors: list[Tensor], parts: int) -> Tensor:

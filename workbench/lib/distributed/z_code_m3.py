@@ -70,8 +70,8 @@ class ServedMoELayer(MoELayer):
             of the batch, in order, and at each expert.
     """
 
-    def __init__(self, router: LinearRouter, experts: GLUExperts, capacity: Capacity, shared: nn.Module | None = None):
-        super().__init__(router, experts, shared, capacity)
+    def __init__(self, router: LinearRouter, experts: GLUExperts, capacity: Capacity | None):
+        super().__init__(router, experts, capacity_factor=capacity)
         self.register_buffer("served", torch.zeros(2, PARTS + router.n_experts), persistent=False)
 
     def serve(self, tokens: Float[Tensor, "tokens dim"], routing: Routing, context: Context) -> Tensor:
@@ -99,11 +99,15 @@ def served_layer(
     d_model: int,
     n_experts: int,
     d_hidden: int,
-    capacity: Capacity = RECIPE,
+    capacity: Capacity | None = RECIPE,
     balance: float = 0.01,
     jitter: float = 0.01,
 ) -> ServedMoELayer:
-    """A layer by the paper's recipe: top-1 of a softmax, with a balance loss and a jitter of the gate's input."""
+    """A layer by the paper's recipe: top-1 of a softmax, with a balance loss and a jitter of the gate's input.
+
+    Args:
+        capacity: None for no limit.
+    """
     router = LinearRouter(d_model, n_experts, 1, coefficients={"lbl": balance}, jitter=jitter)
     return ServedMoELayer(router, GLUExperts(n_experts, d_model, d_hidden), capacity)
 
