@@ -114,8 +114,8 @@ class BitBudget(nn.Module):
 class BitRouter(nn.Module):
     """Which width each of a token's K experts is computed in.
 
-    In training a choice is drawn by Gumbel noise and has the gradient of the softmax (straight-through); in evaluation
-    it is the likeliest, after the price of its bits.
+    In training a choice is drawn by Gumbel noise, in evaluation it is the likeliest, after the price of its bits. Where
+    gradients are asked for it has that of the softmax (straight-through).
 
     Args:
         dim: D.
@@ -162,7 +162,9 @@ class BitRouter(nn.Module):
         said = self.logits(x, gates)
         if self.training:
             return F.gumbel_softmax(said, self.temperature, hard=True)
-        return F.one_hot(said.argmax(-1), len(self.widths)).to(x.dtype)
+        share = F.one_hot(said.argmax(-1), len(self.widths)).to(x.dtype)
+        soft = said.softmax(-1)
+        return share + (soft - soft.detach()) if soft.requires_grad else share
 
 
 class DualExperts(nn.Module):
@@ -267,7 +269,7 @@ def dual_routed(
             banks[name].gate_up.check(width)
         dim = banks[name].gate_up.cols
         router = BitRouter(dim, layer.top_k, widths, budget) if make is None else make(layer)
-        layer.experts = DualExperts(banks[name], router)
+        layer.experts = DualExperts(banks[name], router).train(layer.training)
         layer.router.coefficients = {}  # it is not trained
     return student
 
@@ -389,14 +391,16 @@ def by_rank(trace: RouterTrace, widths: Sequence[int]) -> BitTrace:
 
 
 def simulate(hardware: Hardware, workload: Workload) -> Simulation:
-    """A workload on a machine by its numbers: experts on its disk, as many planes as the budget holds in its device.
+    """A workload on a machine by its numbers: experts on its disk, or behind its link where no disk is known, and as
+    many planes as the budget holds in its device.
 
     All prompts go on in step, a token each. An expert takes the time to read the planes of its level in the device's
     memory, or that to multiply if it is longer. What a layer does before its experts is taken to cost as much as one
     expert of one token. The likelier a token's expert, the more bits it gets, from `SIMULATED`: the trace has no router
     of bits. HEBF is compared with the other orders and with experts that are always whole, in 8 bits.
     """
-    device, disk = hardware.need("device", "disk").device, hardware.disk
+    device = hardware.need("device").device
+    channel = hardware.disk or hardware.need("link").link
     weights = workload.expert_bytes / workload.weight_bytes
     sizes = {bits: round(weights * (bits / 8 + 4 * (bits - BASE + 1) / GROUP)) for bits in range(BASE, BITS + 1)}
     tokens = (1, workload.trace.probs.shape[0] * workload.trace.top_k)
@@ -405,7 +409,7 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
         return max(sizes[level] / device.memory_bandwidth, n * workload.expert_flops / device.flops)
 
     compute = {level: RateTable(tokens, tuple(seconds(n, level) for n in tokens)) for level in sizes}
-    read = LinkModel(disk.latency_seconds, 1 / disk.bandwidth)
+    read = LinkModel(channel.latency_seconds, 1 / channel.bandwidth)
     costs = Costs(sizes, read, compute, seconds(1, BITS), hardware.label)
     trace, rows, own = by_rank(workload.trace, SIMULATED), [], None
     for policy in ("hebf", *(name for name in POLICIES if name != "hebf")):

@@ -219,7 +219,7 @@ STUDY = Study(
     judge=judge,
     tested="A router of bits is better than the same bits for all and within one per cent of eight bits; planes read "
     "hottest expert first serve faster than whole experts, and than planes read as requests come, in simulated time.",
-    power=Power(("uniform@3", "random@3"), effect=0.005),
+    power=Power(("uniform@3", "random@3"), effect=0.005, deviation={"small": (0.0028, 12)}),
     main="d2moe@4",
     trainings=lambda arm: 1 if arm.startswith("d2moe") else "its experts are coded, and nothing is trained",
 )
