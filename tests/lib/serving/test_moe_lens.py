@@ -157,7 +157,7 @@ def test_memory_helps_in_proportion_until_the_pass_is_full():
 
     assert found(0.5) == pytest.approx(2 * found(0.25))
     assert found(2) == pytest.approx(found(1.2))
-    assert found(1) < found(2) < 1.05 * found(1)
+    assert found(1) == pytest.approx(found(2), rel=0.05)
     assert stage1(replace(machine, kv_bytes=2 * full), MIXTRAL, requests).utilisation == 1
 
 
