@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench.errors import InputError, unknown
 from workbench.lib.core.recompute import recomputing
+from workbench.lib.core.replicas import ALONE, Replicas
 from workbench.lib.core.routing import Routing
 
 
@@ -49,21 +50,27 @@ def band_loss(probs: Float[Tensor, "tokens experts"], low: float = 0.25, high: f
 
 
 BALANCE_LOSSES = {
-    "lbl": lambda routing: switch_lbl(routing.probs, routing.counts),
-    "top1": lambda routing: top1_lbl(routing.logits),
-    "band": lambda routing: band_loss(routing.probs),
-    "z": lambda routing: z_loss(routing.logits),
+    "lbl": lambda routing, replicas: switch_lbl(routing.probs, replicas.total(routing.counts)),
+    "top1": lambda routing, _: top1_lbl(routing.logits),
+    "band": lambda routing, _: band_loss(routing.probs),
+    "z": lambda routing, _: z_loss(routing.logits),
 }
+
+SHARED_OUT = ("lbl", "z")
+"""Those whose mean over the shares of a batch is that of the batch: of the others every share has one of its own."""
 
 
 def balance_losses(
-    routing: Routing, names: Iterable[str], mask: Bool[Tensor, " tokens"] | None = None
+    routing: Routing, names: Iterable[str], mask: Bool[Tensor, " tokens"] | None = None, replicas: Replicas = ALONE
 ) -> dict[str, Float[Tensor, ""]]:
-    """The named losses of one routing: "lbl", "top1", "band", "z"; of the tokens where `mask` holds, 0 without any."""
+    """The named losses of one routing: "lbl", "top1", "band", "z"; of the tokens where `mask` holds, 0 without any.
+
+    The load in "lbl" is that of all `replicas`.
+    """
     routing = routing.only(mask)
     if not routing.n_tokens:
         return {name: routing.logits.sum() for name in names}
-    return {name: BALANCE_LOSSES[name](routing) for name in names}
+    return {name: BALANCE_LOSSES[name](routing, replicas) for name in names}
 
 
 def check_coefficients(coefficients: dict[str, float] | None) -> dict[str, float]:
@@ -86,6 +93,8 @@ class LossFreeBias(nn.Module):
         n_experts: E.
         rate: step of the bias, in units of the selection score.
     """
+
+    replicas: Replicas = ALONE
 
     def __init__(self, n_experts: int, rate: float = 1e-3):
         super().__init__()
@@ -119,6 +128,7 @@ class LossFreeBias(nn.Module):
 
     def after_step(self) -> None:
         """Called by the training loop after each optimizer step."""
-        if int(self.load.sum()):
-            self.update(self.load)
+        load = self.replicas.total(self.load)
+        if int(load.sum()):
+            self.update(load)
             self.load.zero_()

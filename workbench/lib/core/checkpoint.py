@@ -5,6 +5,7 @@ most.
   folder of that name is complete, or was damaged later.
 - The sidecar holds the SHA-256 of every file and of itself; `load` passes over a damaged checkpoint to the one before.
 - Nothing is unpickled.
+- What several processes have written together (`distributed.checkpoints`) is read here as well.
 
 The training loop draws all randomness from (seed, step), so no generator is kept. Settings that are no parameters and
 may change while training (top_k and the coefficients of every router) are kept and restored.
@@ -12,13 +13,14 @@ may change while training (top_k and the coefficients of every router) are kept 
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -84,30 +86,55 @@ def save(
     target = folder / f"step-{step:08d}"
     try:
         with sealed_folder(target) as unfinished:
-            tensors, optimizer_json = _flatten(optimizer, _names(model, optimizer))
+            tensors, optimizer_json = flatten(optimizer, names_of(dict(model.named_parameters()), optimizer))
             save_model(model, str(unfinished / MODEL))  # stores a shared parameter once
             save_file(tensors, unfinished / OPTIMIZER)
             save_file({name: tensor.contiguous() for name, tensor in (extra or {}).items()}, unfinished / EXTRA)
-            content = {
-                "format": FORMAT,
-                "step": step,
-                "lr_scale": lr_scale,
-                "controls": dict(controls or {}),
-                "routers": _router_settings(model),
-                "optimizer": optimizer_json,
-                "torch_version": torch.__version__,
-                "files": {path.name: _file_digest(path) for path in sorted(unfinished.iterdir())},
-            }
-            sealed = {"content": content, "sha256": _digest(content)}
-            (unfinished / SIDECAR).write_text(json.dumps(sealed, indent=1))
-            for path in _checkpoints(folder):
-                if _step(path) > step:  # of a training that then went back to before this step
-                    shutil.rmtree(path)
+            add_sidecar(unfinished, step, model, optimizer_json, lr_scale, controls)
+            forget_after(folder, step)
     except SafetensorError as error:
         raise OSError(f"checkpoint {target} cannot be written: {error}") from error
+    keep_newest(folder)
+    return target
+
+
+def add_sidecar(
+    unfinished: Path,
+    step: int,
+    model: nn.Module,
+    optimizer_json: Mapping[str, Any],
+    lr_scale: float,
+    controls: Mapping[str, Any] | None,
+    processes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the sidecar into the folder of a checkpoint, when all else is in it."""
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "lr_scale": lr_scale,
+        "controls": dict(controls or {}),
+        "routers": router_settings(model),
+        "optimizer": optimizer_json,
+        "torch_version": torch.__version__,
+        "files": {path.name: _file_digest(path) for path in sorted(unfinished.iterdir())},
+    }
+    if processes is not None:
+        content["processes"] = dict(processes)
+    sealed = {"content": content, "sha256": _digest(content)}
+    (unfinished / SIDECAR).write_text(json.dumps(sealed, indent=1))
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of a training that then went back to before this step."""
+    for path in _checkpoints(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
+def keep_newest(folder: Path) -> None:
+    """Remove all checkpoints but the newest `KEEP`."""
     for old in _checkpoints(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def load(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Checkpoint | None:
@@ -116,33 +143,49 @@ def load(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer 
     Raises:
         InputError: all checkpoints are damaged, or the checkpoint does not fit the model or the optimizer.
     """
+    found = newest(folder)
+    if found is None:
+        return None
+    if "processes" in found.content:
+        from workbench.lib.core.distributed.checkpoints import read  # torch.distributed is only wanted here
+
+        return found.read(read(found, model, optimizer))
+    path, content = found.path, found.content
+    try:
+        extra, state = load_file(path / EXTRA), None
+        if optimizer is not None:
+            names = names_of(dict(model.named_parameters()), optimizer)
+            state = unflatten(optimizer, names, load_file(path / OPTIMIZER), content["optimizer"])
+        restore_routers(model, content["routers"])
+        load_model(model, str(path / MODEL))
+        if optimizer is not None:
+            optimizer.load_state_dict(state)
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"checkpoint {path} does not fit this model: {error}") from error
+    return found.read(extra)
+
+
+class Found(NamedTuple):
+    """A checkpoint that is whole: its folder, the content of its sidecar, and why newer ones were passed over."""
+
+    path: Path
+    content: dict[str, Any]
+    skipped: tuple[str, ...]
+
+    def read(self, extra: dict[str, Tensor]) -> Checkpoint:
+        """What it says, when its tensors have been read."""
+        own = {key: self.content[key] for key in ("step", "lr_scale", "controls", "torch_version")}
+        return Checkpoint(path=self.path, extra=extra, skipped=self.skipped, **own)
+
+
+def newest(folder: str | Path) -> Found | None:
+    """The newest undamaged checkpoint of a folder; None where there is none, InputError where all are damaged."""
     skipped = []
     for path in _checkpoints(Path(folder)):
         try:
-            content = _verified(path)
+            return Found(path, _verified(path), tuple(skipped))
         except (OSError, ValueError) as error:
             skipped.append(f"{path.name}: {error}")
-            continue
-        try:
-            extra, state = load_file(path / EXTRA), None
-            if optimizer is not None:
-                names = _names(model, optimizer)
-                state = _unflatten(optimizer, names, load_file(path / OPTIMIZER), content["optimizer"])
-            _restore_routers(model, content["routers"])
-            load_model(model, str(path / MODEL))
-            if optimizer is not None:
-                optimizer.load_state_dict(state)
-        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"checkpoint {path} does not fit this model: {error}") from error
-        return Checkpoint(
-            path=path,
-            step=content["step"],
-            lr_scale=content["lr_scale"],
-            controls=content["controls"],
-            extra=extra,
-            torch_version=content["torch_version"],
-            skipped=tuple(skipped),
-        )
     if skipped:
         raise InputError(f"no checkpoint in {folder} can be used: {'; '.join(skipped)}")
     return None
@@ -184,6 +227,8 @@ def _verified(path: Path) -> dict[str, Any]:
     for name, digest in content["files"].items():
         if _file_digest(path / name) != digest:
             raise ValueError(f"{name} is damaged")
+    if more := {part.name for part in path.glob("*.safetensors")} - content["files"].keys():
+        raise ValueError(f"{min(more)} is none of its files")
     return content
 
 
@@ -192,7 +237,11 @@ def _check_content(content: dict[str, Any]) -> None:
     if _told(content, format=int)["format"] > FORMAT:
         raise ValueError(f"format {content['format']} is newer than {FORMAT}")
     _told(content, step=int, lr_scale=float, controls=dict, torch_version=str, routers=dict, optimizer=dict, files=dict)
-    if content["files"].keys() != {MODEL, OPTIMIZER, EXTRA}:
+    if "processes" in content:
+        _told(_told(content, processes=dict)["processes"], world=int, layout=str)
+        if not all(re.fullmatch(r"shard-\d+-model-\d+-of-\d+\.safetensors", name) for name in content["files"]):
+            raise ValueError(f"{SIDECAR} lists other files than the shards of processes")
+    elif content["files"].keys() != {MODEL, OPTIMIZER, EXTRA}:
         raise ValueError(f"{SIDECAR} lists other files than {MODEL}, {OPTIMIZER} and {EXTRA}")
     for router in content["routers"].values():
         for coefficient in _told(router, top_k=(int, NoneType), coefficients=dict)["coefficients"].values():
@@ -219,16 +268,16 @@ def _told(value: Any, /, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
     return value
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+def names_of(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[list[str]]:
     """The names of the parameters of each group of the optimizer."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     try:
         return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     except KeyError:
         raise InputError("the optimizer holds a parameter that the model has not") from None
 
 
-def _flatten(optimizer: torch.optim.Optimizer, names: list[list[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten(optimizer: torch.optim.Optimizer, names: list[list[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as tensors named `parameter::key`, and the rest as JSON values."""
     groups = optimizer.state_dict()["param_groups"]
     flat = [name for group in names for name in group]
@@ -246,10 +295,10 @@ def _flatten(optimizer: torch.optim.Optimizer, names: list[list[str]]) -> tuple[
     }
 
 
-def _unflatten(
+def unflatten(
     optimizer: torch.optim.Optimizer, names: list[list[str]], tensors: dict[str, Tensor], stored: dict[str, Any]
 ) -> dict[str, Any]:
-    """The `state_dict` that `_flatten` took apart."""
+    """The `state_dict` that `flatten` took apart."""
     if [group["names"] for group in stored["groups"]] != names:
         raise ValueError("the optimizer's groups hold other parameters")
     index = {name: i for i, name in enumerate(name for group in names for name in group)}
@@ -265,14 +314,16 @@ def _unflatten(
     return {"state": state, "param_groups": groups}
 
 
-def _router_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+def router_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What may change of each router while it trains, by the name of its layer: "top_k" and "coefficients"."""
     return {
         name: {"top_k": layer.router.top_k, "coefficients": dict(layer.router.coefficients)}
         for name, layer in routed_layers(model).items()
     }
 
 
-def _restore_routers(model: nn.Module, settings: dict[str, dict[str, Any]]) -> None:
+def restore_routers(model: nn.Module, settings: Mapping[str, dict[str, Any]]) -> None:
+    """Put back what `router_settings` gave; ValueError where the model has other layers, or routers of other kinds."""
     layers = routed_layers(model)
     if layers.keys() != settings.keys():
         raise ValueError("it has other mixture-of-experts layers")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.lib.core.balance import BALANCE_LOSSES, LossFreeBias, balance_losses, check_coefficients
+from workbench.lib.core.replicas import ALONE, Replicas
 from workbench.lib.core.routing import Context, Routing
 
 
@@ -57,6 +58,8 @@ class TopKRouter(nn.Module):
         coefficients: weight of each balance loss, e.g. {"lbl": 0.01, "z": 0.001}.
         bias_rate: rate of a `LossFreeBias` on the selection; 0 for none.
     """
+
+    replicas: Replicas = ALONE
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class TopKRouter(nn.Module):
     def balanced(self, routing: Routing, mask: Bool[Tensor, " tokens"] | None) -> Routing:
         """The routing with its balance losses, counted by the bias where there is one."""
         names = [name for name in self.coefficients if name in BALANCE_LOSSES]  # others are those of the layer
-        routing.losses = balance_losses(routing, names, mask)
+        routing.losses = balance_losses(routing, names, mask, self.replicas)
         if self.bias is not None and self.training:
             self.bias.count(routing, mask)
         return routing

@@ -34,6 +34,10 @@ class Batch:
         """The same batch on another device; data stays on the CPU until it is used."""
         return Batch(self.inputs.to(device), self.targets.to(device), self.domain.to(device))
 
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Some of its rows, as a batch."""
+        return Batch(self.inputs[start:stop], self.targets[start:stop], self.domain[start:stop])
+
 
 @runtime_checkable
 class Task(Protocol):

@@ -17,6 +17,7 @@ from torch import nn
 
 from workbench.errors import InputError
 from workbench.lib.core.optim.matrix import undecayed
+from workbench.lib.core.replicas import ALONE, Replicas
 from workbench.lib.core.task import Task
 
 
@@ -68,6 +69,7 @@ class State:
     """What the loop knows; hooks read it and may change `lr_scale` and `stop`.
 
     Attributes:
+        replicas: the other processes that train this model.
         step: the step being made, 0-based; between two steps and after the last, the number of steps made.
         loss, aux, grad_norm, lr, seconds: of the step just made (task loss in nats; seconds without the hooks).
         metrics: of the last evaluation.
@@ -80,6 +82,7 @@ class State:
     task: Task
     optimizer: torch.optim.Optimizer
     config: TrainConfig
+    replicas: Replicas = ALONE
     step: int = 0
     loss: float = math.nan
     aux: float = 0.0
@@ -111,7 +114,7 @@ class Hook:
 Attend = Callable[[State], AbstractContextManager[Iterable[Hook]]]
 """What goes on around a training: entered before its first step, with hooks for it, and left after its last.
 
-It may put `state.model`, `state.optimizer` and `state.step` where an earlier training stood."""
+It may put `state.model`, `state.optimizer` and `state.step` where an earlier training stood, and `state.replicas`."""
 
 
 def nobody(state: State) -> AbstractContextManager[Iterable[Hook]]:
@@ -169,6 +172,7 @@ def steps(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     start: int = 0,
+    replicas: Replicas = ALONE,
 ) -> Generator[State, None, State]:
     """Train `model` on `task`, one optimizer step at each `next`: several trainings can go on side by side.
 
@@ -179,17 +183,18 @@ def steps(
         hooks: see `Hook`; recording, control and checkpoints are hooks.
         optimizer, start: to continue: an optimizer in the state it had after `start` steps. A group of its parameters
             may have an "lr_scale", a factor on the learning rate.
+        replicas: the other processes that train this model, each in this loop; `config.batch_size` is that of all.
 
     Seeds torch's global generator at each step (see the module's docstring), so trainings do not disturb each other.
     """
-    state = State(model, task, optimizer or make_optimizer(model, config), config, step=start)
+    state = State(model, task, optimizer or make_optimizer(model, config), config, replicas, step=start)
     with _attend.get()(state) as further:
         yield from _steps(state, (*hooks, *further))
     return state
 
 
 def _steps(state: State, hooks: tuple[Hook, ...]) -> Iterator[State]:
-    model, task, optimizer, config = state.model, state.task, state.optimizer, state.config
+    model, task, optimizer, config, replicas = state.model, state.task, state.optimizer, state.config, state.replicas
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     # all devices are seeded where there is another than the CPU: it takes a hundred times as long
     on_cpu = all(p.device.type == "cpu" for p in trained)
@@ -204,14 +209,14 @@ def _steps(state: State, hooks: tuple[Hook, ...]) -> Iterator[State]:
         seed = step_seed(config.seed, step)
         draw_from(seed)
         batch = task.batch("train", config.batch_size, torch.Generator().manual_seed(seed))
-        loss, context = task.loss(model, batch)
-        state.loss, state.aux = loss.item(), float(torch.as_tensor(context.aux).detach())
+        loss, context = task.loss(model, replicas.share(batch))
+        state.loss, state.aux = replicas.means(loss, context.aux)
         if not math.isfinite(state.loss + state.aux):  # before it reaches the weights
             hint = f": a learning rate below {state.lr:.2g}?" if state.lr else ", before anything was learned"
             raise FloatingPointError(f"the loss is {state.loss} at step {step}{hint}")
         optimizer.zero_grad(set_to_none=True)
         (loss + context.aux).backward()
-        state.grad_norm = float(nn.utils.clip_grad_norm_(trained, config.clip))
+        state.grad_norm = replicas.clip(trained, config.clip)
         for hook in hooks:
             hook.before_update(state)
         state.lr = config.lr_at(step) * state.lr_scale
@@ -254,12 +259,13 @@ def train(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     start: int = 0,
+    replicas: Replicas = ALONE,
 ) -> State:
     """Train `model` on `task` to the end, or until a hook stops it, and return the final `State`.
 
     Arguments as in `steps`, which makes one step at a time.
     """
-    made = steps(model, task, config, hooks, optimizer=optimizer, start=start)
+    made = steps(model, task, config, hooks, optimizer=optimizer, start=start, replicas=replicas)
     while True:
         try:
             next(made)
