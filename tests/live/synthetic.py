@@ -22,6 +22,7 @@ CAPACITY_FACTOR = 1.25
 POOL = "blocks.0.ffn.experts"
 RANK = 16  # at first, of layers that shrink
 TEXT = 256  # tokens of a text by depth
+RANKS = 2  # processes, each with half of the tokens and of the experts
 
 
 def write_synthetic_run(
@@ -55,6 +56,7 @@ def synthetic_meta(
         "data": {},
         "total_steps": n_steps,
         "cadence": CADENCE,
+        "processes": {"world": RANKS, "layout": "experts", "device": "cpu"},
         "model": {
             "layers": [
                 {"name": layer, "n_experts": n_experts, "top_k": top_k} | ({"recursive": True} if last else {})
@@ -109,6 +111,11 @@ def synthetic_steps(
                 scalars |= {f"router/{name}/{what}": value for what, value in layer.sharpness().items()}
                 tensors |= {f"{key}/{name}": value for key, value in layer.loads(batch).items()}
                 tensors[f"dropped/{name}"] = layer.dropped()
+            for rank in range(RANKS):
+                scalars |= _rank(rank, seed, step)
+                for name, layer in zip(names, layers, strict=True):
+                    own = np.array_split(layer.mask, RANKS)[rank]
+                    tensors[f"rank/{rank}/load/{name}"] = own.sum(axis=0).astype(np.uint32)
             shares, text = _depth(seed, step, n_experts, n_tokens)
             tensors[f"depth/{names[-1]}"] = shares
             for i, name in enumerate(names):
@@ -141,6 +148,13 @@ def synthetic_steps(
         writer.tensors(step, tensors)
         writer.commit(step)
         yield step
+
+
+def _rank(rank: int, seed: int, step: int) -> dict[str, float]:
+    """A step of a process: the second computes longer, and the first waits for it."""
+    seconds, waiting = 0.05 + 0.001 * np.random.default_rng((seed, step, 9)).random(), (0.02, 0.005)[rank]
+    sent = {f"rank/{rank}/sent/all_to_all": 64_000.0 + 10 * step, f"rank/{rank}/sent/all_reduce": 30_000.0}
+    return {f"rank/{rank}/seconds": seconds, f"rank/{rank}/waiting": waiting, **sent}
 
 
 class _Batch:

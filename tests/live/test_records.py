@@ -19,6 +19,10 @@ from workbench.live.records import (
     FORM_TABLE,
     LOAD,
     LOSS,
+    RANK_LOAD,
+    RANK_SECONDS,
+    RANK_SENT,
+    RANK_WAITING,
     RECORDS,
     SPECTRUM,
     TRAIN,
@@ -78,7 +82,8 @@ def test_every_description_is_of_something_that_is_recorded(run: Run):
     by = BY_MODALITY
     modal = {by.load, on_validation(by.load), by.coactivation, by.conflict, by.gradients}
     synthetic = run.meta["recipe"].get("name") == "synthetic"
-    others = set() if synthetic else {FORM, FORM_TABLE, AGREEMENT} | depths | modal
+    ranks = {RANK_LOAD, RANK_SECONDS, RANK_SENT, RANK_WAITING}
+    others = set() if synthetic else {FORM, FORM_TABLE, AGREEMENT} | depths | modal | ranks
     assert {find(name) for name in run.names()} == set(RECORDS) - {TRAIN} - others
 
 

@@ -161,6 +161,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
     sub = command("resume", "continue a run that was stopped or died, to the same final weights")
     sub.add_argument("run", metavar="RUN", help="its name or folder")
+    sub.add_argument("--processes", type=int, metavar="N", help="train in N processes (default: as many as before)")
 
     sub = command("export", "write a run's record as parquet files")
     sub.add_argument("run", metavar="RUN", help="its name or folder")

@@ -197,7 +197,7 @@ def live(args: argparse.Namespace) -> None:
     from workbench.cli.live import recipes
     from workbench.live.serve import live as serve_live
 
-    serve_live(recipes(args), **_page(args))
+    serve_live(recipes(args), **_page(args), processes=args.processes)
 
 
 def view(args: argparse.Namespace) -> None:
@@ -290,12 +290,21 @@ def resume(args: argparse.Namespace) -> int:
     from workbench.live.store import RunStopped, find
 
     with find(args.run) as run:
-        folder = run.folder
+        folder, before = run.folder, (run.meta.get("processes") or {}).get("world", 1)
+    processes = before if args.processes is None else args.processes
+    if processes < 1:
+        raise InputError(f"--processes is {processes} but must be at least 1")
     from workbench.live.trainer import resume as go_on  # torch; after the name is known to be right
 
     try:
-        with progress_bar(f"resume {folder.name}") as progress:
-            go_on(folder, progress)
+        if processes > 1:
+            from workbench.live.team import launch
+
+            if status := launch(processes, [str(folder)]):
+                return status
+        else:
+            with progress_bar(f"resume {folder.name}") as progress:
+                go_on(folder, progress)
     except (RunStopped, FloatingPointError) as error:
         print(f"workbench: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,9 @@ TYPES = get_type_hints(Recipe)
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add ``--n-experts``, ``--top-k``, ... ; a flag that is not given is not in the namespace."""
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="train in N processes, see --layout (default: 1)"
+    )
     group = parser.add_argument_group("a study, in place of the language model")
     group.add_argument("--study", metavar="SLUG", help="train an arm of this study, such as mixlora")
     group.add_argument(

@@ -95,6 +95,11 @@ class Arm:
 
         return row_settings(self._study.settings(self.preset))
 
+    def check_processes(self, processes: int) -> None:
+        """Raise `InputError` for more than one."""
+        if processes > 1:
+            raise InputError(f"processes is {processes} but the arms of a study train in one process")
+
     def train(self) -> None:
         """Run the arm."""
         self._study.run(self.arm, self.seed, self.settings)

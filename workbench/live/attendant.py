@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -24,6 +25,9 @@ from workbench.live.provenance import revision, versions
 from workbench.live.recipe import Recipe
 from workbench.live.store import CHECKPOINTS, Answer, RunStopped, RunWriter
 from workbench.live.watch import Cadence, Watch, describe
+
+if TYPE_CHECKING:
+    from workbench.live.team import Team
 
 Progress = Callable[[int, int, str], None]
 """progress(steps made, steps in all, a few words)"""
@@ -48,10 +52,19 @@ class Attendant:
 
     A run that is resumed makes only the training again that its checkpoint is from, and what comes after it: of the
     trainings before, what is left is in the weights.
+
+    Where a team of processes trains, each has one, and that of the process that leads makes the run.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe | Arm, progress: Progress | None = None, past: Past | None = None):
-        self.folder, self.recipe, self.progress = folder, recipe, progress
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe | Arm,
+        progress: Progress | None = None,
+        past: Past | None = None,
+        team: "Team | None" = None,
+    ):
+        self.folder, self.recipe, self.progress, self.team = folder, recipe, progress, team
         self.checkpoints = folder / CHECKPOINTS
         self.cadence = Cadence(**recipe.cadence)
         self.past = past  # until the run is where it was
@@ -71,7 +84,9 @@ class Attendant:
     def __call__(self, state: State) -> Iterator[Sequence[Hook]]:
         first, resumed = self.steps, self.past is not None
         self._begin(state)
-        probes = Watch(state.model, state.task, self.cadence, self.recipe.seed)
+        if self.team:
+            self.team.spread(state, self.recipe.layout)
+        probes, shares = self._probes(state), None
         try:
             found = self._newest(state) if resumed else None
             if found and found.step >= self.total and not self._is_last:
@@ -80,8 +95,10 @@ class Attendant:
             else:
                 start = found.step if found else first
                 replay = self._catch_up(found, start) if resumed else ()
-                if found:
+                if found and self._leads:
                     probes.restore(found.extra)
+                if self.team:
+                    self.team.refresh()
                 if start == first and self.trained:
                     self.writer.event(start, "phase", self._which)
                 probes.attach(self.writer, own=False, next_step=start)
@@ -93,12 +110,16 @@ class Attendant:
                     probes,
                     kept=start if found else -1,
                     first=first,
+                    save=self._saver(),
                 )
                 hooks = [Control(self.controller, replay, first), Recorder(probes, first), keeper]
+                if self.team:
+                    shares = self._shares(probes, first)
+                    hooks.insert(1, shares)
                 if self.recipe.evaluations and not state.config.eval_every:
                     every = max(1, state.config.steps // self.recipe.evaluations)
                     hooks.insert(1, Evaluation(probes, every, first))
-                if self.progress:
+                if self.progress and self._leads:
                     hooks.append(_Report(self.progress, first, self.total))
             yield hooks
             if hooks:
@@ -107,6 +128,8 @@ class Attendant:
             _make_room(self.checkpoints)
             raise
         finally:
+            if shares:
+                shares.close()
             probes.close()
         self.trained, self.steps = self.trained + 1, first + state.step
         if self._is_over:
@@ -116,12 +139,23 @@ class Attendant:
         """Say in the run how it ended, and return the last state."""
         if self.writer is None or not self._is_over:
             raise RuntimeError(f"{self.trained} of {self.recipe.trainings} trainings were made: {self.recipe}")
-        self.writer.set_meta("weights_sha256", checkpoint.weights_digest(self.state.model))
+        if self.team:
+            self.team.refresh()
+        whole = self.team.whole if self.team else self.state.model
+        if whole is not None:
+            self.writer.set_meta("weights_sha256", checkpoint.weights_digest(whole))
         if self.trained == self.recipe.trainings and (self.steps == self.total or not self.controller.controls.stop):
             self.writer.status("finished")
         else:
-            self.writer.status("stopped", f"{self._reason[-1]} after {self.steps} of {self.total} steps")
+            reason = self._reason[-1]
+            if self.team and self.team.stopped_by is not None:
+                reason = f"stopped by a signal to rank {self.team.stopped_by}"
+            self.writer.status("stopped", f"{reason} after {self.steps} of {self.total} steps")
         return self.state
+
+    @property
+    def _leads(self) -> bool:
+        return self.team is None or self.team.leads
 
     @property
     def _is_last(self) -> bool:
@@ -129,7 +163,8 @@ class Attendant:
 
     @property
     def _is_over(self) -> bool:
-        return self.trained == self.recipe.trainings or bool(self.controller and self.controller.controls.stop)
+        stopped = self.controller and (self.controller.controls.stop or self.controller.stopping)
+        return self.trained == self.recipe.trainings or bool(stopped)
 
     @property
     def _which(self) -> str:
@@ -140,11 +175,11 @@ class Attendant:
         if self.state is not None and state.model is not self.state.model:
             raise RuntimeError(f"{self._which} is of another model than the one before: {self.recipe}")
         self.state, self.total = state, self.steps + state.config.steps
-        if self.writer is None and self.past is None:
-            self.writer = self._stack.enter_context(RunWriter.create(self.folder, self._meta(state)))
+        if self.writer is None and self.team:
+            self.team.led(lambda: self._open(state))
+            self.writer = self.writer or self.team.silent(self.folder)
         elif self.writer is None:
-            _check_data(self.folder.name, state.task.manifest, self.past.meta["data"])
-            self.writer = self._stack.enter_context(RunWriter.open(self.folder))
+            self._open(state)
         else:
             for key, value in (("model", self._model(state)), ("total_steps", self.total)):
                 self.writer.set_meta(key, value)
@@ -152,12 +187,50 @@ class Attendant:
         if self.past is None and self.controller is None:
             self._control(None)
 
+    def _open(self, state: State) -> None:
+        """Make or open the run."""
+        if self.past is None:
+            self.writer = self._stack.enter_context(RunWriter.create(self.folder, self._meta(state)))
+            return
+        _check_data(self.folder.name, state.task.manifest, self.past.meta["data"])
+        self.writer = self._stack.enter_context(RunWriter.open(self.folder))
+        if self._processes() != self.past.meta.get("processes"):
+            self.writer.set_meta("processes", self._processes())
+
+    def _processes(self) -> dict[str, Any] | None:
+        """How several processes share the training; None where there is one."""
+        return self.team and {"world": self.team.world, "layout": self.recipe.layout, "device": self.team.device.type}
+
+    def _probes(self, state: State) -> Watch:
+        if self.team is None:
+            return Watch(state.model, state.task, self.cadence, self.recipe.seed)
+        whole = self.team.whole if self.team.leads else state.model
+        own = {"trained": state.model, "leads": self.team.leads}
+        return Watch(whole, state.task, self.cadence, self.recipe.seed, **own)
+
+    def _shares(self, probes: Watch, first: int) -> Hook:
+        from workbench.live.team import Shares
+
+        return Shares(self.team, probes, first)
+
+    def _saver(self) -> Callable[..., Any]:
+        if self.team is None:
+            return checkpoint.save
+        from workbench.lib.core.distributed import checkpoints
+
+        return partial(checkpoints.save, replicas=self.team.replicas)
+
     def _control(self, found: checkpoint.Checkpoint | None) -> None:
-        self.controller = Controller(self.writer, Controls(**found.controls) if found else None)
+        controls, agree = Controls(**found.controls) if found else None, {"agree": self.team.agree} if self.team else {}
+        self.controller = Controller(self.writer, controls, **agree)
         self._reason = self._stack.enter_context(_stop_signals(self.controller))
 
     def _newest(self, state: State) -> checkpoint.Checkpoint | None:
         """The newest checkpoint, its weights in the model, and in the optimizer what is of this training."""
+        if self.team:
+            from workbench.lib.core.distributed import checkpoints
+
+            return checkpoints.load(self.checkpoints, state.model, state.optimizer, replicas=self.team.replicas)
         found = checkpoint.load(self.checkpoints, state.model)
         inside = found and self.steps < found.step and (found.step < self.total or self._is_last)
         return checkpoint.load(self.checkpoints, state.model, state.optimizer) if inside else found
@@ -184,6 +257,7 @@ class Attendant:
             "data": state.task.manifest,
             "total_steps": self.total,
             "cadence": asdict(self.cadence) | {"evaluation": every or 0},
+            "processes": self._processes(),
             "model": self._model(state),
         }
 
@@ -233,10 +307,10 @@ def _stop_signals(controller: Controller) -> Iterator[list[str]]:
     reason = ["stopped by command"]
 
     def stop(number: int, frame: object) -> None:
-        if number == signal.SIGINT and controller.controls.stop:
+        if number == signal.SIGINT and (controller.stopping or controller.controls.stop):
             raise KeyboardInterrupt
         reason.append(f"stopped by {signal.Signals(number).name}")
-        controller.controls.stop = True
+        controller.stopping = True
 
     if threading.current_thread() is not threading.main_thread():
         yield reason

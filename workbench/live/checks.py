@@ -22,6 +22,7 @@ NUMBER, NONE = {int, float}, {type(None)}
 LARGEST = 2**40  # bytes of one array; nobody has recorded a thousandth of it
 EXPERTS = 2**16  # of a layer; the page offers each to look into
 SIDE = 2**24  # of a matrix
+RANKS = 2**16
 PART = 230  # bytes of a part of a name: with the dtype and ".parquet" behind it, it is the name of a file
 NAME = 1000
 
@@ -88,6 +89,10 @@ def _is_recipe(value: object) -> bool:
     return value.get("arm") is None or all(_is_text(value.get(key)) for key in ("arm", "study", "preset"))
 
 
+def _is_processes(value: object) -> bool:
+    return isinstance(value, dict) and _is_whole(value.get("world"), 2, RANKS) and _is_text(value.get("layout"))
+
+
 _MODEL = {
     "layers": _are(_is_layer),
     "groups": _name_to(_or_none(_is_whole)),
@@ -114,6 +119,7 @@ _META = {
         "modalities, adaptation and vocabulary",
     ),
     "weights_sha256": (_or_none(_is_text), "text"),
+    "processes": (_or_none(_is_processes), "world, from 2 on, and layout"),
 }
 
 

@@ -7,6 +7,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -109,30 +110,41 @@ class Channel(Protocol):
     def status(self, state: str, message: str = "") -> None: ...
 
 
+Agree = Callable[[Controls, bool], bool]
+"""agree(controls, wait): makes the controls of all processes those of the first, and says whether all wait."""
+
+
 class Controller:
     """Carries out the commands of a run between the trainer's steps.
 
     ``controls`` may come from a checkpoint: a resumed run keeps the settings it had, but not that it was paused.
+    Where several processes train, each has one, and ``agree``: only the first has a channel on which commands come.
+
+    Attributes:
+        stopping: set it, from a signal handler too, to stop before the next step: all processes before the same one.
     """
 
-    def __init__(self, channel: Channel, controls: Controls | None = None):
-        self.channel = channel
+    def __init__(self, channel: Channel, controls: Controls | None = None, agree: Agree = lambda _, wait: wait):
+        self.channel, self._agree = channel, agree
         self.controls = replace(controls or Controls(), paused=False, stop=False)
+        self.stopping = False
         self._steps_allowed = 0  # steps that a paused run still owes
 
     def before_step(self, step: int) -> Controls:
         """The controls that hold for ``step``; returns at once, or, while paused, when a command lets it."""
-        self.poll(step)
-        while self.controls.paused and not self.controls.stop:
-            if self._steps_allowed:
-                self._steps_allowed -= 1
+        while True:
+            self.poll(step)
+            held = self.controls.paused and not self.controls.stop
+            if not self._agree(self.controls, held and not self._steps_allowed):
                 break
             time.sleep(POLL_SECONDS)
-            self.poll(step)
+        if held and self._steps_allowed:
+            self._steps_allowed -= 1
         return self.controls
 
     def poll(self, step: int) -> None:
         """Carry out what has come in since the last call, oldest first, without waiting."""
+        self.controls.stop = self.controls.stop or self.stopping
         for command in self.channel.commands():
             if self.controls.stop:
                 self.channel.answer(command, step, error="the run is stopping")

@@ -4,8 +4,9 @@ A run may be several trainings one after the other; `first` is the number of its
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -111,11 +112,21 @@ class Keeper(Hook):
         folder: where they lie.
         every: steps between two; 0 for none while training.
         kept: steps made at the checkpoint that is there already, -1 for none.
+        save: writes one, as `checkpoint.save` does.
     """
 
-    def __init__(self, folder: Path, every: int, controller: Controller, probes: Watch, kept: int, first: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        controller: Controller,
+        probes: Watch,
+        kept: int,
+        first: int = 0,
+        save: Callable[..., Any] = checkpoint.save,
+    ):
         self.folder, self.every, self.controller, self.probes = folder, every, controller, probes
-        self._kept, self.first = kept, first
+        self._kept, self.first, self._save = kept, first, save
 
     def after_step(self, state: State) -> None:
         made = self.first + state.step + 1
@@ -128,7 +139,7 @@ class Keeper(Hook):
             return
         settings: Controls = self.controller.controls
         try:
-            checkpoint.save(
+            self._save(
                 self.folder,
                 made,
                 state.model,

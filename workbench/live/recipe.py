@@ -63,6 +63,7 @@ class Recipe:
     eval_batches: int = _value(1, 1, 10**6, "batches of each domain per evaluation")
     checkpoint_every: int = _value(100, 0, 10**8, "steps between checkpoints; 0 for one at the end")
     threads: int = _value(1, 1, 256, "threads of the trainer; the same number gives the same numbers")
+    layout: str = _value("data", help="how several processes share the training: data, sharded or experts")
 
     trainings: ClassVar[int] = 1
     cadence: ClassVar[Mapping[str, int]] = {}  # as `watch.Cadence` has it
@@ -81,6 +82,8 @@ class Recipe:
             raise InputError(f"domains is {list(self.domains)} but must name at least one domain, and each once")
         if self.router not in ROUTERS:
             raise unknown("router", self.router, ROUTERS)
+        if self.layout not in LAYOUTS:
+            raise unknown("layout", self.layout, LAYOUTS)
         if self.top_k > self.n_experts:
             raise InputError(f"top_k is {self.top_k} but must be between 1 and n_experts = {self.n_experts}")
         if self.d_model % self.n_heads:
@@ -104,6 +107,23 @@ class Recipe:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
+
+    def check_processes(self, processes: int) -> None:
+        """Raise `InputError`, with the numbers that can, unless so many processes can share the training."""
+        whole_batch = "capacity_factor" if self.capacity_factor is not None else None
+        whole_batch = "router" if self.router.startswith("expert-choice") else whole_batch
+        if processes > 1 and whole_batch:
+            value = getattr(self, whole_batch)
+            raise InputError(
+                f"{whole_batch} is {value!r}, which decides over the whole batch: it trains in one process, not in "
+                f"{processes}"
+            )
+        of = math.gcd(self.batch_size, self.n_experts if self.layout == "experts" else 0)
+        fit = [n for n in range(1, of + 1) if of % n == 0]
+        if processes not in fit:
+            shares = f"batch_size = {self.batch_size}"
+            shares += f" and n_experts = {self.n_experts}" if self.layout == "experts" else ""
+            raise InputError(f"processes is {processes} but must share {shares} evenly: {', '.join(map(str, fit))} can")
 
     def train(self) -> None:
         """Build and train it."""
@@ -200,6 +220,9 @@ ROUTERS: dict[str, Callable[[Recipe], "list[Router]"]] = {
     "expert-choice-sigmoid": _expert_choice,
 }
 """What `Recipe.router` may be: recipe -> the routers of all layers."""
+
+LAYOUTS = ("data", "sharded", "experts")
+"""What `Recipe.layout` may be: every process has the model, a part of each matrix, or some of the experts."""
 
 WITHOUT_BALANCE = ("hash", "expert-choice", "expert-choice-sigmoid")
 """Routers that are balanced by construction and have no balance loss."""

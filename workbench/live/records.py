@@ -65,6 +65,20 @@ TRAIN = Record("train/{value}", STEP, "a number that the training loop handed ov
 PROBE_SECONDS = Record("cost/probe_seconds", STEP, "time the probes took in and after the step, seconds")
 STORE_SECONDS = Record("cost/store_seconds", STEP, "time the writing of the step before took, seconds")
 
+RANK_LOAD = Record(
+    "rank/{rank}/load/{layer}", "routing", "assignments by expert of the tokens of one of several processes", "uint32",
+    ("E",),
+)  # fmt: skip
+RANK_SECONDS = Record("rank/{rank}/seconds", "routing", "duration of the step in one of several processes, seconds")
+RANK_WAITING = Record(
+    "rank/{rank}/waiting", "routing", "of these the time in collectives, for the wire and for processes that came "
+    "later, seconds",
+)  # fmt: skip
+RANK_SENT = Record(
+    "rank/{rank}/sent/{collective}", "routing", "bytes that it sent to others in the step, by the formula of the "
+    "collective",
+)  # fmt: skip
+
 SUPPORT = Record(
     "router/{layer}/support", "routing", "effective number of experts of a token, (sum w)^2 / sum w^2 of its weights"
 )
@@ -187,6 +201,7 @@ VALIDATION = Record("valid/{metric}", EVALUATION, 'a metric on validation data; 
 #: Of two patterns that a name fits, the earlier is meant.
 RECORDS = (
     *(LOSS, STEP_SECONDS, LEARNING_RATE, GRAD_NORM, AUX, TRAIN, PROBE_SECONDS, STORE_SECONDS),
+    *(RANK_LOAD, RANK_SECONDS, RANK_WAITING, RANK_SENT),
     *(SUPPORT, PROBABILITY_SUPPORT, CONFIDENCE, ENTROPY),
     *(*LOADS, DEPTH_TEXT, DROPPED, COACTIVATION, COACTIVATION_BY_DOMAIN, COACTIVATION_BY_MODALITY, TRANSITION),
     *(

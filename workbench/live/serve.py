@@ -59,6 +59,7 @@ def live(
     open_browser: bool | None = None,
     console: Callable[[str], None] = _say,
     address: str = HOST,
+    processes: int = 1,
 ) -> None:
     """Train one recipe, or two side by side, and serve the live pages until Ctrl-C (or SIGTERM, or SIGHUP).
 
@@ -68,10 +69,13 @@ def live(
         open_browser: whether to open the page in a browser; if left out, where there is a screen.
         console: takes the lines that are said.
         address: where the server listens; whoever reaches it may read the runs.
+        processes: how many train each recipe together.
 
     Raises:
         InputError: the address, the port or the folder of runs cannot be used, or a trainer refuses to start.
     """
+    for recipe in recipes:
+        recipe.check_processes(processes)
     pages = app_files()
     port = free_port(port, address)
     folders = [new_folder(_kind(recipe)) for recipe in recipes]
@@ -81,7 +85,7 @@ def live(
     try:
         for folder, recipe in zip(folders, recipes, strict=True):
             console(f"starting run {folder.name}")
-            trainers.append(start_trainer(folder, recipe))
+            trainers.append(start_trainer(folder, recipe, processes))
         server = start_server(pages, port, address)
         running = list(zip(trainers, folders, strict=True))
         for trainer, folder in running:
@@ -178,7 +182,7 @@ def free_port(port: int | None, address: str = HOST) -> int:
     raise InputError(f"{taken} but must be a free port that this user may open")
 
 
-def start_trainer(folder: Path, recipe: Recipe | Arm) -> subprocess.Popen:
+def start_trainer(folder: Path, recipe: Recipe | Arm, processes: int = 1) -> subprocess.Popen:
     """The training in a process that Ctrl-C in this terminal does not reach; what it says goes to its log."""
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -186,6 +190,7 @@ def start_trainer(folder: Path, recipe: Recipe | Arm) -> subprocess.Popen:
     except OSError as error:
         raise InputError(f"run folder {folder} cannot be made: {error.strerror} (see $WORKBENCH_HOME)") from error
     command = [sys.executable, "-m", "workbench.live.trainer", str(folder), "--recipe", recipe.to_json(), "--attached"]
+    command += ["--processes", str(processes)] if processes > 1 else []
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with log:
         return subprocess.Popen(

@@ -280,6 +280,9 @@ class Watch:
     A step is recorded by `step` after the optimizer has used the gradients. Where that is no optimizer of torch,
     gradients are seen only if they are not yet set to zero or None.
 
+    Where several processes train, `trained` is the model as this one has it: its routing is watched there, and all else
+    in `model`, a whole copy that somebody keeps up to date. One that does not lead watches routing alone.
+
     Attributes:
         writer: of the run.
         next_step: the step that the next call of `step` records, 0-based.
@@ -293,13 +296,17 @@ class Watch:
         seed: int,
         conflict_rows: int = CONFLICT_ROWS,
         routers: Mapping[str, tuple[int, Reader]] | None = None,
+        trained: nn.Module | None = None,
+        leads: bool = True,
     ):
         self.model, self.task, self.cadence, self.seed = model, task, cadence, seed
-        self.blocks = find.blocks(model, routers)
-        self.groups = find.groups(model, self.blocks)
+        self.trained = model if trained is None else trained
+        self.blocks = find.blocks(self.trained, routers)
+        of_model = self.blocks if trained is None else find.blocks(model, routers)
+        self.groups = find.groups(model, of_model) if leads else {}
         parts = {by.name: len(by.names(task)) for by in DIVISIONS.values()}
-        self.routing = RoutingProbe(model, self.blocks, parts, getattr(task, "vocab", None))
-        self.spectra = SpectrumProbe(find.matrices(model, self.blocks))
+        self.routing = RoutingProbe(self.trained, self.blocks, parts, getattr(task, "vocab", None))
+        self.spectra = SpectrumProbe(find.matrices(model, of_model) if leads else [])
         self.form = FormProbe(model)
         pairs = any(compared(task, by) for by in DIVISIONS.values()) and cadence.conflict and self.groups
         dense = self.spectra.dense
@@ -448,7 +455,7 @@ class Watch:
     def _look_for_replaced(self, step: int) -> None:
         """Say what has left the model; it is not measured any more."""
         routing = self.cadence.due("routing", step) or self.cadence.due("structure", step)
-        gone = [block.name for block in self.routing.gone(self.model)] if routing else []
+        gone = [block.name for block in self.routing.gone(self.trained)] if routing else []
         gone += self.form.gone(self.model) if routing else []
         gone += self.spectra.gone(self.model) if self.cadence.due("structure", step) else []
         if fresh := [name for name in gone if name not in self._missing]:

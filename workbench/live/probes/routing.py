@@ -1,7 +1,7 @@
 """What the routers of a model decide, counted over the training batch of one step and over an evaluation."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -53,6 +53,24 @@ class _Tally:
         self.depth = {b.name: torch.zeros(b.n_experts + 1, dtype=torch.int64) for b in found if b.recursive}
         self.text: dict[str, np.ndarray] = {}  # of the first batch
         self.tokens = 0
+
+    def __iadd__(self, other: "_Tally") -> "_Tally":
+        """With what another process has counted of its share of the same batches."""
+        self.meter = self.meter + other.meter
+        self.tokens += other.tokens
+        for mine, its in ((self.load, other.load), (self.depth, other.depth)):
+            for name in mine:
+                mine[name] += its[name]
+        for name, part in self.parts.items():
+            for mine, its in ((part.load, other.parts[name].load), (part.pairs, other.parts[name].pairs)):
+                for layer in mine:
+                    mine[layer] += its[layer]
+        for series, (total, tokens) in other.support.items():
+            before, n = self.support.get(series, (0.0, 0))
+            self.support[series] = (before + total, n + tokens)
+        for pool, its in zip(self.pools, other.pools, strict=True):
+            pool.counts += its.counts
+        return self
 
     def add(self, block: Block, routing: Routing, context: Context) -> None:
         self.tokens += routing.n_tokens
@@ -255,6 +273,28 @@ class RoutingProbe:
         for counts in self.tokens.values():
             counts.zero_()
         return counted
+
+    def hand_over(self) -> tuple[_Tally | None, dict[str, Tensor]]:
+        """What this process has counted since `arm`, and by token id, which begins anew: for `take_over`."""
+        tokens = {name: counts.clone() for name, counts in self.tokens.items()}
+        for counts in self.tokens.values():
+            counts.zero_()
+        return self._train, tokens
+
+    def take_over(self, others: Sequence[tuple[_Tally | None, dict[str, Tensor]]]) -> None:
+        """Count what all processes that train the model have handed over, this one among them, as its own."""
+        tallies = [tally for tally, _ in others if tally is not None]
+        if tallies:
+            self._train, *further = tallies
+            for tally in further:
+                self._train += tally
+        for _, tokens in others:
+            for name, counts in tokens.items():
+                self.tokens[name] += counts
+
+    def loads(self) -> dict[str, np.ndarray]:
+        """By layer the assignments (E,) that this process has counted since `arm`."""
+        return {} if self._train is None else {name: _uint32(load) for name, load in self._train.load.items()}
 
     def take_evaluation(self) -> dict[str, np.ndarray]:
         """The `records.LOADS` over the evaluation forwards since the last training step, and texts by depth."""

@@ -1,4 +1,4 @@
-"""The live views of a run: imbalance, co-activation, depth, singular spectra, gradient conflict, loss, what is adapted.
+"""The live views of a run: imbalance, co-activation, depth, spectra, gradient conflict, loss, processes, adaptation.
 
 Each is one class, the same for notebooks and apps: ``ImbalanceView(run)`` in a cell shows it. ``Workbench`` puts them
 on one page, with the runs to choose from and the controls of the trainer.
@@ -16,6 +16,7 @@ from workbench.live.views.imbalance import ImbalanceView
 from workbench.live.views.loss import LossView
 from workbench.live.views.overview import Overview
 from workbench.live.views.page import VIEWS, Workbench
+from workbench.live.views.processes import ProcessesView
 from workbench.live.views.spectra import SpectraView
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ImbalanceView",
     "LossView",
     "Overview",
+    "ProcessesView",
     "SpectraView",
     "Workbench",
 ]

@@ -19,6 +19,7 @@ from workbench.live.views.loss import LossView
 from workbench.live.views.markup import html, joined
 from workbench.live.views.overview import Overview
 from workbench.live.views.plot import Pulse
+from workbench.live.views.processes import ProcessesView
 from workbench.live.views.readings import Readings
 from workbench.live.views.selection import Selection
 from workbench.live.views.spectra import SpectraView
@@ -27,7 +28,17 @@ from workbench.live.views.trainer import TrainerControls
 from workbench.live.views.view import POLL_MS, View
 from workbench.paths import home
 
-VIEWS = (Overview, ImbalanceView, CoactivationView, DepthView, SpectraView, ConflictView, LossView, AdaptationView)
+VIEWS = (
+    Overview,
+    ImbalanceView,
+    CoactivationView,
+    DepthView,
+    SpectraView,
+    ConflictView,
+    LossView,
+    ProcessesView,
+    AdaptationView,
+)
 """The tabs of the page, in order."""
 
 LIST_MS = 4000  # how often the list of runs is read again

@@ -209,7 +209,7 @@ class Readings:
             return
         sizes = {by.load.shape[0]: len(by.names(self.model)) for by in DIVISIONS.values()}
         places = {layer.name: place for place, layer in enumerate(self.layers)}
-        if (place := places.get(record.of(name)[0])) is not None:
+        if (place := next((places[part] for part in record.of(name) if part in places), None)) is not None:
             sizes |= zip(("E", "E'"), [layer.n_experts for layer in self.layers[place:]], strict=False)
         wanted = [sizes.get(side, side) for side in record.shape]
         fits = array.ndim == len(wanted) and all(
