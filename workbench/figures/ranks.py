@@ -48,7 +48,7 @@ def time_by_rank(
     """A step of each process as bars: seconds (W,), of these waiting (W,), and computing, which is the rest."""
     colours = theme_named(theme)
     ranks = [str(rank) for rank in range(len(seconds))]
-    figure = blank(theme, title, "one step · computing is the rest", x="rank", y="milliseconds")
+    figure = blank(theme, title, "what it went by with", x="rank", y="milliseconds")
     parts = {"computing": (seconds - waiting, colours.cycle[0]), "in collectives": (waiting, colours.cycle[1])}
     for name, (values, shade) in parts.items():
         figure.add_bar(

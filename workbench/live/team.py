@@ -39,8 +39,8 @@ from workbench.live.records import RANK_LOAD, RANK_SECONDS, RANK_SENT, RANK_WAIT
 from workbench.live.store import RunStopped
 from workbench.live.watch import Watch
 
-PATIENCE = 60.0
-"""Seconds that a process waits for the others: for the slowest step, its probes and its checkpoint."""
+PATIENCE = 300.0
+"""Seconds that a process waits for the others: a step, its probes and its checkpoint, on a machine that is busy."""
 
 GRACE = 2.0  # seconds in which those that survive a death say so
 
@@ -137,7 +137,7 @@ class Team:
         others = [rank for rank in range(self.world) if rank != self.rank]
         deadline, gone, silent = time.monotonic() + GRACE, [], others
         with suppress(RuntimeError):  # the store went with rank 0
-            self._store.set(f"left/{self.rank}", "")
+            self._store.set(f"left/{self.rank}", " ".join(str(error).split())[:300])
             while time.monotonic() < deadline and not gone:
                 silent = [rank for rank in others if not self._store.check([f"left/{rank}"])]
                 gone = [rank for rank in silent if not _runs(*self._store.get(f"came/{rank}").decode().split())]
@@ -146,6 +146,9 @@ class Team:
             who = _ranks(gone or silent, self.world)
             what = "died" if gone else f"did not answer within {self.patience:g} seconds"
             return RankLost(f"{who} {what}; the run goes on from its last checkpoint when it is resumed")
+        with suppress(RuntimeError):
+            words = "; ".join(f"rank {rank}: {self._store.get(f'left/{rank}').decode()}" for rank in others)
+            return RankLost(f"the processes have lost each other; {words}")
         return RankLost(f"the processes have lost each other: {error}")
 
     def close(self) -> None:

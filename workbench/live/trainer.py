@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", help="JSON of a new run's recipe; without it the run in FOLDER is resumed")
     parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
     parser.add_argument("--processes", type=int, default=1, help="train in so many processes (default: 1)")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds one waits for the others (default: 60)")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds one waits for the others (default: 300)")
     args = parser.parse_args(argv)
     if args.processes > 1:
         from workbench.live.team import launch
