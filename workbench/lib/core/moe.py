@@ -86,9 +86,7 @@ class MoELayer(Announcing):
         """The layer for a routing that is already decided: run its experts, add its losses, announce it."""
         if self.capacity is not None:
             routing.kept = self.capacity.kept(routing, self.training)
-        y = self.experts(tokens, routing.served())
-        if self.shared is not None:
-            y = y + self.shared(tokens)
+        y = self.joined(tokens, self.experts(tokens, routing.served()))
         parts = {name: coefficient * routing.losses[name] for name, coefficient in self.router.coefficients.items()}
         if recomputing():
             first = find(context.calls.get(self, ()), tokens)
@@ -103,6 +101,12 @@ class MoELayer(Announcing):
                 context.aux = context.aux + call.part(name)
         self.announce(routing, context)
         return y
+
+    def joined(
+        self, tokens: Float[Tensor, "tokens dim"], routed: Float[Tensor, "tokens dim"]
+    ) -> Float[Tensor, "tokens dim"]:
+        """What the experts say together with what every token passes."""
+        return routed if self.shared is None else routed + self.shared(tokens)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
