@@ -1,17 +1,22 @@
 """A shaped link: as slow as it is told, alone in its namespace, and ended with what runs in it."""
 
+import os
 import socket
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.processes import running
 from workbench.errors import InputError
 from workbench.lib.core.distributed import shaped
 from workbench.lib.core.distributed.shaped import available, call_shaped, shaped_command
 
 permitted, reason = available()
+ROOT = Path(__file__).parents[4]
 needs_a_namespace = pytest.mark.skipif(not permitted, reason=reason)
 
 
@@ -39,6 +44,13 @@ def seconds_for(n_bytes: int) -> float:
             spent = time.perf_counter() - began
         reader.join()
     return spent
+
+
+def stay(file: str) -> None:
+    """Says who is here, with a process of its own, and does not go."""
+    child = subprocess.Popen(["sleep", "1000"])
+    Path(file).write_text(f"{os.getpid()} {child.pid}\n")
+    time.sleep(1000)
 
 
 def refuse(word: str) -> None:
@@ -70,9 +82,22 @@ def test_what_goes_wrong_inside_is_told():
     with pytest.raises(TimeoutError, match=r"sleep had no answer on a link of 10 Mbit/s in 0.5 s"):
         call_shaped(time.sleep, 100, mbit=10, timeout=0.5)
     with pytest.raises(RuntimeError, match="_exit ended with status 3"):
-        call_shaped(__import__("os")._exit, 3, mbit=10)
+        call_shaped(os._exit, 3, mbit=10)
     with pytest.raises(subprocess.CalledProcessError):
         said(*shaped_command(["false"], 10))
+
+
+@needs_a_namespace
+def test_what_runs_inside_ends_with_whoever_called_it(tmp_path, until):
+    file = tmp_path / "pids"
+    code = f"from tests.lib.core.distributed.test_shaped import *; call_shaped(stay, {str(file)!r}, mbit=10)"
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    until(lambda: file.exists() and file.read_text().endswith("\n"))
+    pids = list(map(int, file.read_text().split()))
+    assert all(map(running, pids))
+    caller.kill()
+    caller.wait()
+    until(lambda: not any(map(running, pids)))
 
 
 def test_a_machine_that_does_not_permit_it_says_why(monkeypatch):

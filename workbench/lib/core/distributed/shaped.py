@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from workbench.attached import attach
 from workbench.errors import InputError
 
 TOOLS = ("unshare", "ip", "tc")
@@ -89,7 +90,7 @@ def call_shaped(function: Callable[..., Any], *args: Any, mbit: float, timeout: 
     with tempfile.TemporaryDirectory() as folder:
         call, answer = Path(folder) / "call", Path(folder) / "answer"
         call.write_bytes(pickle.dumps((function, args)))
-        program = f"from {__name__} import _answer; _answer({str(call)!r}, {str(answer)!r})"
+        program = f"from {__name__} import _answer; _answer({os.getpid()}, {str(call)!r}, {str(answer)!r})"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         made = subprocess.Popen(
             shaped_command([sys.executable, "-c", program], mbit),
@@ -116,8 +117,12 @@ def call_shaped(function: Callable[..., Any], *args: Any, mbit: float, timeout: 
     return value
 
 
-def _answer(call: str, answer: str) -> None:
-    """In the namespace: makes the call that one file holds, and leaves its value or its error in the other."""
+def _answer(parent: int, call: str, answer: str) -> None:
+    """In the namespace: makes the call that one file holds, and leaves its value or its error in the other.
+
+    It ends with its parent, and with it all that it has started.
+    """
+    attach(parent)
     function, args = pickle.loads(Path(call).read_bytes())
     try:
         found = (True, function(*args))
