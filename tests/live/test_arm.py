@@ -40,7 +40,7 @@ SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny", "maestro")
 READY = [row.slug for row in catalogue.methods(status="ready")]
 STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging", "parallel-folding", "hybrimoe"}  # no arm trains
 #: Families and systems that send no token anywhere.
-UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "shallow-again", "stable-rps"}
+UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "shallow-again", "stable-rps", "streaming-diloco"}
 
 
 class Crash(Exception):
