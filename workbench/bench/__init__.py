@@ -16,6 +16,7 @@ BENCHES = {
     "shared": "workbench.bench.shared",
     "scan": "workbench.bench.scan",
     "serving": "workbench.bench.serving",
+    "distributed": "workbench.bench.distributed",
 }
 
 
