@@ -30,6 +30,8 @@ VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells d
     "07_merging": {"seed": 7},
     "08_modality": {"seed": 7},
     "10_data_mixtures": {"seed": 7},
+    "11_distributed": {"seed": 7},
+    "12_serving": {"seed": 7},
 }
 COUNT_FIGURES = f"""
 FIGURES = 0
