@@ -31,8 +31,8 @@ What makes a row whole (each line is held by a test):
 - A system that `workbench.adapt` puts on any model names its `Adapter` as ``ADAPTER``, and
   tests/lib/core/adapt/test_every_adapter.py runs it on many.
 - A system that `workbench.merge` takes names its `Merger` as ``MERGER``.
-- A system that `workbench simulate` runs on a machine of a user's own has a function ``simulate`` among its objects;
-  `workbench.lib.core.simulation.workload` has what it is given and what it returns.
+- A system that `workbench simulate` runs on a machine of a user's own has ``simulate(hardware, workload)`` among its
+  objects; `workbench.lib.core.simulation.workload` has what it is given and what it returns.
 - ``workbench/studies/<family>/<slug with _>.py`` defines ``STUDY``.
 - ``notebooks/NN_<family>.ipynb`` has a markdown heading with the slug in backticks: "## A memory over depth: `rmoe`".
 - Its row is gone from ``catalogue_planned.csv``, the plain table of the systems that do not stand yet.
@@ -153,8 +153,14 @@ class Method:
 
     @property
     def simulates(self) -> bool:
-        """Whether `workbench simulate` takes it: ``simulate`` is among its objects."""
-        return self.ready and "simulate" in self.objects
+        """Whether `workbench simulate` takes it: among its objects is ``simulate(hardware, workload)``."""
+        if not (self.ready and "simulate" in self.objects):
+            return False
+        functions = (
+            node for node in ast.parse(self.path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+        )
+        found = next((node for node in functions if node.name == "simulate"), None)
+        return found is not None and [argument.arg for argument in found.args.args] == ["hardware", "workload"]
 
     def resolve(self) -> dict[str, Any]:
         """Import the system and return its public objects by name (empty while it is planned)."""
