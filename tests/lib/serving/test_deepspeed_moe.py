@@ -101,6 +101,15 @@ def test_the_gate_is_in_float32_whatever_the_hidden_states_are():
     assert FloatGate(D, E, 1).double()(x.double()).logits.dtype == torch.float64
 
 
+def test_the_gate_sees_jitter_in_training_alone():
+    gate, x = FloatGate(D, E, 1, jitter=0.1), tokens()
+    torch.manual_seed(0)
+    wanted = F.linear(x * torch.empty_like(x).uniform_(0.9, 1.1), gate.projection.weight)
+    torch.manual_seed(0)
+    assert torch.equal(gate(x).logits, wanted)
+    assert torch.equal(gate.eval()(x).logits, F.linear(x, gate.projection.weight))
+
+
 def test_the_loss_counts_what_was_chosen_before_anything_was_dropped():
     layer, x = residual(), tokens(100)
     layer.train()

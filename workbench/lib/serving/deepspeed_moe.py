@@ -71,7 +71,7 @@ class FloatGate(LinearRouter):
 
     def scores(self, x: Float[Tensor, "tokens dim"], context: Context) -> Float[Tensor, "tokens experts"]:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), self.projection.weight.to(wide))
+        return F.linear(self.jittered(x.to(wide)), self.projection.weight.to(wide))
 
 
 class ResidualMoE(MoELayer):
