@@ -103,13 +103,15 @@ class Workers:
         Raises:
             InputError: the package of the engine is missing, or no cluster answers at the address.
         """
-        if pieces == 0 or (self.engine == "loky" and min(self.jobs or pieces, pieces) == 1):
+        size = min(self.jobs or pieces, pieces)
+        if self.jobs is None and self.address is None and pieces > 1:
+            from joblib import cpu_count  # heavy enough to wait for a study
+
+            size = min(cpu_count(), pieces)
+        if pieces == 0 or (self.engine == "loky" and size == 1):
             yield Crew(None)
             return
-        from joblib import cpu_count  # heavy enough to wait for a study
-
-        cores = self.jobs or (cpu_count() if self.address is None else None)
-        engine = ENGINES[self.engine](cores and min(cores, pieces), self.address)
+        engine = ENGINES[self.engine](None if self.jobs is None and self.address is not None else size, self.address)
         try:
             yield Crew(engine, None if self.address is None else code())
         finally:

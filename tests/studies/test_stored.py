@@ -31,7 +31,7 @@ def package(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setattr(stored, "method", lambda slug: STUDY.system)
     monkeypatch.setattr("workbench.catalogue.method", lambda slug: STUDY.system)
     monkeypatch.setattr("workbench.studies.core.load_study", lambda slug: STUDY)
-    monkeypatch.setattr("workbench.studies.core._cores", lambda: 1)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
     (tmp_path / "studies" / "routing").mkdir(parents=True)
     return tmp_path / "studies" / "routing" / "toy.json"
 
