@@ -38,7 +38,8 @@ KILLER = Path(__file__).parent / "kill_and_resume.py"
 #: One training, two of one model, one that is otherwise kept, one that a hook of its study steers, one that it shrinks.
 SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny", "maestro")
 READY = [row.slug for row in catalogue.methods(status="ready")]
-STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging", "parallel-folding", "hybrimoe"}  # no arm trains
+#: No arm trains.
+STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging", "parallel-folding", "hybrimoe", "moe-lens"}
 #: Families and systems that send no token anywhere.
 UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "shallow-again", "stable-rps", "streaming-diloco"}
 
