@@ -11,6 +11,7 @@ from workbench.errors import InputError
 from workbench.lib.core.simulation.hardware import Hardware
 from workbench.lib.core.simulation.traces import zipf_markov
 from workbench.lib.core.simulation.workload import Workload
+from workbench.lib.serving import moe_lens
 from workbench.lib.serving.costs import ATTENTION, DEVICE, HOST, MIXTRAL, STREAM, TERMS
 from workbench.lib.serving.moe_lens import (
     HardwareSpec,
@@ -85,7 +86,7 @@ def machines(draw) -> HardwareSpec:
 
 @given(machines(), lengths, st.integers(1, 4), st.integers(4, 60), st.sampled_from(["peak", "headroom"]))
 @settings(max_examples=40)
-def test_stage_1_bounds_stage_2_and_that_the_woven_tasks(machine, found, page, most, admission):
+def test_both_bounds_hold_for_what_is_foreseen_and_what_is_woven(machine, found, page, most, admission):
     requests, costs = Requests(*map(tuple, zip(*found, strict=True))), SpecCosts(machine, SMALL)
     n_pages = int(machine.kv_bytes / SMALL.kv_bytes_per_token / page)
     try:
@@ -95,7 +96,10 @@ def test_stage_1_bounds_stage_2_and_that_the_woven_tasks(machine, found, page, m
     bounds = stage1(machine, SMALL, requests).throughput, finite_bound(costs, requests, n_pages, page)
     foreseen = stage2(costs, requests, n_pages, page, most, admission=admission)
     woven = requests.generated / PipelineSim(costs).run(passes).makespan
-    assert bounds[0] >= bounds[1] * (1 - 1e-9) >= foreseen.throughput * (1 - 2e-9) >= woven * (1 - 3e-9)
+    assert bounds[0] >= bounds[1] * (1 - 1e-9) >= max(foreseen.throughput, woven) * (1 - 2e-9)
+    # Pass by pass, the woven tasks gain at most what the link brings ahead of time: two layers.
+    ahead = len(passes) * 2 * costs.load()
+    assert requests.generated / woven >= foreseen.seconds - ahead - 1e-9 * foreseen.seconds
     assert sum(foreseen.phases.values()) == pytest.approx(foreseen.seconds)
     assert foreseen.seconds == pytest.approx(requests.generated / foreseen.throughput)
 
@@ -197,7 +201,8 @@ def test_one_group_takes_the_stream_or_both_others_together():
     assert one.seconds >= one.terms[DEVICE] + one.terms[ATTENTION]
 
 
-def test_a_simulation_for_the_shell_is_plain_and_says_what_it_is():
+def test_a_simulation_for_the_shell_is_plain_and_says_what_it_is(monkeypatch):
+    monkeypatch.setattr(moe_lens, "SIMULATED", 100)
     workload = Workload(zipf_markov(seed=0, prompts=2, prompt=6, generated=3, layers=2, experts=4, top_k=2), 1e6, 8e6)
     found = simulate(Hardware.named("t4-pcie3"), workload)
     assert found.basis == "simulated, calibrated by t4-pcie3 (specified)" == found.timeline.basis
