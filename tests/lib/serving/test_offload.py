@@ -32,7 +32,7 @@ def lm(rope: bool = True, layers: int = 3) -> DecoderLM:
     return model
 
 
-def requests(count: int = 10) -> tuple[list[list[int]], list[int]]:
+def requests(count: int = 6) -> tuple[list[list[int]], list[int]]:
     draw = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, 24, (count,), generator=draw).tolist()
     prompts = [torch.randint(VOCAB, (n,), generator=draw).tolist() for n in lengths]

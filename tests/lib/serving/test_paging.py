@@ -15,8 +15,8 @@ def runs(draw) -> dict:
     page = draw(st.integers(1, 5))
     least = max(-(-(p + g - 1) // page) for p, g in lengths)
     return {
-        "requests": Requests(*map(tuple, zip(*lengths, strict=True))),
-        "kv": PagedKV(least + draw(st.integers(0, 20)), page),
+        "lengths": lengths,
+        "pages": (least + draw(st.integers(0, 20)), page),
         "max_tokens": draw(st.integers(1, 50)),
         "admission": draw(st.sampled_from(ADMISSIONS)),
         "mode": draw(st.sampled_from(MODES)),
@@ -24,9 +24,16 @@ def runs(draw) -> dict:
     }
 
 
+def made(run: dict) -> dict:
+    """The arguments of a scheduler."""
+    how = {name: run[name] for name in ("max_tokens", "admission", "mode", "groups")}
+    return {"requests": Requests(*map(tuple, zip(*run["lengths"], strict=True))), "kv": PagedKV(*run["pages"])} | how
+
+
 @given(runs())
 @settings(max_examples=80)
 def test_every_request_is_served_token_by_token_in_pages_of_its_own(run):
+    run = made(run)
     requests, kv, held, given_out = run["requests"], run["kv"], {}, {}
     for step in Scheduler(**run):
         assert step.shares
@@ -51,6 +58,7 @@ def test_every_request_is_served_token_by_token_in_pages_of_its_own(run):
 @given(runs())
 @settings(max_examples=50)
 def test_a_pass_keeps_to_its_tokens_and_its_mode_and_nobody_who_runs_is_left_out(run):
+    run = made(run)
     running: set[int] = set()
     left = dict(enumerate(run["requests"].generate))
     for step in Scheduler(**run):
@@ -70,6 +78,7 @@ def test_a_pass_keeps_to_its_tokens_and_its_mode_and_nobody_who_runs_is_left_out
 @given(runs())
 @settings(max_examples=50)
 def test_with_peak_admission_nobody_is_turned_out(run):
+    run = made(run)
     passes = list(Scheduler(**run | {"admission": "peak"}))
     assert all(step.preempted == () for step in passes)
     requests = run["requests"]

@@ -60,7 +60,7 @@ class Served:
     """
 
     tokens: list[list[int]]
-    logits: list[Float[Tensor, "generated vocab"]]
+    logits: list[Float[Tensor, "_ vocab"]]
     timeline: Timeline
     passes: list[Pass]
 
