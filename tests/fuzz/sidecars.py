@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from tests.fuzz.harness import Case
-from workbench.lib.core.checkpoint import SIDECAR, _digest, load, save, weights_digest
+from workbench.lib.core.checkpoint import load, save, weights_digest
 from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import LinearRouter
+from workbench.lib.core.sidecar import SIDECAR, _digest
 
 SIDECARS = 320
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from workbench.errors import InputError
-from workbench.lib.core import checkpoint
+from workbench.lib.core.sidecar import SIDECAR
 from workbench.live.recipe import Recipe
 from workbench.live.store import CHECKPOINTS, Run, RunWriter
 from workbench.live.trainer import resume, train_run
@@ -180,7 +180,7 @@ def test_without_a_good_checkpoint_nothing_is_forgotten(tmp_path: Path):
     with pytest.raises(Crash):
         train_run(Recipe.from_dict(SMALL), tmp_path / "run", crash_after(7))
     (path,) = (tmp_path / "run" / CHECKPOINTS).glob("step-*")
-    (path / checkpoint.SIDECAR).unlink()
+    (path / SIDECAR).unlink()
     with pytest.raises(InputError, match=r"no checkpoint in .* can be used"):
         resume(tmp_path / "run")
     with Run(tmp_path / "run") as run:

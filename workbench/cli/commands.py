@@ -300,7 +300,7 @@ def resume(args: argparse.Namespace) -> int:
         if processes > 1:
             from workbench.live.team import launch
 
-            if status := launch(processes, [str(folder)]):
+            if status := launch(processes, "workbench.live.trainer", [str(folder)]):
                 return status
         else:
             with progress_bar(f"resume {folder.name}") as progress:

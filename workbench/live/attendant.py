@@ -16,6 +16,7 @@ import workbench
 from workbench.errors import InputError
 from workbench.lib.core import checkpoint
 from workbench.lib.core.budget import measure_budget
+from workbench.lib.core.sidecar import Checkpoint
 from workbench.lib.core.train import Hook, State
 from workbench.live.arm import Arm
 from workbench.live.control import Controller, Controls
@@ -220,12 +221,12 @@ class Attendant:
 
         return partial(checkpoints.save, replicas=self.team.replicas)
 
-    def _control(self, found: checkpoint.Checkpoint | None) -> None:
+    def _control(self, found: Checkpoint | None) -> None:
         controls, agree = Controls(**found.controls) if found else None, {"agree": self.team.agree} if self.team else {}
         self.controller = Controller(self.writer, controls, **agree)
         self._reason = self._stack.enter_context(_stop_signals(self.controller))
 
-    def _newest(self, state: State) -> checkpoint.Checkpoint | None:
+    def _newest(self, state: State) -> Checkpoint | None:
         """The newest checkpoint, its weights in the model, and in the optimizer what is of this training."""
         if self.team:
             from workbench.lib.core.distributed import checkpoints
@@ -235,7 +236,7 @@ class Attendant:
         inside = found and self.steps < found.step and (found.step < self.total or self._is_last)
         return checkpoint.load(self.checkpoints, state.model, state.optimizer) if inside else found
 
-    def _catch_up(self, found: checkpoint.Checkpoint | None, start: int) -> list[Answer]:
+    def _catch_up(self, found: Checkpoint | None, start: int) -> list[Answer]:
         """Take back what was recorded after the checkpoint; the commands that were carried out since."""
         past, self.past = self.past, None
         self.writer.truncate(start - 1)
@@ -282,7 +283,7 @@ def _digest(entry: Any) -> Any:
     return list(entry) if isinstance(entry, tuple) else entry
 
 
-def _tell(writer: RunWriter, found: checkpoint.Checkpoint | None, start: int) -> None:
+def _tell(writer: RunWriter, found: Checkpoint | None, start: int) -> None:
     """Note in the run how it goes on, and what may keep it from being bit-equal."""
     last = start - 1  # the step it goes on after; a later resume from there forgets only what came after that
     writer.event(last, "resume", f"from the checkpoint after {start} steps" if found else "from the beginning")

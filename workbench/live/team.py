@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from workbench.errors import InputError
-from workbench.lib.core import checkpoint
+from workbench.lib.core import sidecar
 from workbench.lib.core.distributed.layouts import Processes, led
 from workbench.lib.core.distributed.waiting import waited
 from workbench.lib.core.distributed.wire import counted
@@ -97,7 +97,7 @@ class Team:
         if self.leads:
             for mine, its in zip(self.whole.buffers(), self._trained.buffers(), strict=True):
                 mine.copy_(its)
-            checkpoint.restore_routers(self.whole, checkpoint.router_settings(self._trained))
+            sidecar.restore_routers(self.whole, sidecar.router_settings(self._trained))
 
     def fetch_gradients(self) -> None:
         """Give the whole copy the gradients that are there; every process calls it."""
@@ -305,8 +305,8 @@ def _ranks(ranks: Sequence[int], world: int) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {world}"
 
 
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run `python -m workbench.live.trainer ARGUMENTS` in so many processes on this machine; the exit status.
+def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m MODULE ARGUMENTS` in so many processes on this machine; the exit status.
 
     Ended by a signal, it asks them to stop and waits for them; killed, it takes them along.
     """
@@ -326,7 +326,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "workbench.live.trainer", *arguments)
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException:
         return 0
     except ChildFailedError as error:

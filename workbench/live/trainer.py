@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.processes > 1:
         from workbench.live.team import launch
 
-        return launch(args.processes, _without(sys.argv[1:] if argv is None else argv, "--processes"))
+        arguments = _without(sys.argv[1:] if argv is None else argv, "--processes")
+        return launch(args.processes, "workbench.live.trainer", arguments)
     if args.attached:
         _give_way()
         _stop_with_parent()

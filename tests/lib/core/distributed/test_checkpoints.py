@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.lib.core.distributed import layouts
-from workbench.lib.core import checkpoint
+from workbench.lib.core import sidecar
 from workbench.lib.core.distributed.layouts import LAYOUTS
 from workbench.lib.core.distributed.processes import RankError, run_processes
 from workbench.sealed import sweep
@@ -38,7 +38,7 @@ def test_a_training_goes_on_bit_for_bit_and_with_other_numbers_of_processes(layo
     assert distance(whole[0], run_processes(layouts.resumed, 4, layout, written / layout)[3]) <= 1e-12
     assert distance(whole[0], by_one(layouts.resumed, written / layout)) <= 1e-12
     files = {path.name for path in (written / layout / "step-00000002").iterdir()}
-    assert files == {checkpoint.SIDECAR, *(f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2))}
+    assert files == {sidecar.SIDECAR, *(f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2))}
 
 
 def test_what_one_process_has_written_several_go_on_with(written: Path):
@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_refused_and_not_cast(written: Path):
 def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(who: int, tmp_path: Path):
     with pytest.raises(RankError, match=f"rank {who} of 2 was ended by SIGKILL"):
         run_processes(layouts.killed_while_writing, 2, tmp_path, who)
-    assert checkpoint.newest(tmp_path).content["step"] == 1
+    assert sidecar.newest(tmp_path).content["step"] == 1
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -79,10 +79,10 @@ def test_a_damaged_or_added_shard_is_seen(tmp_path: Path, written: Path):
     strange = folder / "shard-00009-model-00001-of-00001.safetensors"
     strange.write_bytes((folder / "shard-00001-model-00001-of-00001.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"shard-00009-.* is none of its files"):
-        checkpoint.newest(written / "data")
+        sidecar.newest(written / "data")
     strange.unlink()
     with (folder / "shard-00002-model-00001-of-00001.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
     with pytest.raises(ValueError, match=r"shard-00002-.* is damaged"):
-        checkpoint.newest(written / "data")
+        sidecar.newest(written / "data")

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from workbench.errors import InputError
-from workbench.lib.core import checkpoint
-from workbench.lib.core.checkpoint import Checkpoint, Found
+from workbench.lib.core import sidecar
 from workbench.lib.core.distributed.layouts import Processes, led
+from workbench.lib.core.sidecar import Checkpoint, Found
 from workbench.sealed import sealed_folder, sweep
 
 
@@ -49,7 +49,7 @@ def save(
     """
     target = Path(folder) / f"step-{step:08d}"
     parameters = replicas.parameters(model)
-    state, optimizer_json = checkpoint.flatten(optimizer, checkpoint.names_of(parameters, optimizer))
+    state, optimizer_json = sidecar.flatten(optimizer, sidecar.names_of(parameters, optimizer))
     tensors = _placed(_tensors(model, parameters) | state, parameters, replicas)
     if replicas.rank == 0:
         tensors |= extra or {}
@@ -61,10 +61,10 @@ def save(
 
         def seal() -> None:
             own = {"world": replicas.world, "layout": replicas.layout}
-            checkpoint.add_sidecar(unfinished, step, model, optimizer_json, lr_scale, controls, own)
-            checkpoint.forget_after(target.parent, step)
+            sidecar.add_sidecar(unfinished, step, model, optimizer_json, lr_scale, controls, own)
+            sidecar.forget_after(target.parent, step)
             stack.close()
-            checkpoint.keep_newest(target.parent)
+            sidecar.keep_newest(target.parent)
 
         unfinished = led(begin)
         try:
@@ -85,7 +85,7 @@ def load(
     Raises:
         InputError: all checkpoints are damaged, or the checkpoint is of another layout or does not fit.
     """
-    found = led(lambda: checkpoint.newest(folder))
+    found = led(lambda: sidecar.newest(folder))
     if found is None:
         return None
     layout = found.content.get("processes", {}).get("layout", replicas.layout)
@@ -121,13 +121,13 @@ def read(
         wanted = _placed(tensors | state, parameters, replicas) | more
         _check(wanted, there)
         if optimizer is not None:
-            names = checkpoint.names_of(parameters, optimizer)
-            moments = checkpoint.unflatten(optimizer, names, state, found.content["optimizer"])
+            names = sidecar.names_of(parameters, optimizer)
+            moments = sidecar.unflatten(optimizer, names, state, found.content["optimizer"])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant in one process
             reader = HuggingFaceStorageReader(str(found.path))
             dcp.load(wanted, storage_reader=reader, no_dist=replicas is None)
-        checkpoint.restore_routers(model, found.content["routers"])
+        sidecar.restore_routers(model, found.content["routers"])
         if optimizer is not None:
             optimizer.load_state_dict(moments)
     except (SafetensorError, CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
