@@ -14,6 +14,7 @@ from tests.live.synthetic import synthetic_meta, write_synthetic_run
 from workbench import catalogue, doctor, notebook
 from workbench.cli import build_parser, main
 from workbench.cli.progress import progress_bar
+from workbench.engines import EVERY_CORE
 from workbench.live.arm import Arm
 from workbench.live.recipe import Recipe
 from workbench.live.store import RunStopped, RunWriter
@@ -193,9 +194,9 @@ def test_study_passes_on_what_is_asked_and_prints_the_result(shell, monkeypatch:
         def to_dict(self) -> dict:
             return {"verdict": "reproduced"}
 
-    def run_study(*args) -> Result:
-        asked.append((*args[:-2], args[-1]))
-        args[-2](1, 2, "half")
+    def run_study(*args, progress, **options) -> Result:
+        asked.append((args, options))
+        progress(1, 2, "half")
         return Result()
 
     row = catalogue.Method("rmoe", "T", "routing", 2024, "X 2024", "C.")
@@ -203,13 +204,20 @@ def test_study_passes_on_what_is_asked_and_prints_the_result(shell, monkeypatch:
     monkeypatch.setattr("workbench.studies.core.run_study", run_study)
     assert shell("study", "rmoe") == (0, "the verdict\n", "")
     options = ("--preset", "smoke", "--seed", 3, "--seeds", 12, "--jobs", 1, "--fresh", "--json")
+    options += ("--engine", "dask", "--address", "tcp://head:8786")
     status, out, _ = shell("study", "rmoe", *options)
     assert (status, json.loads(out)) == (0, {"verdict": "reproduced"})
-    assert asked == [("rmoe", "small", None, None, None, False), ("rmoe", "smoke", 3, 12, 1, True)]
+    assert asked == [
+        (("rmoe", "small", None, None), {"jobs": None, "engine": "loky", "address": None, "fresh": False}),
+        (
+            ("rmoe", "smoke", 3, 12),
+            {"jobs": 1, "engine": "dask", "address": "tcp://head:8786", "fresh": True},
+        ),
+    ]
 
 
 def test_an_interrupted_study_says_that_it_goes_on(shell, monkeypatch: pytest.MonkeyPatch):
-    def run_study(*_) -> None:
+    def run_study(*_, **__) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("workbench.studies.core.run_study", run_study)
@@ -227,7 +235,7 @@ def test_study_prints_the_seeds_that_are_needed(shell, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("workbench.studies.core.load_study", lambda slug: Study())
     assert shell("study", "rmoe", "--power", "--preset", "smoke") == (0, "12 seeds\n", "")
-    assert asked == [("smoke", None, None)]
+    assert asked == [("smoke", None, EVERY_CORE)]
     status, _, err = shell("study", "rmoe", "--power", "--fresh")
     assert status == 2 and "--power takes neither --seeds nor --fresh" in err
 
@@ -254,9 +262,9 @@ def test_no_runs_at_all_is_no_error(shell, home: Path):
 def test_resume_continues_the_run_and_says_where_it_is(shell, two_runs: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
     monkeypatch.setattr("workbench.live.trainer.resume", lambda folder, progress: asked.append(folder))
-    status, out, _ = shell("resume", "good")
+    status, out, _ = shell("resume", "good", "--processes", 1)
     assert (status, out) == (0, f"good: finished after 3 steps, kept at {two_runs / 'good'}\n")
-    assert json.loads(shell("resume", two_runs / "good", "--json")[1])["steps"] == 3
+    assert json.loads(shell("resume", two_runs / "good", "--processes", 1, "--json")[1])["steps"] == 3
     assert asked == [two_runs / "good"] * 2
 
 
@@ -266,7 +274,7 @@ def test_a_run_that_ends_badly_is_one_line_and_status_1(shell, two_runs: Path, m
         raise error
 
     monkeypatch.setattr("workbench.live.trainer.resume", fail)
-    assert shell("resume", "good") == (1, "", f"workbench: {error}\n")
+    assert shell("resume", "good", "--processes", 1) == (1, "", f"workbench: {error}\n")
 
 
 def test_a_resumed_run_that_is_interrupted_says_how_to_go_on(shell, two_runs: Path, monkeypatch: pytest.MonkeyPatch):
@@ -276,7 +284,7 @@ def test_a_resumed_run_that_is_interrupted_says_how_to_go_on(shell, two_runs: Pa
 
     monkeypatch.setattr("workbench.live.trainer.resume", stopped)
     said = f"good: stopped after 3 steps, kept at {two_runs / 'good'}; go on with: workbench resume good"
-    assert shell("resume", "good") == (130, "", f"workbench: interrupted: {said}\n")
+    assert shell("resume", "good", "--processes", 1) == (130, "", f"workbench: interrupted: {said}\n")
 
 
 def test_export_writes_parquet(shell, two_runs: Path, tmp_path: Path):
@@ -303,10 +311,10 @@ def test_live_passes_on_only_what_is_given(shell, monkeypatch: pytest.MonkeyPatc
     words = "--steps 5 --top-k 1 --balance 0 --domains python,docs --port 5010 --no-browser --address 0.0.0.0"
     assert shell("live", *words.split())[0] == 0
     assert asked == [
-        (([Recipe()],), {"port": None, "open_browser": None, "address": "127.0.0.1"}),
+        (([Recipe()],), {"port": None, "open_browser": None, "address": "127.0.0.1", "processes": 1}),
         (
             ([Recipe(steps=5, top_k=1, balance=0.0, domains=("python", "docs"))],),
-            {"port": 5010, "open_browser": False, "address": "0.0.0.0"},
+            {"port": 5010, "open_browser": False, "address": "0.0.0.0", "processes": 1},
         ),
     ]
 
@@ -331,8 +339,8 @@ def test_view_opens_the_newest_run_or_the_one_that_is_named(shell, monkeypatch: 
     monkeypatch.setattr("workbench.live.serve.view", lambda *args, **kwargs: asked.append((args, kwargs)))
     assert shell("view") == shell("view", "mine", "--port", 5010, "--no-browser") == (0, "", "")
     assert asked == [
-        (("latest",), {"port": None, "open_browser": None, "address": "127.0.0.1"}),
-        (("mine",), {"port": 5010, "open_browser": False, "address": "127.0.0.1"}),
+        (("latest",), {"port": None, "open_browser": None, "address": "127.0.0.1", "processes": 1}),
+        (("mine",), {"port": 5010, "open_browser": False, "address": "127.0.0.1", "processes": 1}),
     ]
 
 
