@@ -86,9 +86,9 @@ def test_gradients_are_sent_to_those_who_have_the_same_parameters_alone(ranks: l
 
 def test_ranks_refuse_what_they_cannot_do(ranks: list[dict]):
     for said in (rank["refusals"] for rank in ranks):
-        assert len(said) == 4 and "those that divide it are 1, 2, 4" in said[0]
-        assert "size is 6 rows but must be a multiple of the 4 ranks" in said[1]
-        assert "GLUExperts alone, but has none" in said[2] and "clip is 0.05 but must be inf" in said[3]
+        assert len(said) == 3 and "those that divide it are 1, 2, 4" in said[0]
+        assert said[1] == "4 processes cannot share batch_size = 6 evenly: 1, 2, 3, 6 can"
+        assert "model has no MoELayer" in said[2]
 
 
 # -- states on the host

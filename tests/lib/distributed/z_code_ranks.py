@@ -18,9 +18,9 @@ from workbench.lib.core.moe import MoELayer, moe_layers
 from workbench.lib.core.observe import observing
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.task import LanguageModelling
-from workbench.lib.core.train import TrainConfig, train
+from workbench.lib.core.train import Hook, TrainConfig, train
 from workbench.lib.data.types import TextDomains
-from workbench.lib.distributed.expert_groups import ExpertData, ExpertGroups, Shares, ZeroAdamW, train_together
+from workbench.lib.distributed.expert_groups import ExpertData, ExpertGroups, ZeroAdamW, train_together
 from workbench.lib.distributed.expert_memory import Bytes, memory
 
 E, D, H, LENGTH, ROWS = 4, 8, 6, 12, 8
@@ -61,12 +61,12 @@ def trained(ep: int, zero: bool, dtype: torch.dtype = torch.float64) -> dict:
     made, groups = model(dtype=dtype), ExpertGroups(dist.get_world_size(), ep)
     counts = [0, sum(p.numel() for layer in moe_layers(made).values() for p in layer.experts.parameters())]
     counts[0] = sum(p.numel() for p in made.parameters()) - counts[1]
-    together = ExpertData(made, groups, CONFIG.clip)
+    together = ExpertData(made, groups)
     if zero:
         optimizer = ZeroAdamW(together, **OPTIONS)
     else:
         optimizer = torch.optim.AdamW([{"params": together.shared}, {"params": together.experts}], **OPTIONS)
-    state = train(made, Shares(task()), replace(CONFIG, clip=math.inf), [together], optimizer=optimizer)
+    state = train(made, task(), CONFIG, optimizer=optimizer, replicas=together)
     whole, norm = alone(dtype)
     own = groups.experts_of(dist.get_rank(), E)
     experts, gap = set(together.experts), 0.0
@@ -104,18 +104,15 @@ def together() -> dict[str, float]:
 def wrong_scales() -> dict[str, float]:
     """The gap to one process's gradient of the experts: divided by all ranks, and by the copies of each expert."""
     made, groups = model(), ExpertGroups(dist.get_world_size(), 2)
-    together = ExpertData(made, groups, math.inf)
+    together = ExpertData(made, groups)
     gradients = {}
 
-    class Look(ExpertData):
-        def __init__(self):
-            pass
-
+    class Look(Hook):
         def before_update(self, state) -> None:
             gradients["experts"] = [p.grad.clone() for p in together.experts]
 
     once = replace(CONFIG, steps=1, clip=math.inf)
-    train(made, Shares(task()), once, [together, Look()], optimizer=torch.optim.SGD(made.parameters(), lr=0.0))
+    train(made, task(), once, [Look()], optimizer=torch.optim.SGD(made.parameters(), lr=0.0), replicas=together)
     whole = model()
     train(whole, task(), once, optimizer=torch.optim.SGD(whole.parameters(), lr=0.0))
     own = groups.experts_of(dist.get_rank(), E)
@@ -131,8 +128,8 @@ def capacity_of_ranks() -> dict:
     """With places for half of a rank's tokens, what a rank keeps is what one process keeps of those tokens alone."""
     limit = Capacity(0.5, "position")
     made = model(limit)
-    ExpertData(made, ExpertGroups(dist.get_world_size(), 2))
-    batch = Shares(task()).batch("train", ROWS, torch.Generator().manual_seed(0))
+    together = ExpertData(made, ExpertGroups(dist.get_world_size(), 2))
+    batch = together.share(task().batch("train", ROWS, torch.Generator().manual_seed(0)))
     whole, seen = model(limit), {}
     for name, one in (("ranks", made), ("alone", whole)):
         layer = one.blocks[1].ffn
@@ -151,13 +148,13 @@ def beside_torch() -> float:
     weights = []
     for ours in (True, False):
         made = model(dtype=torch.float32)
-        together = ExpertData(made, ExpertGroups(dist.get_world_size(), 4), 1.0)
+        together = ExpertData(made, ExpertGroups(dist.get_world_size(), 4))
         if ours:
             optimizer = ZeroAdamW(together, **OPTIONS)
             optimizer.param_groups[1]["lr_scale"] = 0.0  # the other has no experts
         else:
             optimizer = ZeroRedundancyOptimizer(together.shared, torch.optim.AdamW, **OPTIONS)
-        train(made, Shares(task()), replace(CONFIG, steps=3, clip=math.inf), [together], optimizer=optimizer)
+        train(made, task(), replace(CONFIG, steps=3, clip=1.0), optimizer=optimizer, replicas=together)
         weights.append([p.detach().clone() for p in together.shared])
     return max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True))
 
@@ -165,7 +162,7 @@ def beside_torch() -> float:
 def traffic() -> dict[str, float]:
     """Bytes that a rank sends for gradients: of what all have, and of its experts to those that have the same."""
     made = model()
-    together = ExpertData(made, ExpertGroups(dist.get_world_size(), 2), 1.0)
+    together = ExpertData(made, ExpertGroups(dist.get_world_size(), 2))
     found = {}
     for name, each in zip(("shared", "experts"), together.sets, strict=True):
         for p in each.parameters:
@@ -179,12 +176,11 @@ def traffic() -> dict[str, float]:
 
 
 def refusals() -> list[str]:
-    found = []
+    found, six = [], replace(CONFIG, batch_size=6)
     for act in (
         lambda: ExpertGroups(dist.get_world_size(), 3),
-        lambda: Shares(task()).batch("train", 6, torch.Generator()),
+        lambda: train(made := model(), task(), six, replicas=ExpertData(made, ExpertGroups(4, 2))),
         lambda: ExpertData(nn.Linear(2, 2), ExpertGroups(4, 2)),
-        lambda: train(made := model(), Shares(task()), CONFIG, [ExpertData(made, ExpertGroups(4, 2))]),
     ):
         try:
             act()

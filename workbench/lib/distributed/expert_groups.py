@@ -3,7 +3,7 @@
     groups = ExpertGroups(world=4, ep=2)         # ep groups [0, 1] [2, 3]: all experts; edp groups [0, 2] [1, 3]
     model = ...                                  # the whole model, the same on every rank
     together = ExpertData(model, groups)         # now with this rank's experts only
-    train(model, Shares(task), replace(config, clip=math.inf), [together], optimizer=ZeroAdamW(together, lr=1e-3))
+    train(model, task, config, optimizer=ZeroAdamW(together, lr=1e-3), replicas=together)
 
 or all of it, on every rank: train_together(model, task, config, ep=2, zero=True).
 
@@ -14,8 +14,7 @@ has fewer copies, but the tokens of P ranks reached each of them. The norm by wh
 whole model: experts count once, over the expert-parallel group.
 """
 
-import math
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,14 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from workbench.errors import InputError
-from workbench.lib.core.distributed.dispatcher import TokenDispatcher
+from workbench.lib.core.distributed.experts import split_experts
 from workbench.lib.core.distributed.gradients import GradientSet, clip_gradients, reduce_gradients
 from workbench.lib.core.distributed.grids import RankGrid
-from workbench.lib.core.experts import GLUExperts
-from workbench.lib.core.moe import moe_layers
-from workbench.lib.core.routing import Routing
-from workbench.lib.core.task import Batch, Task
-from workbench.lib.core.train import Hook, State, TrainConfig, train
+from workbench.lib.core.distributed.rows import of_each
+from workbench.lib.core.distributed.shares import Ranks
+from workbench.lib.core.task import Task
+from workbench.lib.core.train import TrainConfig, train
 
 
 class ExpertGroups:
@@ -66,33 +64,14 @@ class ExpertGroups:
         return range(first, first + n)
 
 
-class OwnExperts(GLUExperts):
-    """A rank's experts of a bank, called with the rank's tokens as the whole bank would be.
-
-    Attributes:
-        n_experts: E, of all ranks of the group.
-    """
-
-    def __init__(self, bank: GLUExperts, experts: range, group: Any):
-        nn.Module.__init__(self)
-        self.n_experts, self.dispatcher = bank.n_experts, TokenDispatcher(bank.n_experts, group)
-        for name, whole in bank.named_parameters():
-            mine = whole.detach()[experts.start : experts.stop].clone()
-            setattr(self, name, nn.Parameter(mine, whole.requires_grad))
-
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        sent = self.dispatcher.dispatch(x, routing)
-        return self.dispatcher.combine(super().forward(sent.rows, sent.routing), sent)
-
-
-class ExpertData(Hook):
+class ExpertData(Ranks):
     """The model on this rank, with its own experts, and how its gradients become those of the whole batch.
 
-    A hook: before each update the gradients of all ranks are added up and clipped.
+    The norm by which they are clipped is that of the whole model's gradient.
 
     Args:
-        model: the whole one, the same on every rank; changed in place. With a capacity each rank has places of its own.
-        max_norm: of the whole model's gradient.
+        model: the whole one, the same on every rank; changed in place. With a capacity each rank has places of its own,
+            and a balance loss is of each rank's own tokens.
 
     Attributes:
         shared, experts: the parameters that all ranks have, and those of this rank's experts.
@@ -101,16 +80,11 @@ class ExpertData(Hook):
         InputError: there is no MoE layer, or one has other experts than `GLUExperts`, or not a multiple of P.
     """
 
-    def __init__(self, model: nn.Module, groups: ExpertGroups, max_norm: float = 1.0):
-        layers = moe_layers(model)
-        wrong = [name for name, layer in layers.items() if type(layer.experts) is not GLUExperts]
-        if wrong or not layers:
-            raise InputError(f"model must have MoE layers of GLUExperts alone, but {wrong[0] if wrong else 'has none'}")
-        self.groups, self.max_norm, self.rank = groups, max_norm, dist.get_rank()
+    def __init__(self, model: nn.Module, groups: ExpertGroups):
+        super().__init__()
+        self.groups = groups
         self.edp, ep = groups.grid.process_group("edp"), groups.grid.process_group("ep")
-        for layer in layers.values():
-            layer.experts = OwnExperts(layer.experts, groups.experts_of(self.rank, layer.n_experts), ep)
-        self.experts = [p for layer in layers.values() for p in layer.experts.parameters()]
+        self.experts = split_experts(model, ep)
         own = set(self.experts)
         self.shared = [p for p in model.parameters() if p not in own]
         self.sets = [
@@ -118,35 +92,16 @@ class ExpertData(Hook):
             GradientSet(self.experts, copies=self.edp, parts=ep),
         ]
 
-    def before_update(self, state: State) -> None:
-        if state.config.clip != math.inf:
-            raise InputError(f"clip is {state.config.clip} but must be inf: a rank's own gradient is a part of the sum")
-        reduce_gradients(self.sets, ranks=self.groups.world)
-        state.grad_norm = float(clip_gradients(self.sets, self.max_norm))
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+        reduce_gradients(self.sets, ranks=self.world)
+        return float(clip_gradients(self.sets, max_norm))
 
     def whole(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters of the whole model, those of experts from the ranks that have them; all ranks must ask."""
         group, own, found = self.sets[1].parts, set(self.experts), {}
         for name, p in model.named_parameters():
-            found[name] = _gathered(p, group) if p in own else p.detach()
+            found[name] = torch.cat(of_each(p, group)) if p in own else p.detach()
         return found
-
-
-class Shares:
-    """A task whose training batches are this rank's rows of those of `task`, in the order of ranks."""
-
-    def __init__(self, task: Task):
-        self.task = task
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.task, name)
-
-    def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
-        world, rank = dist.get_world_size(), dist.get_rank()
-        if size % world:
-            raise InputError(f"size is {size} rows but must be a multiple of the {world} ranks that share them out")
-        whole, n = self.task.batch(split, size, generator, domain), size // world
-        return Batch(*(part[rank * n : (rank + 1) * n] for part in (whole.inputs, whole.targets, whole.domain)))
 
 
 class ZeroAdamW(torch.optim.Optimizer):
@@ -180,7 +135,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         self._adamw.step()
         for group, part, owners in zip(self.param_groups, self._parts, self._owners, strict=True):
             part.grad = None
-            whole = _gathered(part, owners)
+            whole = torch.cat(of_each(part, owners))
             sizes = [p.numel() for p in group["params"]]
             for p, values in zip(group["params"], whole[: sum(sizes)].split(sizes), strict=True):
                 p.copy_(values.view_as(p))
@@ -201,20 +156,13 @@ def train_together(
         zero: by `ZeroAdamW`; else by torch's AdamW.
         options: of AdamW.
     """
-    together = ExpertData(model, ExpertGroups(dist.get_world_size(), ep), config.clip)
+    together = ExpertData(model, ExpertGroups(dist.get_world_size(), ep))
     if zero:
         optimizer = ZeroAdamW(together, **options)
     else:
         optimizer = torch.optim.AdamW([{"params": together.shared}, {"params": together.experts}], **options)
-    train(model, Shares(task), replace(config, clip=math.inf), [together], optimizer=optimizer)
+    train(model, task, config, optimizer=optimizer, replicas=together)
     return together.whole(model)
-
-
-def _gathered(part: Tensor, group: Any) -> Tensor:
-    """The parts of all ranks, one after the other."""
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    dist.all_gather(parts, part.detach(), group=group)
-    return torch.cat(parts)
 
 
 def _flat(tensors: list[Tensor], parts: int) -> Tensor:

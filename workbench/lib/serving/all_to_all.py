@@ -27,6 +27,7 @@ from torch import Tensor
 
 from workbench.errors import InputError, unknown
 from workbench.lib.core.distributed.grids import RankGrid, divisors
+from workbench.lib.core.distributed.rows import of_each
 from workbench.lib.core.simulation.fits import LinkModel
 
 FORMS = ("flat", "hierarchical", "coordinated")
@@ -143,10 +144,8 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group):
-        ctx.group, size = group, dist.get_world_size(group)
-        out = x.new_empty(size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out.view(size, *x.shape).transpose(0, 1).reshape(out.shape)
+        ctx.group = group
+        return torch.stack(of_each(x, group), 1).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, grad):

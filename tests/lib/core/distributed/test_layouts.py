@@ -54,7 +54,7 @@ def test_what_cannot_be_shared_out_is_refused_and_what_can_is_named():
     assert "a ExpertChoiceRouter, which does not choose token by token" in found["expert choice"]
     assert "3 experts do not divide evenly over 2 ranks" in found["experts"]
     assert "layout 'pipeline' is unknown" in found["layout"]
-    assert found["batch"] == "2 processes cannot share batch_size = 3 evenly in the layout 'data': 1, 3 can"
+    assert found["batch"] == "2 processes cannot share batch_size = 3 evenly: 1, 3 can"
 
 
 def test_the_numbers_of_processes_that_fit_are_named():

@@ -25,16 +25,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from workbench.errors import InputError, unknown
 from workbench.lib.core.balance import SHARED_OUT
-from workbench.lib.core.distributed.dispatcher import TokenDispatcher
+from workbench.lib.core.distributed.experts import check_banks, split_experts
 from workbench.lib.core.distributed.gradients import GradientSet, clip_gradients, reduce_gradients
 from workbench.lib.core.distributed.grids import divisors
-from workbench.lib.core.experts import GLUExperts
+from workbench.lib.core.distributed.shares import Ranks
 from workbench.lib.core.models import Block
-from workbench.lib.core.moe import moe_layers
 from workbench.lib.core.observe import routed_layers
-from workbench.lib.core.replicas import Replicas
-from workbench.lib.core.routing import Routing
-from workbench.lib.core.task import Batch, device_of
+from workbench.lib.core.task import device_of
 
 LAYOUTS = ("data", "sharded", "experts")
 
@@ -65,11 +62,7 @@ def check_model(model: nn.Module, layout: str) -> None:
         if why:
             raise InputError(f"{name} has {why}: it trains in one process only")
     if layout == "experts":
-        layers = moe_layers(model)
-        wrong = [name for name, layer in layers.items() if type(layer.experts) is not GLUExperts]
-        if wrong or not layers:
-            has = f"{wrong[0]} has {type(layers[wrong[0]].experts).__name__}" if wrong else "it has no MoELayer"
-            raise InputError(f"the layout 'experts' needs a model whose experts are GLUExperts, but {has}")
+        check_banks(model)
 
 
 def led(function: Callable[[], T]) -> T:
@@ -86,27 +79,7 @@ def led(function: Callable[[], T]) -> T:
     return found[0]
 
 
-class SplitExperts(GLUExperts):
-    """The experts that this rank has of a bank; called with the tokens of this rank as the whole bank would be.
-
-    Attributes:
-        n_experts: E, of all ranks; the parameters have the L = E / ranks of this one, in the order of the ranks.
-    """
-
-    def __init__(self, bank: GLUExperts, group: Any):
-        nn.Module.__init__(self)
-        self.n_experts, self.dispatcher = bank.n_experts, TokenDispatcher(bank.n_experts, group)
-        first, n = group.rank() * self.dispatcher.n_local, self.dispatcher.n_local
-        for name, whole in bank.named_parameters():
-            mine = whole.detach()[first : first + n].clone()
-            setattr(self, name, nn.Parameter(mine, whole.requires_grad))
-
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        sent = self.dispatcher.dispatch(x, routing)
-        return self.dispatcher.combine(super().forward(sent.rows, sent.routing), sent)
-
-
-class Processes(Replicas):
+class Processes(Ranks):
     """All ranks of torch.distributed, training `model` in a layout. Every rank makes one, of the same whole model.
 
     The model is changed in place: an optimizer is made after. Parameters are DTensors where they are "sharded".
@@ -122,33 +95,17 @@ class Processes(Replicas):
         if layout not in LAYOUTS:
             raise unknown("layout", layout, LAYOUTS)
         check_model(model, layout)
-        self.layout, self.rank, self.world = layout, dist.get_rank(), dist.get_world_size()
+        super().__init__()
+        self.layout = layout
         self.mesh = init_device_mesh(device_of(model).type, (self.world,))
         self._split: set[nn.Parameter] = set()
         if layout == "sharded":
             _shard(model, self.mesh)
         elif layout == "experts":
-            for layer in moe_layers(model).values():
-                layer.experts = SplitExperts(layer.experts, self.mesh.get_group())
-                self._split.update(layer.experts.parameters())
+            self._split.update(split_experts(model, self.mesh.get_group()))
         for module in model.modules():
             if hasattr(module, "replicas"):
                 module.replicas = self
-
-    def share(self, batch: Batch) -> Batch:
-        check_world(self.world, "data", len(batch))
-        n = len(batch) // self.world
-        return batch.rows(self.rank * n, (self.rank + 1) * n)
-
-    def means(self, loss: Tensor, aux: Tensor | float) -> tuple[float, float]:
-        both = torch.stack([loss.detach().double(), torch.as_tensor(aux, device=loss.device).detach().double()])
-        dist.all_reduce(both)
-        return tuple((both / self.world).tolist())
-
-    def total(self, counts: Tensor) -> Tensor:
-        counts = counts.clone()
-        dist.all_reduce(counts)
-        return counts
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         if self.layout == "sharded":  # the backward pass has summed them

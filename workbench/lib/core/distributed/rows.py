@@ -26,9 +26,19 @@ def sizes_of(n: int, group: Group) -> list[int]:
     """The n of each rank."""
     if ranks_of(group) == 1:
         return [n]
-    found = torch.empty(ranks_of(group), dtype=torch.int64)
-    dist.all_gather_into_tensor(found, torch.tensor([n]), group=group)
-    return found.tolist()
+    return torch.cat(of_each(torch.tensor([n]), group)).tolist()
+
+
+def of_each(x: Num[Tensor, " *shape"], group: Group) -> list[Num[Tensor, " *shape"]]:
+    """The x of every rank, in their order; all have one shape. Without gradients: `gathered` has them.
+
+    By all_gather's list: what gathers into one tensor has another name from torch 2.13 on, and warns of its old one.
+    """
+    if ranks_of(group) == 1:
+        return [x.detach()]
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks_of(group))]
+    dist.all_gather(found, x.detach().contiguous(), group=group)
+    return found
 
 
 def all_to_all(
