@@ -19,6 +19,7 @@ import torch
 
 from workbench.errors import InputError
 from workbench.kernels import native
+from workbench.lib.core.threads import torch_threads
 from workbench.paths import home
 
 OURS = "workbench"
@@ -138,17 +139,6 @@ def save(name: str, result: dict) -> Path:
     path = folder / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """`count` threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

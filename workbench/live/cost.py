@@ -17,11 +17,11 @@ import numpy as np
 
 from workbench.errors import InputError
 from workbench.lib.core import train
+from workbench.lib.core.threads import torch_threads
 from workbench.live.hooks import Recorder
 from workbench.live.recipe import Recipe
 from workbench.live.records import STORE_SECONDS
 from workbench.live.store import Run, RunWriter
-from workbench.live.trainer import threads
 from workbench.live.watch import Cadence, Watch
 
 
@@ -34,7 +34,7 @@ def measure(steps: int, recipe: Recipe | None = None) -> dict[str, float]:
         raise InputError(f"steps is {steps} but must be at least 3")
     recipe = Recipe.from_dict((recipe or Recipe()).to_dict() | {"steps": steps, "eval_every": 0})
     seconds: tuple[list[float], list[float]] = ([], [])
-    with tempfile.TemporaryDirectory() as folder, threads(recipe.threads):
+    with tempfile.TemporaryDirectory() as folder, torch_threads(recipe.threads):
         with RunWriter.create(Path(folder) / "run", {"kind": "train"}) as writer:
             model, task, config = recipe.build()
             probes = Watch(model, task, Cadence(), recipe.seed)

@@ -13,14 +13,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from workbench.errors import InputError
+from workbench.lib.core.threads import torch_threads
 from workbench.lib.core.train import State, attended
 from workbench.live.arm import Arm, read_recipe
 from workbench.live.attendant import Attendant, Over, Past, Progress
@@ -81,7 +80,7 @@ def _train(
     if team:
         recipe.check_processes(team.world)
         team.led(lambda: None)  # all have read the run before one writes it
-    with threads(recipe.threads), Attendant(folder, recipe, progress, past, team) as attendant:
+    with torch_threads(recipe.threads), Attendant(folder, recipe, progress, past, team) as attendant:
         try:
             with suppress(Over), attended(attendant):
                 recipe.train()
@@ -91,17 +90,6 @@ def _train(
             if lost is None:
                 raise
             raise lost from error
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Torch works with `count` threads: their number is part of what makes a run the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _stop_with_parent() -> None:

@@ -102,13 +102,9 @@ def _run_one(
 
 
 def _timed(run: Run, arm: str, seed: int, settings: Mapping[str, object]) -> Row:
-    import torch
+    from workbench.lib.core.threads import torch_threads
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same numbers on any machine, and no two runs fighting for a core
-    began = time.perf_counter()
-    try:
+    with torch_threads(1):  # the same numbers on any machine, and no two runs fighting for a core
+        began = time.perf_counter()
         row = run(arm, seed, settings)
-    finally:
-        torch.set_num_threads(threads)
     return replace(row, seconds=time.perf_counter() - began)

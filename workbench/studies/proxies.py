@@ -6,17 +6,17 @@ kept on this one. One thread each: the same numbers wherever they run.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from workbench.beds.text_mixtures import Trainer
 from workbench.errors import InputError
+from workbench.lib.core.threads import torch_threads
 from workbench.paths import home
 from workbench.studies import sheets
 from workbench.studies.kept import code_of
@@ -96,7 +96,7 @@ class Proxies:
 
 
 def _score(trainer: Trainer, weights: Tensor, seed: int) -> float | None:
-    with _one_thread(), suppress(FloatingPointError):
+    with torch_threads(1), suppress(FloatingPointError):
         score = trainer.score(weights, seed)
         return score if math.isfinite(score) else None
     return None
@@ -108,22 +108,12 @@ def expert(trainer: Trainer, domain: int, seed: int) -> dict[str, Tensor]:
     Raises:
         InputError: its training diverged.
     """
-    with _one_thread():
+    with torch_threads(1):
         try:
             return trainer.expert(domain, seed).state_dict()
         except FloatingPointError:
             name = list(trainer.source.texts)[domain]
             raise InputError(f"the expert of {name!r} diverges: lower its learning rate") from None
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _shown(weights: Tensor) -> str:

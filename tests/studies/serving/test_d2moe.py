@@ -7,10 +7,10 @@ import statistics
 import pytest
 import torch
 
-from workbench.lib.core.simulation.validation import Validation
+from workbench.studies import measured
 from workbench.studies.rows import Row, Rows
 from workbench.studies.serving import d2moe as study
-from workbench.studies.serving.d2moe import ARMS, CALIBRATION, POLICIES, PRESETS, RandomBits, calibrated, judge
+from workbench.studies.serving.d2moe import ARMS, METHOD, POLICIES, PRESETS, RandomBits, calibrated, judge
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, NOT_TESTABLE, REPRODUCED
 
 SETTINGS = PRESETS["smoke"]
@@ -86,7 +86,7 @@ def test_bits_at_random_have_their_mean(mean):
 
 def test_what_is_simulated_was_held_to_real_runs():
     """Four configurations or more, none a part of the calibration; the median error is what the file says."""
-    record = Validation.read(CALIBRATION)
+    record = measured.read(METHOD)
     assert len(record.rows) >= 4 and len({row["configuration"] for row in record.rows}) == len(record.rows)
     assert record.median_error == statistics.median(record.errors) <= 0.15
     assert calibrated().basis == record.label

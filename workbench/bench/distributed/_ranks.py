@@ -31,7 +31,7 @@ def gathers(sizes: Sequence[int], rounds: int) -> list[float]:
     for size in sizes:
         message = torch.zeros(size, dtype=torch.uint8)
         into = [torch.empty_like(message) for _ in range(dist.get_world_size())]
-        found.append(statistics.median(_timed(lambda m=message, i=into: dist.all_gather(i, m), rounds)))
+        found.append(statistics.median(timed(lambda m=message, i=into: dist.all_gather(i, m), rounds)))
     return found
 
 
@@ -104,14 +104,14 @@ def dispatches(tokens: int, dim: int, n_experts: int, top_k: int, rounds: int) -
 
     found = {}
     for direction, call in (("forward", torch.no_grad()(forward)), ("forward+backward", both)):
-        seconds = statistics.median(_timed(call, rounds))
+        seconds = statistics.median(timed(call, rounds))
         with counted() as traffic:
             call()
         found[direction] = (seconds, traffic.bytes)
     return found
 
 
-def _timed(call: Callable[[], object], rounds: int) -> list[float]:
+def timed(call: Callable[[], object], rounds: int) -> list[float]:
     """Seconds of each round, which all ranks begin together."""
     found = []
     for turn in range(-WARM, rounds):

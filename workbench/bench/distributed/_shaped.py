@@ -1,9 +1,6 @@
 """One look at the shaped link: its rate, what trainings wait for on it, and what dispatching takes."""
 
-import socket
 import statistics
-import threading
-import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +9,7 @@ from workbench.bench.core import BOTH, FORWARD, OURS
 from workbench.bench.distributed import _ranks
 from workbench.lib.core.budget import count_params
 from workbench.lib.core.distributed.processes import run_processes
-from workbench.lib.core.distributed.shaped import call_shaped
+from workbench.lib.core.distributed.shaped import call_shaped, loopback_seconds
 
 MBIT, WORLD = 100, 2
 DDP, ALL_REDUCE = "torch/ddp", "torch/all_reduce"
@@ -104,7 +101,7 @@ def seen(quick: bool = False) -> Seen:
 def _look(quick: bool) -> Seen:
     """Inside the namespace."""
     shape, rounds = (QUICK_SHAPE, 3) if quick else (SHAPE, 3)
-    rate = SOCKET / statistics.median(_socket_seconds(SOCKET) for _ in range(3))
+    rate = SOCKET / statistics.median(loopback_seconds(SOCKET) for _ in range(3))
     gathers = [max(each) for each in zip(*run_processes(_ranks.gathers, WORLD, SIZES, rounds), strict=True)]
     both = run_processes(_ranks.trainings, WORLD, shape, ARMS, timeout=200)
     trained = [{key: max(rank[key] for rank in ranks) for key in ranks[0]} for ranks in zip(*both, strict=True)]
@@ -114,28 +111,6 @@ def _look(quick: bool) -> Seen:
         for direction in (FORWARD, BOTH)
     }
     return Seen(rate, SIZES, gathers, count_params(_ranks.network(shape)), trained, dispatched)
-
-
-def _socket_seconds(n_bytes: int) -> float:
-    """From the first of so many bytes through the loopback until the last has come."""
-
-    def read() -> None:
-        with server.accept()[0] as there:
-            left = n_bytes
-            while left:
-                left -= len(there.recv(1 << 16))
-            there.sendall(b".")
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        reader = threading.Thread(target=read)
-        reader.start()
-        with socket.create_connection(server.getsockname()) as here:
-            began = time.perf_counter()
-            here.sendall(bytes(n_bytes))
-            here.recv(1)
-            spent = time.perf_counter() - began
-        reader.join()
-    return spent
 
 
 def _row(case: str, direction: str, name: str, seconds: float, limit: float | None, over: dict) -> dict[str, Any]:

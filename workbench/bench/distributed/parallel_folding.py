@@ -5,7 +5,6 @@ ends and the optimiser. Predicted are whole steps, of layouts whose attention an
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from workbench.bench.distributed._ranks import timed
 from workbench.lib.core.distributed.dispatcher import TokenDispatcher
 from workbench.lib.core.distributed.processes import run_processes
 from workbench.lib.core.distributed.shaped import call_shaped
@@ -41,7 +41,7 @@ MESHES = (
     {},
 )
 SIZES = (4_096, 32_768, 131_072, 524_288, 2_097_152)
-WARM, ROUNDS = 2, 5
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,4 @@ def _step(shape: dict[str, int], sizes: dict[str, int], rounds: int) -> float:
 
 
 def _median(call: Callable[[], object], rounds: int) -> float:
-    """Seconds of a call, which both ranks begin together."""
-    spent = []
-    for turn in range(-WARM, rounds):
-        dist.barrier()
-        began = time.perf_counter()
-        call()
-        if turn >= 0:
-            spent.append(time.perf_counter() - began)
-    return statistics.median(spent)
+    return statistics.median(timed(call, rounds))

@@ -1,18 +1,12 @@
 """Models of serving held to real runs: calibrated on this machine, then predictions beside what is measured.
 
-One file a system: `measure(quick) -> Validation` runs at least four configurations that had no part in the calibration.
-What travels with the package is made by
-
-    python -m workbench.bench.serving moe-lens --keep
-
-and lies beside the system's study, in `workbench/studies/serving/measured/`.
+One file a system, see `workbench.bench.real_runs`.
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from workbench.errors import InputError
+from workbench.bench import real_runs
 from workbench.lib.core.simulation.validation import Validation
 
 REPEATS = 1
@@ -20,8 +14,7 @@ REPEATS = 1
 
 def systems() -> dict[str, str]:
     """Slug -> the module that measures it."""
-    files = sorted(Path(__file__).parent.glob("[!_]*.py"))
-    return {file.stem.replace("_", "-"): f"{__name__}.{file.stem}" for file in files}
+    return real_runs.systems(__name__)
 
 
 def measure(slug: str, quick: bool = False) -> Validation:
@@ -35,20 +28,5 @@ def cases(quick: bool = False) -> list:
 
 
 def tables(quick: bool = False) -> dict[str, Any]:
-    """For each system the configurations with their errors, and in "accuracy" the median of each.
-
-    What cannot be measured on this machine is named there with the reason. "records" has all, with the calibrations.
-    """
-    found, accuracy = {}, []
-    for slug in systems():
-        try:
-            record = found[slug] = measure(slug, quick)
-        except InputError as error:  # no shaped link, for one
-            accuracy.append({"system": slug, "configurations": 0, "median error": f"not measured: {error}"})
-            continue
-        accuracy.append(
-            {"system": slug, "configurations": len(record.rows)}
-            | {"median error": f"{record.median_error:.1%}", "accuracy": f"{record.accuracy:.1%}"}
-        )
-    rows = {slug: record.table() for slug, record in found.items()}
-    return rows | {"accuracy": accuracy, "records": {slug: record.to_dict() for slug, record in found.items()}}
+    """For each system the configurations with their errors, and the medians; see `real_runs.tables`."""
+    return real_runs.tables(systems(), measure, quick)

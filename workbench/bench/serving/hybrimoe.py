@@ -24,6 +24,7 @@ from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.simulation.executor import ThrottledLink, pair_speedup
 from workbench.lib.core.simulation.traces import RouterTrace, zipf_markov
 from workbench.lib.core.simulation.validation import Validation
+from workbench.lib.core.threads import torch_threads
 from workbench.lib.serving.hybrid_execution import Executed, HybridExecutor
 from workbench.lib.serving.hybrid_schedule import CostModel, Rate
 from workbench.lib.serving.hybrimoe import HybridSim, Offload
@@ -58,7 +59,7 @@ def measure(quick: bool = False) -> Validation:
     """Costs fitted on plain layers, then every policy at every capacity, predicted and measured."""
     shape = QUICK if quick else Machine()
     torch.manual_seed(0)
-    with one_thread():
+    with torch_threads(1):
         banks = [GLUExperts(shape.experts, shape.width, shape.hidden) for _ in range(shape.layers)]
         mixers = [nn.Linear(shape.width, shape.width, bias=False) for _ in range(shape.layers)]
         run = partial(executed, shape, banks, mixers)
@@ -140,16 +141,6 @@ def beside(work: Callable[[], None]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _trace(shape: Machine, seed: int, **how: int) -> RouterTrace:

@@ -263,7 +263,7 @@ class Cluster:
         if not 0 < efficiency <= 1:
             raise InputError(f"efficiency is {efficiency} but must be above 0 and at most 1")
         hardware.need("device", "node", "network", "devices_per_node")
-        links = [LinkModel(at.latency_seconds, 1 / at.bandwidth) for at in (hardware.node, hardware.network)]
+        links = hardware.node.model, hardware.network.model
         device = hardware.device
         memory, peak = device.memory_bytes * USABLE, device.flops
         return cls(hardware.label, Roofline(device, efficiency), *links, hardware.devices_per_node, memory, peak)

@@ -10,6 +10,7 @@ import torch
 from workbench.lib.core.simulation.executor import Executor
 from workbench.lib.core.simulation.fits import LinkModel, RateTable
 from workbench.lib.core.simulation.validation import machine
+from workbench.lib.core.threads import torch_threads
 from workbench.lib.serving.attendant import attend
 from workbench.lib.serving.costs import MeasuredCosts
 from workbench.lib.serving.offload import Batch, TinyOffloadServer, prefill_attention
@@ -23,13 +24,8 @@ def calibrate(server: TinyOffloadServer, max_tokens: int, repeats: int = 7) -> M
     Only how much slower device and CPU make each other is measured with both at work: twice as slow each on one core,
     and not at all where they do not meet.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            return _calibrated(server, max_tokens, repeats)
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(1), torch.no_grad():
+        return _calibrated(server, max_tokens, repeats)
 
 
 def _calibrated(server: TinyOffloadServer, max_tokens: int, repeats: int) -> MeasuredCosts:

@@ -409,8 +409,7 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
         return max(sizes[level] / device.memory_bandwidth, n * workload.expert_flops / device.flops)
 
     compute = {level: RateTable(tokens, tuple(seconds(n, level) for n in tokens)) for level in sizes}
-    read = LinkModel(channel.latency_seconds, 1 / channel.bandwidth)
-    costs = Costs(sizes, read, compute, seconds(1, BITS), hardware.label)
+    costs = Costs(sizes, channel.model, compute, seconds(1, BITS), hardware.label)
     trace, rows, own = by_rank(workload.trace, SIMULATED), [], None
     for policy in ("hebf", *(name for name in POLICIES if name != "hebf")):
         run = D2Sim(trace, costs, policy, int(workload.budget_bytes)).run()

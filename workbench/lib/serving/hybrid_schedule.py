@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 
+import numpy as np
+
 from workbench.errors import InputError, unknown
+from workbench.lib.core.simulation.fits import fitted
 
 MODES = ("greedy", "fixed", "device", "optimal")
 """Greedy; cached ones on the device and the others on the CPU; all on the device; the best of all assignments."""
@@ -56,9 +59,6 @@ class Rate:
             InputError: the samples do not tell the three numbers apart: some must have one expert and some several,
                 of few tokens and of many.
         """
-        import numpy as np
-        from scipy.optimize import nnls
-
         rows = np.array([[1.0, len(counts), sum(counts)] for counts, _ in samples]).reshape(-1, 3)
         times = np.array([seconds for _, seconds in samples], dtype=float)
         if not (np.isfinite(times).all() and (times > 0).all()):
@@ -68,9 +68,7 @@ class Rate:
                 f"samples has {len(rows)} rows that do not tell first, expert and token apart: some must have one "
                 "expert and some several, of few tokens and of many"
             )
-        scale = rows.max(0)
-        found, _ = nnls(rows / scale / times[:, None], np.ones(len(rows)))
-        return cls(*(found / scale).tolist())
+        return cls(*fitted(rows, times))
 
 
 @dataclass(frozen=True)

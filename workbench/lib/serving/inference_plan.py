@@ -31,7 +31,6 @@ from workbench.lib.core.distributed.wire import counted
 from workbench.lib.core.experts import ExpertWeights, GLUExperts
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routing import Routing
-from workbench.lib.core.simulation.fits import LinkModel
 from workbench.lib.core.simulation.hardware import Hardware
 from workbench.lib.serving.all_to_all import Exchange, all_to_all_seconds, make_exchange
 
@@ -242,7 +241,7 @@ def layer_times(
         seconds.append((work + read, touched))
     here = tokens * tp / world
     gate = 2 * here * d_model * e / flops + d_model * e * bytes_per_number / bandwidth
-    near, far = (LinkModel(c.latency_seconds, 1 / c.bandwidth) for c in (machine.node, machine.network))
+    near, far = machine.node.model, machine.network.model
     # a block has places for the fullest expert of this rank's tokens, of each expert that its receiver has
     block = max(load) * tp / world * plan.per_rank * d_model * bytes_per_number
     ways = (

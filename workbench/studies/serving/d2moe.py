@@ -3,7 +3,7 @@
 A byte model whose blocks are mixtures of experts is trained anew for each seed (`beds.router_traces`), and its experts
 are made nested codes. Nothing of it is trained any more but the routers of bits. Quality is measured on held-out text.
 Then eight held-out texts are read side by side, a byte of each at a time, and the experts and bits that they want are
-served from a slow disk: in simulated time, by an executor's costs that were measured on one machine (`CALIBRATION`),
+served from a slow disk: in simulated time, by an executor's costs measured on one machine (`measured/d2moe.json`),
 with experts as large as were measured there. The bed's own are too small for time to be anything but overhead.
 """
 
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.beds import router_traces as bed
-from workbench.catalogue import PACKAGE
 from workbench.lib.core.models import DecoderLM
-from workbench.lib.core.simulation.validation import Validation
 from workbench.lib.core.task import LanguageModelling
 from workbench.lib.core.train import TrainConfig
 from workbench.lib.serving.d2moe import (
@@ -34,11 +32,11 @@ from workbench.lib.serving.d2moe import (
 from workbench.lib.serving.d2moe_code import NestedQuantizer
 from workbench.lib.serving.d2moe_executor import NestedBank
 from workbench.lib.serving.d2moe_schedule import Costs, D2Sim
+from workbench.studies import measured
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, Judgement, decide
 
-CALIBRATION = PACKAGE / "studies" / "serving" / "measured" / "d2moe.json"
 WIDTHS = {3: (2, 3, 4), 4: (2, 4, 8)}
 """Mean bits -> the widths that a router, or chance, has to choose from."""
 POLICIES = {"int8": ("whole",), "uniform": ("hebf",), "random": ("hebf",)}
@@ -155,7 +153,7 @@ def served(
 
 def calibrated() -> Costs:
     """What was measured once, and travels with the package."""
-    record = Validation.read(CALIBRATION)
+    record = measured.read(METHOD)
     return Costs.from_dict(record.calibration["costs"], record.label)
 
 

@@ -1,10 +1,8 @@
 """A shaped link: as slow as it is told, alone in its namespace, and ended with what runs in it."""
 
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 from tests.processes import running
 from workbench.errors import InputError
 from workbench.lib.core.distributed import shaped
-from workbench.lib.core.distributed.shaped import available, call_shaped, shaped_command
+from workbench.lib.core.distributed.shaped import available, call_shaped, loopback_seconds, shaped_command
 
 permitted, reason = available()
 ROOT = Path(__file__).parents[4]
@@ -22,28 +20,6 @@ needs_a_namespace = pytest.mark.skipif(not permitted, reason=reason)
 
 def said(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def seconds_for(n_bytes: int) -> float:
-    """Of sending so many bytes through the loopback, until the last has come."""
-
-    def read() -> None:
-        with server.accept()[0] as there:
-            left = n_bytes
-            while left:
-                left -= len(there.recv(1 << 16))
-            there.sendall(b".")
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        reader = threading.Thread(target=read)
-        reader.start()
-        with socket.create_connection(server.getsockname()) as here:
-            began = time.perf_counter()
-            here.sendall(bytes(n_bytes))
-            here.recv(1)
-            spent = time.perf_counter() - began
-        reader.join()
-    return spent
 
 
 def stay(file: str) -> None:
@@ -61,7 +37,7 @@ def refuse(word: str) -> None:
 def test_bytes_take_the_time_of_the_rate():
     """Never less: a busy machine makes it only longer. 64,000 bytes pass at once."""
     n_bytes = 500_000
-    assert call_shaped(seconds_for, n_bytes, mbit=20) > 8 * (n_bytes - 64_000) / 20e6
+    assert call_shaped(loopback_seconds, n_bytes, mbit=20) > 8 * (n_bytes - 64_000) / 20e6
 
 
 @needs_a_namespace

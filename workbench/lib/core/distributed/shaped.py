@@ -12,9 +12,12 @@ import pickle
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -115,6 +118,28 @@ def call_shaped(function: Callable[..., Any], *args: Any, mbit: float, timeout: 
     if not good:
         raise value
     return value
+
+
+def loopback_seconds(n_bytes: int) -> float:
+    """From the first of so many bytes through one socket of the loopback until the last has come."""
+
+    def read() -> None:
+        with server.accept()[0] as there:
+            left = n_bytes
+            while left:
+                left -= len(there.recv(1 << 16))
+            there.sendall(b".")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reader = threading.Thread(target=read)
+        reader.start()
+        with socket.create_connection(server.getsockname()) as here:
+            began = time.perf_counter()
+            here.sendall(bytes(n_bytes))
+            here.recv(1)
+            spent = time.perf_counter() - began
+        reader.join()
+    return spent
 
 
 def _answer(parent: int, call: str, answer: str) -> None:

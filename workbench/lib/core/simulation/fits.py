@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from workbench.errors import InputError
 
@@ -43,14 +44,10 @@ class LinkModel:
         Raises:
             InputError: fewer than two sizes, not as many seconds, or a number that is not finite and above 0.
         """
-        from scipy.optimize import nnls  # slow to import, and few fit
-
         x, y = _measured(sizes, seconds)
         if len(np.unique(x)) < 2:
             raise InputError(f"sizes has {len(np.unique(x))} different values but a line needs at least 2")
-        scale = x.max()  # so that both columns are of one size
-        (alpha, beta), _ = nnls(np.stack([1 / y, x / scale / y], axis=1), np.ones_like(y))
-        return cls(float(alpha), float(beta / scale))
+        return cls(*fitted(np.stack([np.ones_like(x), x], axis=1), y))
 
     def seconds(self, n: float) -> float:
         """One message of n bytes; nothing is sent, and no time taken, for 0."""
@@ -145,6 +142,15 @@ class RateTable:
     def from_dict(cls, found: Mapping[str, Any]) -> "RateTable":
         """The inverse of `to_dict`."""
         return cls(tuple(found["sizes"]), tuple(found["times"]))
+
+
+def fitted(counts: Float[np.ndarray, "times terms"], seconds: Float[np.ndarray, " times"]) -> list[float]:
+    """Seconds of one of each term, none negative, by least squares of the relative errors of the sums."""
+    from scipy.optimize import nnls  # slow to import, and few fit
+
+    scale = counts.max(0)  # so that all columns are of one size
+    found, _ = nnls(counts / scale / seconds[:, None], np.ones_like(seconds))
+    return (found / scale).tolist()
 
 
 def relative_errors(predicted: Sequence[float], measured: Sequence[float]) -> list[float]:

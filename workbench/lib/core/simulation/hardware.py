@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import InputError, unknown
+from workbench.lib.core.simulation.fits import LinkModel
 
 DEVICES = Path(__file__).parent / "devices.json"
 BASES = ("specified", "measured")
@@ -36,6 +37,11 @@ class Channel:
 
     bandwidth: float
     latency_seconds: float
+
+    @property
+    def model(self) -> LinkModel:
+        """Seconds of a message by its bytes."""
+        return LinkModel(self.latency_seconds, 1 / self.bandwidth)
 
 
 @dataclass(frozen=True)
