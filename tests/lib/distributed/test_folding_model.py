@@ -10,17 +10,8 @@ from tests.lib.distributed import folding_ranks as ranks
 from workbench.errors import InputError
 from workbench.lib.core.simulation.fits import LinkModel
 from workbench.lib.core.simulation.hardware import Hardware
-from workbench.lib.distributed.folding_model import (
-    Cluster,
-    FoldingModel,
-    Layout,
-    MoEConfig,
-    Roofline,
-    best,
-    drawn,
-    fastest,
-    layouts,
-)
+from workbench.lib.distributed.folding_layouts import Layout, MoEConfig, layouts
+from workbench.lib.distributed.folding_model import Cluster, FoldingModel, Roofline, best, drawn, fastest
 from workbench.lib.distributed.parallel_folding import _cut
 
 SMALL = MoEConfig(

@@ -7,7 +7,7 @@ import pytest
 from tests.lib.distributed import folding_ranks as ranks
 from workbench.errors import InputError
 from workbench.lib.core.distributed.processes import run_processes
-from workbench.lib.distributed.folding_model import Layout
+from workbench.lib.distributed.folding_layouts import Layout
 from workbench.lib.distributed.parallel_folding import FoldedMesh
 
 

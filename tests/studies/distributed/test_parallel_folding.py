@@ -7,7 +7,8 @@ import pytest
 from workbench.catalogue import PACKAGE
 from workbench.lib.core.simulation.hardware import Hardware
 from workbench.lib.core.simulation.validation import Validation
-from workbench.lib.distributed.folding_model import Cluster, FoldingModel, MoEConfig, drawn
+from workbench.lib.distributed.folding_layouts import MoEConfig
+from workbench.lib.distributed.folding_model import Cluster, FoldingModel, drawn
 from workbench.studies.distributed.parallel_folding import ARMS, PRESETS, among, chosen, judge, run
 from workbench.studies.rows import Row, Rows
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED

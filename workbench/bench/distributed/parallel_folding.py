@@ -23,7 +23,8 @@ from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import LinearRouter
 from workbench.lib.core.simulation.fits import LinkModel, RateTable
 from workbench.lib.core.simulation.validation import Validation
-from workbench.lib.distributed.folding_model import Cluster, FoldingModel, Layout, MoEConfig
+from workbench.lib.distributed.folding_layouts import Layout, MoEConfig
+from workbench.lib.distributed.folding_model import Cluster, FoldingModel
 from workbench.lib.distributed.parallel_folding import FoldedDecoder, FoldedMesh
 
 MBIT, WORLD, VOCAB = 200, 2, 256

@@ -39,7 +39,8 @@ from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import TopKRouter
 from workbench.lib.core.routing import Context, Routing
-from workbench.lib.distributed.folding_model import Layout, best, drawn
+from workbench.lib.distributed.folding_layouts import Layout
+from workbench.lib.distributed.folding_model import best, drawn
 
 METHOD = Method(
     slug="parallel-folding",

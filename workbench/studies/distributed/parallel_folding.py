@@ -11,17 +11,8 @@ What the model says of steps that were really taken, by two processes, is in `me
 from collections.abc import Iterator
 
 from workbench.errors import InputError
-from workbench.lib.distributed.folding_model import (
-    KINDS,
-    Cluster,
-    FoldingModel,
-    Layout,
-    MoEConfig,
-    Report,
-    drawn,
-    fastest,
-    layouts,
-)
+from workbench.lib.distributed.folding_layouts import Layout, MoEConfig, layouts
+from workbench.lib.distributed.folding_model import KINDS, Cluster, FoldingModel, Report, drawn, fastest
 from workbench.lib.distributed.parallel_folding import METHOD
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows

@@ -41,17 +41,21 @@ class SplitExperts(GLUExperts):
 
 
 def split_experts(model: nn.Module, group: Any) -> list[nn.Parameter]:
-    """Leave a model, in place, this rank's experts of every MoE layer only, and return their parameters.
+    """Leave this rank its experts of every MoE layer of a model, in place; their parameters.
+
+    Layers that share a bank share what is left of it, and so does whatever else in the model holds it.
 
     Raises:
-        InputError: as `check_banks` and `SplitExperts`.
+        InputError: as `check_banks` and `SplitExperts`; the model is as it was.
     """
     check_banks(model)
-    found: list[nn.Parameter] = []
-    for layer in moe_layers(model).values():
-        layer.experts = SplitExperts(layer.experts, group)
-        found.extend(layer.experts.parameters())
-    return found
+    banks = {layer.experts: None for layer in moe_layers(model).values()}
+    own = {bank: SplitExperts(bank, group) for bank in banks}  # all of them, or the model is as it was
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in own:
+                setattr(module, name, own[child])
+    return [p for bank in own.values() for p in bank.parameters()]
 
 
 def check_banks(model: nn.Module) -> None:
