@@ -6,11 +6,10 @@ make the step that one would make of the whole batch. `distributed.layouts` has 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from workbench.lib.core.task import Batch
 
 
 class Replicas:
@@ -24,8 +23,8 @@ class Replicas:
 
     rank, world = 0, 1
 
-    def share(self, batch: Batch) -> Batch:
-        """The rows that this process trains on."""
+    def share(self, batch: Any) -> Any:
+        """What this process trains on of a batch, which is of the task's own kind."""
         return batch
 
     def means(self, loss: Tensor, aux: Tensor | float) -> tuple[float, float]:
