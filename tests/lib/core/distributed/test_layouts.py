@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tests.lib.core.distributed import layouts
-from workbench.errors import InputError
-from workbench.lib.core.distributed.layouts import LAYOUTS, check_world
+from workbench.lib.core.distributed.layouts import LAYOUTS
 from workbench.lib.core.distributed.processes import run_processes
 
 
@@ -55,11 +54,3 @@ def test_what_cannot_be_shared_out_is_refused_and_what_can_is_named():
     assert "3 experts do not divide evenly over 2 ranks" in found["experts"]
     assert "layout 'pipeline' is unknown" in found["layout"]
     assert found["batch"] == "2 processes cannot share batch_size = 3 evenly: 1, 3 can"
-
-
-def test_the_numbers_of_processes_that_fit_are_named():
-    check_world(4, "experts", 16, 8)
-    with pytest.raises(InputError, match=r"3 processes .* batch_size = 16 and n_experts = 12 evenly .*: 1, 2, 4 can"):
-        check_world(3, "experts", 16, 12)
-    with pytest.raises(InputError, match="1, 2, 3, 4, 6, 12 can"):
-        check_world(5, "data", 12, 7)

@@ -12,7 +12,6 @@ over rows is asked of all ranks: the load in the balance loss, the load that a l
 gradient. What would decide over the whole batch otherwise is refused: experts that choose tokens, a capacity.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -27,7 +26,6 @@ from workbench.errors import InputError, unknown
 from workbench.lib.core.balance import SHARED_OUT
 from workbench.lib.core.distributed.experts import check_banks, split_experts
 from workbench.lib.core.distributed.gradients import GradientSet, clip_gradients, reduce_gradients
-from workbench.lib.core.distributed.grids import divisors
 from workbench.lib.core.distributed.shares import Ranks
 from workbench.lib.core.models import Block
 from workbench.lib.core.observe import routed_layers
@@ -36,17 +34,6 @@ from workbench.lib.core.task import device_of
 LAYOUTS = ("data", "sharded", "experts")
 
 T = TypeVar("T")
-
-
-def check_world(world: int, layout: str, batch_size: int, n_experts: int = 0) -> None:
-    """Raise `InputError`, with the numbers of processes that can, unless `world` can share out rows and experts."""
-    if layout not in LAYOUTS:
-        raise unknown("layout", layout, LAYOUTS)
-    of = math.gcd(batch_size, n_experts if layout == "experts" else 0)
-    if world not in divisors(of):
-        shares = f"batch_size = {batch_size}" + (f" and n_experts = {n_experts}" if layout == "experts" else "")
-        fit = ", ".join(map(str, divisors(of)))
-        raise InputError(f"{world} processes cannot share {shares} evenly in the layout {layout!r}: {fit} can")
 
 
 def check_model(model: nn.Module, layout: str) -> None:
