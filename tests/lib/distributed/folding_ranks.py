@@ -13,6 +13,7 @@ from workbench.lib.core.experts import GLUExperts
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.moe import MoELayer
 from workbench.lib.core.routers import LinearRouter
+from workbench.lib.core.routing import Context
 from workbench.lib.distributed.parallel_folding import FoldedDecoder, FoldedMesh, trained
 
 VOCAB, D, HEADS, E, HIDDEN, TIME, ROWS = 17, 16, 4, 8, 8, 16, 8
@@ -79,11 +80,11 @@ def wired(sizes: Mapping[str, int], form: str) -> dict:
     tokens = batches(1)[0]
     own = folded.dispatchers[0].dispatch
 
-    def dispatch(x, routing):
+    def dispatch(x, routing, training):
         nonlocal away, pairs
         per = E // m.ep
         away, pairs = int((routing.expert // per != folded.at["ep"]).sum()), routing.expert.numel()
-        return own(x, routing)
+        return own(x, routing, training)
 
     folded.dispatchers[0].dispatch = dispatch
     with counted() as traffic:
@@ -122,12 +123,31 @@ def refused() -> list[str]:
         except InputError as error:
             said.append(str(error))
     folded = FoldedDecoder(whole(torch.float32), FoldedMesh(2, tp=2))
-    for tokens in (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.int64)):
+    for tokens in (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(0, 4).long(), torch.zeros(1, TIME + 2).long()):
         try:
             folded.own(tokens)
         except InputError as error:
             said.append(str(error))
     return said
+
+
+def evaluated() -> dict:
+    """In evaluation mode with places of its own, beside the whole model; and what is frozen in both."""
+    model = whole(torch.float64, Capacity(0.5, evaluation=8.0))
+    model.blocks[0].ffn.experts.down.requires_grad_(False)
+    folded, tokens = FoldedDecoder(model, FoldedMesh(2, tp=2, ep=2)), batches(1)[0]
+    found = {"frozen": [name for name, p in folded.named_parameters() if not p.requires_grad]}
+    for training in (True, False):
+        context = Context()
+        logits = model.train(training)(tokens[:, :-1], context)
+        alone = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + context.aux
+        total = folded.train(training).loss(tokens).detach()
+        dist.all_reduce(total)
+        found[training] = (float(total), float(alone.detach()))
+    folded.loss(tokens).backward()
+    folded.reduce()
+    found["norm"] = float(folded.clip(1.0))
+    return found
 
 
 def eight() -> dict:

@@ -68,9 +68,20 @@ def test_what_cannot_be_split_is_refused():
         "must have an MoELayer of GLUExperts alone",
         "tokens has shape (1, 3)",
         "tokens has shape (0, 4)",
+        "tokens has shape (1, 18) but must have rows in dp = 1 equal parts and columns in cp * tp = 2, of which "
+        "there are at most seq_len = 16",
     ]
     for said in run_processes(ranks.refused, 2):
         assert len(said) == len(expected) and all(part in one for part, one in zip(expected, said, strict=True)), said
+
+
+def test_evaluation_has_the_places_of_evaluation_and_what_is_frozen_stays_so():
+    for found in run_processes(ranks.evaluated, 2):
+        for training in (True, False):
+            ours, theirs = found[training]
+            assert abs(ours - theirs) < 1e-12
+        assert abs(found[True][0] - found[False][0]) > 1e-4
+        assert found["frozen"] == ["blocks.0.ffn.experts.down"] and found["norm"] > 0
 
 
 @pytest.mark.parametrize("world", [8, 16])

@@ -247,6 +247,56 @@ def test_the_state_is_tensors_and_is_refused_by_other_fragments():
             other.parts[0].load_state_dict(state)
 
 
+@pytest.mark.parametrize(("count", "every"), [(1, 1), (1, 3), (2, 5), (4, 5)])
+@pytest.mark.parametrize("codec", [None, E3M0Codec(16)])
+def test_a_restart_after_any_step_with_any_delay_goes_on_to_the_same_bits(count, every, codec):
+    def change(made: LocalReplicas, step: int) -> None:
+        with torch.no_grad():
+            for m, model in enumerate(made.replicas):
+                for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+                    p += 0.1 * draw(*p.shape, seed=100 * step + 10 * m + i)
+        made.step()
+
+    total = 2 * every + 2
+    for delay in range((every - 1) // count + 1):
+        how = {"count": count, "sync_every": every, "delay": delay, "codec": codec}
+        whole, states = local(2, **how), []
+        for step in range(total):
+            states.append(copy.deepcopy(whole.state_dict()))
+            change(whole, step)
+        for cut, state in enumerate(states):
+            again = local(2, **how)
+            again.load_state_dict(state)
+            for step in range(cut, total):
+                change(again, step)
+            assert equal(again.state_dict(), whole.state_dict()), (delay, cut)
+
+
+def test_a_state_of_the_same_sizes_in_another_order_and_one_of_another_codec_are_refused():
+    def made(order: str, codec: E3M0Codec | None) -> LocalReplicas:
+        nets = [torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(4)]) for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        return LocalReplicas(nets, fragments(nets[0], 2, order), sync_every=8, delay=2, codec=codec)
+
+    one = made("strided", E3M0Codec(16))
+    for _ in range(4):
+        one.step()
+    assert one.parts[0]._under_way is not None
+    with pytest.raises(InputError, match="state is of other fragments than the 2 that there are"):
+        made("sequential", E3M0Codec(16)).load_state_dict(one.state_dict())
+    for other in (None, E3M0Codec(32)):
+        with pytest.raises(InputError, match=r"state has a message of 20 bytes .* it is of another codec"):
+            made("strided", other).load_state_dict(one.state_dict())
+
+
+def test_replicas_whose_frozen_weights_are_unlike_are_refused():
+    models = [Net(), Net()]
+    models[1].fixed.data[0, 0] = 2.0
+    made = LocalReplicas(models, fragments(models[0], 1), sync_every=4)
+    with pytest.raises(InputError, match="replicas are 2 but 1 began with other weights"):
+        made.step()
+
+
 def test_a_flush_takes_over_at_once_what_is_under_way():
     made = in_process(2, steps=4, count=1, codec=False, sync_every=4, delay=3, mix=0.0)
     assert not equal(*map(weights, made.replicas))
@@ -382,6 +432,9 @@ def test_utilisation_is_by_hand():
         (lambda: Schedule(4, 3), "sync_every is 3 but must be at least the 4 fragments"),
         (lambda: Schedule(3, 9, 3), "delay is 3 but must be 0 to 2: 3 fragments are exchanged in 9 steps"),
         (lambda: Schedule(3, 9, -1), "delay is -1 but"),
+        (lambda: Schedule(2, True), "sync_every is True but must be a whole number"),
+        (lambda: LocalReplicas([Net()] * 2, fragments(Net(), 1), sync_every=4), "models have parameters in common but"),
+        (lambda: LocalReplicas([], fragments(Net(), 1), sync_every=4), "models has none but must be at least one"),
         (lambda: fragments(Net(), 5), "count is 5 but must be 1 to 4, the layers"),
         (lambda: fragments(Net(), 2, "stride"), "order 'stride' is unknown; did you mean 'strided'"),
         (lambda: E3M0Codec(100), "block is 100 but must be one of 16"),

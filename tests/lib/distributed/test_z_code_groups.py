@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.lib.distributed.z_code_ranks import everything
 from workbench.errors import InputError
+from workbench.lib.core import checkpoint
 from workbench.lib.core.distributed.processes import run_processes
 from workbench.lib.core.optim.offloaded import OffloadedAdamW
 from workbench.lib.distributed.expert_groups import ExpertGroups
@@ -213,6 +214,80 @@ def test_from_its_state_it_goes_on_bit_for_bit():
         OffloadedAdamW(two.parameters(), bucket_bytes=0)
 
 
+def test_frozen_weights_have_no_gradient_to_stream_and_one_bucket_may_see_several_passes():
+    for finished in (True, False):
+        model, whole = net(), net()
+        for one in (model, whole):
+            one[2].weight.requires_grad_(False)
+        ours, theirs = OffloadedAdamW(model.parameters()), torch.optim.AdamW(whole.parameters(), foreach=False)
+        with ours.streaming():
+            for step in range(2):
+                loss_of(model, step).backward()
+                loss_of(whole, step).backward()
+            if not finished:
+                ours.step()
+        if finished:
+            ours.step()
+        theirs.step()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_weights_that_somebody_else_has_changed_are_gone_on_from():
+    """A checkpoint of the model alone, an average with other replicas: AdamW steps from what is there."""
+    model, whole = net(), net()
+    ours, theirs = OffloadedAdamW(model.parameters()), torch.optim.AdamW(whole.parameters(), foreach=False)
+    for step in range(3):
+        for one, optimizer in ((model, ours), (whole, theirs)):
+            if step != 1:
+                one.load_state_dict({name: t.round(decimals=1) for name, t in one.state_dict().items()})
+            loss_of(one, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    half = net(torch.bfloat16)
+    optimizer = OffloadedAdamW(half.parameters(), lr=1e-5)
+    loss_of(half, 0).backward()
+    optimizer.step()
+    masters = [state["master"].clone() for state in optimizer.state_dict()["state"].values()]
+    half.load_state_dict(half.state_dict())  # what is as it was keeps the bits that bfloat16 has not
+    optimizer.step()
+    assert all(
+        torch.equal(a, s["master"]) for a, s in zip(masters, optimizer.state_dict()["state"].values(), strict=True)
+    )
+    assert not all(torch.equal(a, a.bfloat16().float()) for a in masters)
+
+
+def test_its_state_has_the_rates_of_now_and_what_schedules_keep_beside_them():
+    model = net()
+    optimizer = OffloadedAdamW(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    schedule.step()
+    other = OffloadedAdamW(net().parameters(), lr=3.0)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 0.5 and other.param_groups[0]["initial_lr"] == 1.0
+    with pytest.raises(InputError, match=r"a master of shape \(16, 6\) of parameter 0 but must have \(3, 2\)"):
+        OffloadedAdamW(nn.Sequential(*[nn.Linear(2, 3) for _ in range(3)]).parameters()).load_state_dict(
+            optimizer.state_dict()
+        )
+
+
+def test_it_is_kept_by_a_checkpoint(tmp_path):
+    model = net(torch.bfloat16)
+    optimizer = OffloadedAdamW(model.parameters(), lr=0.01)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    checkpoint.save(tmp_path, 1, model, optimizer)
+    again = net(torch.bfloat16)
+    other = OffloadedAdamW(again.parameters())
+    assert checkpoint.load(tmp_path, again, other).step == 1
+    for one, its in ((model, optimizer), (again, other)):
+        loss_of(one, 1).backward()
+        its.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
 # -- the formula
 
 
@@ -234,5 +309,7 @@ def test_ranks_that_do_not_fit_are_refused():
         memory(1, 1, world=8, ep=3)
     with pytest.raises(InputError, match="world of 4: those that divide it are 1, 2, 4"):
         memory(1, 1, world=8, tp=2, ep=8)
+    with pytest.raises(InputError, match="bucket_bytes is 0 but must be at least 1"):
+        memory(1, 1, world=8, ep=8, offload=True, bucket_bytes=0)
     with pytest.raises(InputError, match="experts is -1"):
         memory(1, -1, world=8, ep=8)

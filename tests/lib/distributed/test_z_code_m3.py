@@ -206,3 +206,14 @@ def test_the_recipe():
     layer = served_layer(D, E, H)
     assert (layer.top_k, layer.router.jitter, layer.router.coefficients) == (1, 0.01, {"lbl": 0.01})
     assert layer.capacity == Capacity(1.0, "random", evaluation=2.0)
+
+
+def test_a_bank_that_layers_share_and_batches_that_are_none_are_refused():
+    made = model()
+    with pytest.raises(InputError, match=r"batches brought no token to layers\.0 but must reach every layer"):
+        utilisation(made, rows(), [])
+    made.layers[1].experts = made.layers[0].experts
+    with pytest.raises(InputError, match=r"layers\.1 shares its experts with layers\.0 but must have its own"):
+        prune_experts(made, 2, "weight")
+    grown = aggregate_experts(made, made)  # which is well defined: they go on sharing
+    assert grown.layers[0].experts is grown.layers[1].experts and grown.layers[1].experts.down.shape[0] == 2 * E

@@ -15,6 +15,8 @@ whole model: experts count once, over the expert-parallel group.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import reduce
 from typing import Any
 
 import torch
@@ -74,7 +76,7 @@ class ExpertData(Ranks):
             and a balance loss is of each rank's own tokens.
 
     Attributes:
-        shared, experts: the parameters that all ranks have, and those of this rank's experts.
+        shared, experts: the trained parameters that all ranks have, and those of this rank's experts.
 
     Raises:
         InputError: there is no MoE layer, or one has other experts than `GLUExperts`, or not a multiple of P.
@@ -84,9 +86,10 @@ class ExpertData(Ranks):
         super().__init__()
         self.groups = groups
         self.edp, ep = groups.grid.process_group("edp"), groups.grid.process_group("ep")
-        self.experts = split_experts(model, ep)
-        own = set(self.experts)
-        self.shared = [p for p in model.parameters() if p not in own]
+        self._split = set(split_experts(model, ep))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.experts = [p for p in trained if p in self._split]
+        self.shared = [p for p in trained if p not in self._split]
         self.sets = [
             GradientSet(self.shared, copies=dist.group.WORLD),
             GradientSet(self.experts, copies=self.edp, parts=ep),
@@ -98,9 +101,9 @@ class ExpertData(Ranks):
 
     def whole(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters of the whole model, those of experts from the ranks that have them; all ranks must ask."""
-        group, own, found = self.sets[1].parts, set(self.experts), {}
+        group, found = self.sets[1].parts, {}
         for name, p in model.named_parameters():
-            found[name] = torch.cat(of_each(p, group)) if p in own else p.detach()
+            found[name] = torch.cat(of_each(p, group)) if p in self._split else p.detach()
         return found
 
 
@@ -113,28 +116,69 @@ class ZeroAdamW(torch.optim.Optimizer):
     Args:
         together: whose gradients are those of the whole batch by the time of the step.
         options: of `torch.optim.AdamW`; read from the groups at each step.
+
+    Raises:
+        InputError: at a step, a parameter has no gradient on any rank: in one row with the others it would decay.
     """
 
     def __init__(self, together: ExpertData, **options: Any):
-        self._parts: list[nn.Parameter] = []
-        self._owners = [dist.group.WORLD, together.edp]
-        groups = [{"params": together.shared}, {"params": together.experts}]
-        for params, owners in zip((together.shared, together.experts), self._owners, strict=True):
-            flat = _flat(params, owners.size())
-            self._parts.append(nn.Parameter(flat.chunk(owners.size())[owners.rank()].clone()))
+        kinds = [(together.shared, dist.group.WORLD), (together.experts, together.edp)]
+        kinds = [(params, owners) for params, owners in kinds if params]  # all of a kind may be frozen
+        self._owners = [owners for _, owners in kinds]
+        self._parts = [
+            nn.Parameter(_flat(params, owners.size()).chunk(owners.size())[owners.rank()].clone())
+            for params, owners in kinds
+        ]
         self._adamw = torch.optim.AdamW([{"params": [part]} for part in self._parts], **options)
-        super().__init__(groups, self._adamw.defaults)
+        super().__init__([{"params": params} for params, _ in kinds], self._adamw.defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group, part, owners in zip(self.param_groups, self._parts, self._owners, strict=True):
+            if without := [p for p in group["params"] if p.grad is None]:
+                raise InputError(
+                    f"a parameter of shape {tuple(without[0].shape)} has no gradient but must have one, or be frozen "
+                    "before the ranks are made"
+                )
             gradients = _flat([p.grad for p in group["params"]], owners.size())
             part.grad = gradients.chunk(owners.size())[owners.rank()]
+        self._tell()
+        self._adamw.step()
+        for part in self._parts:
+            part.grad = None
+        self._give_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As AdamW has it, of the "parts" of this rank, which are in it: every rank keeps its own."""
+        self._tell()
+        return self._adamw.state_dict() | {"parts": [part.detach() for part in self._parts]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, on every rank at once: the weights are those of the parts.
+
+        Raises:
+            InputError: it is of no `ZeroAdamW`, or of other parameters or another number of ranks.
+        """
+        found = [tuple(part.shape) for part in state_dict.get("parts", ())]
+        if found != [tuple(part.shape) for part in self._parts]:
+            wanted = [tuple(part.shape) for part in self._parts]
+            raise InputError(f"state_dict has parts of shapes {found} but must have {wanted}: those of this rank")
+        self._adamw.load_state_dict(deepcopy({name: state_dict[name] for name in ("state", "param_groups")}))
+        for part, kept in zip(self._parts, state_dict["parts"], strict=True):
+            part.copy_(kept)
+        for mine, its in zip(self.param_groups, self._adamw.param_groups, strict=True):
+            mine.update({name: value for name, value in its.items() if name != "params"})
+        self._give_back()
+
+    def _tell(self) -> None:
+        """The settings of the groups, to whom makes the step."""
         for mine, its in zip(self.param_groups, self._adamw.param_groups, strict=True):
             its.update({name: value for name, value in mine.items() if name != "params"})
-        self._adamw.step()
+
+    def _give_back(self) -> None:
+        """The weights of all parts."""
         for group, part, owners in zip(self.param_groups, self._parts, self._owners, strict=True):
-            part.grad = None
             whole = torch.cat(of_each(part, owners))
             sizes = [p.numel() for p in group["params"]]
             for p, values in zip(group["params"], whole[: sum(sizes)].split(sizes), strict=True):
@@ -167,6 +211,6 @@ def train_together(
 
 def _flat(tensors: list[Tensor], parts: int) -> Tensor:
     """All of them in a row, of single precision at least, filled up so that `parts` divides its length."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    wide = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     flat = torch.cat([t.detach().reshape(-1).to(wide) for t in tensors])
     return nn.functional.pad(flat, (0, -len(flat) % parts))

@@ -72,6 +72,8 @@ def memory(
     for name, count in (("shared", shared), ("experts", experts)):
         if count < 0:
             raise InputError(f"{name} is {count} but must not be negative")
+    if bucket_bytes < 1:
+        raise InputError(f"bucket_bytes is {bucket_bytes} but must be at least 1")
     data = RankGrid.filled(world, {"tp": tp, "data": None}).sizes["data"]
     same = RankGrid.filled(data, {"ep": ep, "edp": None}).sizes["edp"]
     mine = [-(-shared // tp), -(-experts // ep)]

@@ -153,9 +153,11 @@ class FoldedDecoder(nn.Module):
         self.seq_len = whole.seq_len
         self.balance = balance
         body = copy.deepcopy(whole)
-        for name, value in self.part_of(dict(whole.named_parameters())).items():
+        parameters = dict(whole.named_parameters())
+        for name, value in self.part_of(parameters).items():
             owner, _, last = name.rpartition(".")
-            setattr(body.get_submodule(owner), last, nn.Parameter(value.detach().clone()))
+            own = nn.Parameter(value.detach().clone(), parameters[name].requires_grad)
+            setattr(body.get_submodule(owner), last, own)
         self.embedding, self.position, self.blocks, self.norm = body.embedding, body.position, body.blocks, body.norm
         self.dispatchers = [
             TokenDispatcher(
@@ -176,10 +178,11 @@ class FoldedDecoder(nn.Module):
     def own(self, tokens: Int64[Tensor, "batch time"]) -> Int64[Tensor, "rows part"]:
         """This rank's part of a batch of T columns: rows by dp, columns by cp and tp."""
         m = self.mesh.layout
-        if tokens.shape[0] % m.dp or tokens.shape[1] % (m.cp * m.tp) or not tokens.numel():
+        columns = tokens.shape[1]
+        if tokens.shape[0] % m.dp or columns % (m.cp * m.tp) or not tokens.numel() or columns > self.seq_len:
             raise InputError(
                 f"tokens has shape {tuple(tokens.shape)} but must have rows in dp = {m.dp} equal parts and columns in "
-                f"cp * tp = {m.cp * m.tp}"
+                f"cp * tp = {m.cp * m.tp}, of which there are at most seq_len = {self.seq_len}"
             )
         rows, part = tokens.shape[0] // m.dp, tokens.shape[1] // (m.cp * m.tp)
         return tokens[self.at["dp"] * rows :][:rows, self.chunk * part :][:, :part]
@@ -244,7 +247,7 @@ class FoldedDecoder(nn.Module):
         self, layer: MoELayer, dispatcher: TokenDispatcher, x: Float[Tensor, "n dim"]
     ) -> tuple[Tensor, Tensor]:
         routing = layer.router(x, None)
-        sent = dispatcher.dispatch(x, routing)
+        sent = dispatcher.dispatch(x, routing, self.training)
         y = dispatcher.combine(layer.experts(sent.rows, sent.routing), sent)
         coefficient = layer.router.coefficients.get("lbl", 0.0)
         return y, coefficient * self.balance_share(routing)

@@ -66,11 +66,15 @@ class LocalReplicas(nn.Module):
         fragments, settings: as of `StreamingDiLoCo`.
 
     Raises:
-        InputError: as `StreamingDiLoCo`.
+        InputError: as `StreamingDiLoCo`; or two replicas are one.
     """
 
     def __init__(self, models: Sequence[nn.Module], fragments: Sequence[Sequence[str]], **settings):
         super().__init__()
+        held = [id(p) for model in models for p in model.parameters()]
+        if not models or len(set(held)) < len(held):
+            has = "have parameters in common" if models else "has none"
+            raise InputError(f"models {has} but must be at least one, each with parameters of its own")
         self.replicas = nn.ModuleList(models)
         boxes = Mailboxes(len(models))
         self.parts = [

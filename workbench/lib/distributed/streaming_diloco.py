@@ -126,6 +126,9 @@ class Schedule:
     delay: int = 0
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"{name} is {value!r} but must be a whole number")
         if self.count < 1:
             raise InputError(f"count is {self.count} but must be at least 1")
         if self.sync_every < self.count:
@@ -238,7 +241,8 @@ class StreamingDiLoCo(Hook):
         self.made = 0
         self._under_way: _UnderWay | None = None
         self._gather = all_gather() if gather is None else gather
-        self._begun = self._gather(self._start(outer_lr, outer_momentum))
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        self._begun = self._gather(self._start(frozen, outer_lr, outer_momentum))
 
     def after_step(self, state: State) -> None:
         self.step()
@@ -298,7 +302,7 @@ class StreamingDiLoCo(Hook):
 
         It is tensors by name, as safetensors has them.
         """
-        state = {"made": torch.tensor(self.made)}
+        state = {"made": torch.tensor(self.made), "fragments": self._digest(self.names)}
         for p, theta in enumerate(self.globals):
             state[f"global.{p}"] = theta.clone()
             if (momentum := self._outer.state[theta].get("momentum_buffer")) is not None:
@@ -312,12 +316,19 @@ class StreamingDiLoCo(Hook):
         """The inverse of `state_dict`. All replicas load: what was under way is sent again.
 
         Raises:
-            InputError: it is of other fragments.
+            InputError: it is of other fragments, or a message that is under way is of another codec.
         """
-        for p, theta in enumerate(self.globals):
-            found = state.get(f"global.{p}")
-            if found is None or found.shape != theta.shape or f"global.{len(self.globals)}" in state:
-                raise InputError(f"state is of other fragments than the {len(self.globals)} that there are")
+        alike = torch.equal(state.get("fragments", torch.empty(0)).cpu(), self._digest(self.names))
+        if not alike or any(state[f"global.{p}"].shape != theta.shape for p, theta in enumerate(self.globals)):
+            raise InputError(f"state is of other fragments than the {len(self.globals)} that there are")
+        if "under_way" in state:
+            p, message = int(state["under_way"][0]), state["message"]
+            dtype = self.globals[p].dtype if self.codec is None else torch.uint8
+            if message.dtype != dtype or message.nbytes != self.message_bytes(p):
+                raise InputError(
+                    f"state has a message of {message.nbytes} bytes of {message.dtype} under way but must have "
+                    f"{self.message_bytes(p)} of {dtype}: it is of another codec"
+                )
         if self._begun is not None:  # how they began, with which weights, is of no account any more
             self._begun()
             self._begun = None
@@ -348,12 +359,17 @@ class StreamingDiLoCo(Hook):
         theta = self.globals[p]
         return message if self.codec is None else self.codec.decode(message, len(theta)).to(theta.dtype)
 
-    def _start(self, *settings: float) -> Tensor:
-        """A digest (32,) of all that must be alike where replicas begin."""
-        digest = hashlib.sha256(repr((self.schedule, self.mix, self.codec, self.names, settings)).encode())
-        for theta in self.globals:
-            digest.update(theta.cpu().numpy().tobytes())
-        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(self.globals[0].device)
+    def _start(self, frozen: Sequence[Tensor], *settings: float) -> Tensor:
+        """A digest of all that must be alike where replicas begin."""
+        said = (self.schedule, self.mix, self.codec, self.names, settings)
+        return self._digest(said, *self.globals, *frozen).to(self.globals[0].device)
+
+    @staticmethod
+    def _digest(said: object, *tensors: Tensor) -> UInt8[Tensor, " 32"]:
+        digest = hashlib.sha256(repr(said).encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
     def _check_start(self) -> None:
         if self._begun is None:

@@ -157,12 +157,17 @@ def prune_experts(
         generator: of "random"; None for torch's global one.
 
     Raises:
-        InputError: fewer than one expert or the top-k would stay, more than there are, or `stats` lacks a layer.
+        InputError: fewer than one expert or the top-k would stay, more than there are, `stats` lacks a layer, or layers
+            share a bank, of which each would keep others.
     """
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
     made = deepcopy(model)
-    for name, layer in _linear_layers(made).items():
+    layers, owner = _linear_layers(made), {}
+    for name, layer in layers.items():
+        if (first := owner.setdefault(layer.experts, name)) != name:
+            raise InputError(f"{name} shares its experts with {first} but must have its own to be pruned")
+    for name, layer in layers.items():
         if not layer.top_k <= keep <= layer.n_experts:
             raise InputError(
                 f"keep is {keep} but must be from top_k = {layer.top_k} to the {layer.n_experts} experts of {name}"
@@ -174,7 +179,7 @@ def prune_experts(
         elif criterion == "random":
             score = torch.rand(layer.n_experts, generator=generator)
         else:
-            score = sum(part.flatten(1).square().sum(1) for part in _rows(layer)[1:])
+            score = sum(part.flatten(1).float().square().sum(1) for part in _rows(layer)[1:])
         stay = score.argsort(descending=True, stable=True)[:keep].sort().values
         _set_rows(layer, [part[stay.to(part.device)] for part in _rows(layer)])
     return made
@@ -189,6 +194,8 @@ def utilisation(model: nn.Module, task: Task, batches: Iterable[Batch]) -> dict[
     with observing(layers.values(), lambda routing, _: routing.counts) as seen, evaluating(model):
         for batch in batches:
             task.loss(model, batch)
+    if unseen := [name for name, layer in layers.items() if not seen[layer]]:
+        raise InputError(f"batches brought no token to {unseen[0]} but must reach every layer")
     counts: dict[str, Int64[Tensor, " experts"]] = {name: sum(seen[layer]) for name, layer in layers.items()}
     return {name: count.double() / count.sum() for name, count in counts.items()}
 

@@ -29,6 +29,8 @@ def fails(who: int, how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "leaves":
             os._exit(3)
+        if how == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if how == "sleeps":
             time.sleep(1000)
         if how == "cannot be pickled":

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -45,6 +46,19 @@ def test_a_rank_that_fails_ends_all_and_is_named(how: str, said: str):
     assert below(os.getpid()) == before
 
 
+def test_a_rank_that_is_stopped_is_ended_in_time():
+    run_processes(ranks.whole, 1, torch.ones(1))
+    before, began = below(os.getpid()), time.monotonic()
+    with pytest.raises(RankError, match="did not end within 1 seconds"):
+        run_processes(ranks.fails, 2, 1, "stops", timeout=1)
+    assert time.monotonic() - began < 60 and below(os.getpid()) == before
+
+
+def test_the_error_can_be_handed_on_by_another_process():
+    error = pickle.loads(pickle.dumps(RankError(2, "rank 2 of 3 raised")))
+    assert error.rank == 2 and str(error) == "rank 2 of 3 raised"
+
+
 @pytest.mark.parametrize("how", ["sleeps", "late"])
 def test_a_rank_that_never_arrives_is_named_with_the_place_where_it_is(how: str):
     run_processes(ranks.whole, 1, torch.ones(1))
@@ -63,7 +77,7 @@ def test_a_world_that_is_none_is_refused(world):
         run_processes(ranks.whole, world, torch.ones(1))
 
 
-@pytest.mark.parametrize("timeout", [0, -1, math.inf, math.nan])
+@pytest.mark.parametrize("timeout", [0, -1, math.inf, math.nan, 1e9])
 def test_a_time_limit_that_is_none_is_refused(timeout):
     with pytest.raises(InputError, match="timeout is"):
         run_processes(ranks.whole, 1, torch.ones(1), timeout=timeout)

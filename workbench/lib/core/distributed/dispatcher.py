@@ -86,15 +86,19 @@ class TokenDispatcher:
         self.capacity, self.sequence = capacity, sequence
         self.n_local = n_experts // ranks_of(ep)
 
-    def dispatch(self, x: Float[Tensor, "n dim"], routing: Routing) -> Dispatched:
-        """The rows that this rank's experts are to compute."""
+    def dispatch(self, x: Float[Tensor, "n dim"], routing: Routing, training: bool = True) -> Dispatched:
+        """The rows that this rank's experts are to compute.
+
+        Args:
+            training: whether the capacity is that of training or of evaluation.
+        """
         if routing.n_experts != self.n_experts or routing.n_tokens != len(x):
             raise InputError(
                 f"routing is of {routing.n_tokens} tokens and {routing.n_experts} experts but must be of {len(x)} and "
                 f"{self.n_experts}"
             )
         if self.capacity is not None:
-            routing.kept = self.kept(routing)
+            routing.kept = self.kept(routing, training)
         served = routing.served()
         return self._to_owners(x, routing, served) if self.form == "alltoall" else self._to_all(x, routing, served)
 
@@ -104,16 +108,16 @@ class TokenDispatcher:
             raise InputError(f"y has {y.shape[0]} rows but must have one for each of {sent.rows.shape[0]} dispatched")
         return self._from_owners(y, sent) if self.form == "alltoall" else self._from_all(y, sent)
 
-    def kept(self, routing: Routing) -> Bool[Tensor, " pairs"]:
+    def kept(self, routing: Routing, training: bool = True) -> Bool[Tensor, " pairs"]:
         """Which pairs find a place, of this rank's tokens or of the sequence's."""
         if self.sequence is None:
-            return self.capacity.kept(routing)
+            return self.capacity.kept(routing, training)
         with torch.no_grad():
             sizes = sizes_of(routing.expert.numel(), self.sequence)
             expert = gathered(routing.expert, sizes, self.sequence)
             weight = gathered(routing.weight.detach(), sizes, self.sequence)
         whole = Routing.fixed(expert[:, None], weight[:, None], self.n_experts)  # a pair a row
-        return self.capacity.kept(whole).split(sizes)[self.sequence.rank()]
+        return self.capacity.kept(whole, training).split(sizes)[self.sequence.rank()]
 
     def _to_owners(self, x: Tensor, given: Routing, served: Routing) -> Dispatched:
         order = torch.argsort(served.expert, stable=True)

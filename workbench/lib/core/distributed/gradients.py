@@ -40,7 +40,8 @@ class GradientSet:
 def reduce_gradients(sets: Sequence[GradientSet], ranks: int = 1) -> None:
     """Sums each gradient over the copies of its parameter, and divides all of them by `ranks`.
 
-    A parameter without a gradient, such as an expert that no token reached here, counts as zero.
+    A parameter without a gradient here counts as zero; one without a gradient on any of its copies still has none, so
+    that an optimiser passes over it as in one process. Frozen ones are left alone.
 
     Args:
         ranks: 1 where losses are over the number of all tokens; where each rank takes the mean of its own, and all have
@@ -49,16 +50,17 @@ def reduce_gradients(sets: Sequence[GradientSet], ranks: int = 1) -> None:
     if ranks < 1:
         raise InputError(f"ranks is {ranks} but must be at least 1")
     for each in sets:
-        for p in each.parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for gradients in _by_dtype([p.grad for p in each.parameters]):
-            flat = torch.cat([g.reshape(-1) for g in gradients])  # one message for the set
+        for parameters in _by_dtype([p for p in each.parameters if p.requires_grad]):
+            flat = torch.cat([_own(p) for p in parameters])  # one message for the set
             if ranks_of(each.copies) > 1:
                 dist.all_reduce(flat, group=each.copies)
-            flat /= ranks
-            for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                g.copy_(part.view_as(g))
+            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                if bool(((part == 0) & part.signbit()).all()):  # see `_own`
+                    p.grad = None
+                elif p.grad is None:
+                    p.grad = (part / ranks).view_as(p)
+                else:
+                    p.grad.copy_((part / ranks).view_as(p))
 
 
 @torch.no_grad()
@@ -73,7 +75,8 @@ def clip_gradients(sets: Sequence[GradientSet], max_norm: float) -> Tensor:
         raise InputError(f"max_norm is {max_norm} but must be above 0")
     total = torch.zeros((), dtype=torch.float64)
     for each in sets:
-        own = sum((p.grad.double().square().sum() for p in each.parameters), torch.zeros((), dtype=torch.float64))
+        squares = (p.grad.double().square().sum() for p in each.parameters if p.grad is not None)
+        own = sum(squares, torch.zeros((), dtype=torch.float64))
         if ranks_of(each.parts) > 1:
             dist.all_reduce(own, group=each.parts)
         total += own
@@ -81,8 +84,18 @@ def clip_gradients(sets: Sequence[GradientSet], max_norm: float) -> Tensor:
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for each in sets:
         for p in each.parameters:
-            p.grad.mul_(scale.to(p.grad.dtype))
+            if p.grad is not None:
+                p.grad.mul_(scale.to(p.grad.dtype))
     return norm
+
+
+def _own(p: nn.Parameter) -> Tensor:
+    """(n,) the gradient for a sum over ranks; where there is none negative zeros, and no others are in it.
+
+    A sum of those alone is a negative zero, and of them and any number that number: so all ranks learn at once that
+    none of them has a gradient, and nothing more is sent.
+    """
+    return torch.full_like(p, -0.0).reshape(-1) if p.grad is None else p.grad.reshape(-1) + 0.0
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

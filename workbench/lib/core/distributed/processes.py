@@ -9,7 +9,6 @@ The first call pays the imports, seconds; later ones fork from a server that has
 
 import ctypes
 import faulthandler
-import math
 import os
 import pickle
 import signal
@@ -34,6 +33,9 @@ from workbench.errors import InputError
 MOST = 64
 """Processes that may be asked for: more on one machine measure its scheduler only."""
 
+LONGEST = 86_400.0
+"""Seconds that may be waited for an end: a day."""
+
 START = 120.0
 """Seconds in which all processes must have started. A busy machine is slow."""
 
@@ -57,8 +59,11 @@ class RankError(RuntimeError):
     """
 
     def __init__(self, rank: int, message: str):
-        super().__init__(message)
-        self.rank = rank
+        super().__init__(rank, message)  # both, for it to be pickled
+        self.rank, self.message = rank, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def run_processes(function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -67,7 +72,7 @@ def run_processes(function: Callable[..., Any], world: int, *args: Any, timeout:
     Args:
         function, args: and what is returned, are pickled; tensors are copied.
         world: number of processes, 1 to 64, one thread each.
-        timeout: seconds from when all have started to when all must have ended.
+        timeout: seconds from when all have started to when all must have ended, a day at most.
 
     Raises:
         InputError: a world or a timeout that is none, or a function that other processes cannot import.
@@ -75,8 +80,8 @@ def run_processes(function: Callable[..., Any], world: int, *args: Any, timeout:
     """
     if isinstance(world, bool) or not isinstance(world, int) or not 1 <= world <= MOST:
         raise InputError(f"world is {world!r} but must be a whole number of processes, 1 to {MOST}")
-    if not (math.isfinite(timeout) and timeout > 0):
-        raise InputError(f"timeout is {timeout!r} but must be a number of seconds above 0")
+    if not 0 < timeout <= LONGEST:
+        raise InputError(f"timeout is {timeout!r} but must be a number of seconds above 0, at most {LONGEST:g}")
     if getattr(function, "__module__", None) == "__main__":
         raise InputError(f"function {function.__name__!r} is of __main__ but must be of a module that can be imported")
     try:
@@ -223,7 +228,7 @@ def _rank(pipe: Any, folder: str, rank: int, world: int, job: bytes, environment
         torch.set_num_threads(1)
         pipe.send(("up", time.monotonic(), None))
         # it is the parent that knows when it is too late, and says of whom
-        patience = timedelta(days=1)
+        patience = timedelta(seconds=LONGEST)
         dist.init_process_group(
             "gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world, timeout=patience
         )
