@@ -242,6 +242,8 @@ def test_simulating_a_machine_says_what_it_was_calibrated_by():
     faster = Hardware.from_dict(machine.to_dict() | {"disk": {"bandwidth": 1e10, "latency_seconds": 1e-5}})
     again = d2moe.simulate(faster, Workload(trace, 2e6, 6e6)).rows[0]
     assert again["tokens_per_second"] > rows["hebf"]["tokens_per_second"]
+    alone = zipf_markov(0, prompts=1, prompt=0, generated=2, layers=2, experts=4, top_k=1)  # one token a layer
+    assert {row["bits_used"] for row in d2moe.simulate(machine, Workload(alone, 2e6, 6e6)).rows} == {4, 8, 2}
     linked = {key: value for key, value in machine.to_dict().items() if key != "disk"}
     with pytest.raises(InputError, match="must have link"):
         d2moe.simulate(Hardware.from_dict(linked), Workload(trace, 2e6, 6e6))

@@ -114,6 +114,9 @@ def test_grams_of_experts_that_saw_nothing_are_white():
         (lambda: NestedQuantizer(group=0), "group is 0"),
         (lambda: NestedQuantizer(weights=(1.0,)), "each of the 7 levels"),
         (lambda: NestedQuantizer(weights=(0.0,) * 7), "one above it"),
+        (lambda: NestedQuantizer(weights=(float("nan"),) * 7), "a finite number of at least 0"),
+        (lambda: NestedQuantizer().fit(torch.full((2, 2), 2.0**126)), r"w holds 8.507e\+37 but must be below 2\^126"),
+        (lambda: NestedQuantizer().fit(torch.full((2, 2), 1e300, dtype=torch.float64)), r"w holds 1e\+300"),
         (lambda: NestedQuantizer().fit(torch.full((2, 2), float("nan"))), "w is torch.float32"),
         (
             lambda: NestedQuantizer().fit(torch.zeros(2, 2), torch.eye(2) / 0),
@@ -125,3 +128,13 @@ def test_grams_of_experts_that_saw_nothing_are_white():
 def test_wrong_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_largest_constant_and_lone_weights_of_every_type_come_back(dtype):
+    most = min(torch.finfo(dtype).max, 2.0**125.9)
+    for w in (torch.full((2, 9), 0.7), torch.full((1, 1), -3.0), torch.tensor([[most, -most, 0.0]]), torch.zeros(2, 3)):
+        w = w.to(dtype)
+        for given in (w, w.T.contiguous().T):  # neighbours in memory or not
+            made = NestedQuantizer().fit(given).dequant(8).double()
+            assert (made - w.double()).abs().amax() <= 0.005 * w.double().abs().amax()

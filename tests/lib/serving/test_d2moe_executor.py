@@ -1,5 +1,7 @@
 """Serving in real time: what is computed is that of the levels that were there, from the bytes that were read."""
 
+import signal
+import threading
 import time
 
 import pytest
@@ -106,10 +108,32 @@ def test_an_error_of_the_thread_that_reads_is_told(executor, trace, costs, monke
         executor.run(trace, costs, "hebf", 8 * executor.sizes[8])
 
 
+def test_an_error_of_the_thread_that_is_calibrated_is_told(executor, monkeypatch):
+    monkeypatch.setattr(executor, "_fetch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        executor.calibrate(tokens=(1,), repeats=5)
+
+
+def test_ctrl_c_leaves_no_thread(executor, trace, costs, monkeypatch):
+    main, fetch, readers = threading.get_ident(), executor._fetch, []
+
+    def interrupted(*what):
+        readers.append(threading.current_thread())
+        signal.pthread_kill(main, signal.SIGINT)
+        return fetch(*what)
+
+    monkeypatch.setattr(executor, "_fetch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        executor.run(trace, costs, "hebf", 8 * executor.sizes[8])
+    assert readers and not readers[0].is_alive()
+
+
 def test_wrong_input_is_named(executor, banks, trace, costs, tmp_path):
     def one(expert, bits):
         return BitTrace((((Job(expert, 1, bits),),),), 1, "")
 
+    whole = NestedQuantizer(4, base=4, group=16)
+    one_level = NestedBank(whole.fit(torch.randn(2, 4, 8)), whole.fit(torch.randn(2, 8, 2)))
     budget = executor.sizes[8]
     for call, message in (
         (lambda: D2Executor([], tmp_path / "a", 1e6), "banks must be one or more"),
@@ -119,6 +143,7 @@ def test_wrong_input_is_named(executor, banks, trace, costs, tmp_path):
         (lambda: executor.run(one((0, 9), 2), costs, "fifo", budget), r"wants expert \(0, 9\)"),
         (lambda: executor.run(one((0, 0), 1), costs, "fifo", budget), "bits of a job"),
         (lambda: executor.calibrate(repeats=4), "repeats is 4"),
+        (lambda: D2Executor([one_level], tmp_path / "b", 1e6).calibrate(), "banks have codes of 4 bits alone"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -93,11 +93,10 @@ def test_a_layer_that_fits_takes_the_makespan_of_its_order():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("budget", [80, 130, 240, 4000])
 @pytest.mark.parametrize("dense", [0.0, 0.07])
-def test_what_is_served_holds_to_channel_processor_budget_and_planes(policy, budget, dense):
+def test_what_is_served_holds_to_channel_processor_budget_and_planes(policy, budget, dense, monkeypatch):
     trace, priced = trace_of(budget), costs(0.004, dense=dense)
-    sim, held = D2Sim(trace, priced, policy, budget), []
-    begin = sim.cache.begin
-    sim.cache.begin = lambda *load: (begin(*load), held.append(sim.cache.used))[0]
+    sim, held, begin = D2Sim(trace, priced, policy, budget), [], PlaneCache.begin
+    monkeypatch.setattr(PlaneCache, "begin", lambda own, *load: (begin(own, *load), held.append(own.used))[0])
     run = sim.run()
     assert run.timeline.overlaps() == [] and run.timeline.basis == "simulated, by hand"
     assert max(held) == run.peak_bytes <= budget
@@ -121,7 +120,7 @@ def test_what_is_served_holds_to_channel_processor_budget_and_planes(policy, bud
         if policy == "progressive":
             loads = [load for load in loads if load.group == "base"]
         assert all(load.end <= event.start + 1e-9 for load in loads)
-    assert 0 <= run.bubbles < 1
+    assert 0 <= run.bubbles < 1 and sim.run() == run  # nothing is left of the first
     if policy != "progressive":
         assert run.bits_used == pytest.approx(8 if policy == "whole" else run.bits_wanted)
 
@@ -215,7 +214,13 @@ def test_costs_are_plain_values_and_back():
     ("call", "message"),
     [
         (lambda: PlaneCache(79, costs()), "budget is 79 bytes but must hold at least one whole expert, 80"),
+        (lambda: PlaneCache(float("nan"), costs()), "budget is nan"),
         (lambda: PlaneCache(80, costs(), decay=1.0), "decay is 1.0"),
+        (lambda: BitTrace((((Job((0, 0), 1, 2),),),), 0, ""), "requests is 0"),
+        (lambda: BitTrace((((Job((0, 0), 1, 2), Job((0, 0), 1, 3)),),), 1, ""), "must have each expert once"),
+        (lambda: BitTrace((((Job((1, 0), 1, 2),),),), 1, ""), "layer 0 has jobs of .* of this layer"),
+        (lambda: BitTrace((((Job((0, 0), 0, 2),),),), 1, ""), "tokens is 0"),
+        (lambda: Costs({2: 5, 4: 9}, LinkModel(0, 1), {}, 0.0, ""), "no bit left out"),
         (lambda: BitTrace((), 8, ""), "steps is empty"),
         (lambda: BitTrace((((),),), 8, ""), "at least one step with a job"),
         (lambda: D2Sim(trace_of(0), costs(), "hbf", 100), "policy 'hbf' is unknown; did you mean 'hebf'"),

@@ -87,8 +87,25 @@ def test_an_expert_that_fails_ends_the_run_with_its_error(stack):
         executor.run(TRACE, inputs)
 
 
+def test_a_fetch_that_fails_ends_with_its_error(stack):
+    class Broken(ThrottledLink):
+        def copy(self, target, source):
+            raise ZeroDivisionError("the link broke")
+
+    banks, mixers, inputs = stack
+    offload = Offload.of(TRACE, PUBLIC, 2, mode="fixed")  # nothing but fetches goes over the link
+    with pytest.raises(ZeroDivisionError), HybridExecutor(banks, mixers, offload, Broken(1), slower=20) as executor:
+        executor.run(TRACE, inputs)
+
+
 def test_what_does_not_fit_together_is_refused(stack):
-    banks, mixers, _ = stack
+    banks, mixers, inputs = stack
+    with HybridExecutor(banks, mixers, Offload.of(TRACE, PUBLIC, 4), ThrottledLink(1e9), slower=1) as executor:
+        with pytest.raises(InputError, match=r"inputs has shape \(2, 11, 32\) but must be \(2, 10\) tokens"):
+            executor.run(TRACE, torch.cat([inputs, inputs[:, :1]], 1))
+        shallow = zipf_markov(0, prompts=2, prompt=5, generated=5, layers=2, experts=8, top_k=3)
+        with pytest.raises(InputError, match=r"trace has \(2, 8\) layers and experts but must have \(3, 8\)"):
+            executor.run(shallow, inputs)
     offload = Offload.of(TRACE, PUBLIC, 4)
     with pytest.raises(InputError, match=r"banks, mixers and caches are 2, 3, 3 but must be as many"):
         HybridExecutor(banks[:2], mixers, offload, ThrottledLink(1e9), slower=1)

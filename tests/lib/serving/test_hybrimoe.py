@@ -18,7 +18,7 @@ from workbench.lib.core.simulation.hardware import Hardware
 from workbench.lib.core.simulation.traces import AHEAD, RouterTrace, zipf_markov
 from workbench.lib.core.simulation.workload import Workload
 from workbench.lib.serving.hybrid_schedule import PUBLIC, CostModel, LayerPlan, Rate, schedule_layer
-from workbench.lib.serving.hybrimoe import HybridRun, HybridSim, Offload, Step, passes, simulate
+from workbench.lib.serving.hybrimoe import PREFETCHES, HybridRun, HybridSim, Offload, Step, passes, simulate
 
 NEVER = Rate(0.0, math.inf, 0.0)
 seconds = st.sampled_from((0.0, 0.1, 0.25, 0.5, 1.0, 2.0))
@@ -175,7 +175,33 @@ def test_a_layer_that_is_none_is_refused():
         schedule_layer({3: 0}, set(), PUBLIC)
     with pytest.raises(InputError, match=r"counts has 15 experts but mode 'optimal' tries at most 14"):
         schedule_layer(dict.fromkeys(range(15), 1), set(), PUBLIC, "optimal")
+    for name, how in (("link_free", {"link_free": -1.0}), (r"arriving\[3\]", {"arriving": {3: math.nan}})):
+        with pytest.raises(InputError, match=rf"{name} is .* but must be at least 0 seconds"):
+            schedule_layer({3: 1}, set(), PUBLIC, **how)
     assert schedule_layer({}, {1}, PUBLIC).seconds == 0.0
+
+
+@pytest.mark.parametrize("prefetch", PREFETCHES)
+def test_without_a_way_nothing_is_fetched_and_nothing_forgotten(prefetch):
+    trace = zipf_markov(0, prompts=2, prompt=3, generated=6, layers=3, experts=8, top_k=2)
+    cost = dataclasses.replace(PUBLIC, transfer=math.inf)
+    found = HybridSim(trace, cost, Offload.of(trace, cost, 4, prefetch=prefetch)).run().metrics
+    plain = HybridSim(trace, cost, Offload.of(trace, cost, 4, mode="fixed", prefetch="none")).run().metrics
+    assert (found.fetches, found.transfers, found.busy["link"]) == (0, 0, 0.0)
+    assert found.hit_rate == plain.hit_rate and math.isfinite(found.token_seconds)
+
+
+@pytest.mark.parametrize(("mode", "part"), [("device", {"transfer": math.inf}), ("fixed", {"cpu": NEVER})])
+def test_what_would_never_end_is_refused(mode, part):
+    trace = zipf_markov(0, prompts=1, prompt=3, generated=6, layers=2, experts=8, top_k=2)
+    cost = dataclasses.replace(PUBLIC, **part)
+    with pytest.raises(InputError, match=rf"cost has an infinite time that mode '{mode}' cannot do without"):
+        HybridSim(trace, cost, Offload.of(trace, cost, 2, mode=mode, prefetch="none")).run()
+
+
+def test_a_start_without_prompts_knows_nothing_of_what_comes():
+    trace = zipf_markov(0, prompts=1, prompt=0, generated=3, layers=1, experts=8, top_k=2)
+    assert [*Offload.of(trace, PUBLIC, 3).caches[0].resident] == [0, 1, 2]
 
 
 # -- costs

@@ -211,6 +211,9 @@ def test_a_simulation_for_the_shell_is_plain_and_says_what_it_is(monkeypatch):
     json.dumps(found.to_dict())
     with pytest.raises(InputError, match="budget is 3,000,000 bytes but must hold all experts of 2 layers, 8,000,000"):
         simulate(Hardware.named("t4-pcie3"), replace(workload, budget_bytes=3e6))
+    for size in (0.5, 1.5):
+        with pytest.raises(InputError, match=f"weight_bytes is {size} but must be whole bytes"):
+            simulate(Hardware.named("t4-pcie3"), replace(workload, weight_bytes=size))
 
 
 @pytest.mark.parametrize(

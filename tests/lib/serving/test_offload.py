@@ -116,6 +116,18 @@ def test_learned_positions_and_dense_blocks_are_served_too():
     torch.testing.assert_close(result.logits[0], whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_keys_and_values_have_the_type_of_the_model(dtype):
+    torch.manual_seed(0)
+    model = DecoderLM(VOCAB, WIDTH, 2, 2, lambda layer: GLU(WIDTH, 8), 32).to(dtype)
+    result = TinyOffloadServer(model, 10, 4, 1e9).serve([[1, 2, 3]], [4], 20)
+    with torch.no_grad():
+        whole = model(torch.tensor([[1, 2, 3, *result.tokens[0]]]))[0, 2:-1]
+    assert result.logits[0].dtype == dtype
+    near = 0.1 if dtype is torch.bfloat16 else 1e-12
+    torch.testing.assert_close(result.logits[0], whole, atol=near, rtol=near)
+
+
 def test_a_process_of_its_own_attends_as_the_thread_does_and_can_be_calibrated(served):
     prompts, generate, found = served
     with TinyOffloadServer(lm(), 24, 4, 1e8, apart=20) as server:

@@ -133,7 +133,13 @@ def test_pages_are_given_and_taken_whole():
         (lambda: Requests((1, 2), (1,)), "2 and 1 lengths"),
         (lambda: Requests((0,), (1,)), "prompts holds 0"),
         (lambda: Requests((1,), (-1,)), "generate holds -1"),
+        (lambda: Requests((float("inf"),), (1,)), "prompts holds inf"),
+        (lambda: Requests((1,), (float("nan"),)), "generate holds nan"),
+        (lambda: Requests.drawn(0, 1, 1, seed=0), "prompts holds 0"),
         (lambda: PagedKV(0, 8), "n_pages is 0"),
+        (lambda: PagedKV(float("inf"), 8), "n_pages is inf"),
+        (lambda: Scheduler(Requests((1,), (1,)), PagedKV(5, 8), float("nan")), "max_tokens is nan"),
+        (lambda: Scheduler(Requests((1,), (1,)), PagedKV(5, 8), 9, groups=1.5), "groups is 1.5"),
         (lambda: PagedKV(8, 0), "page is 0"),
         (lambda: Scheduler(Requests((9, 40), (1, 5)), PagedKV(5, 8), 100), "request 1 alone needs 6 pages of 8 for"),
         (lambda: Scheduler(Requests((1,), (1,)), PagedKV(5, 8), 0), "max_tokens is 0"),
@@ -142,6 +148,6 @@ def test_pages_are_given_and_taken_whole():
         (lambda: Scheduler(Requests((1,), (1,)), PagedKV(5, 8), 9, mode="mix"), "mode 'mix' is unknown"),
     ],
 )
-def test_what_cannot_be_served_is_refused(call, said):
+def test_what_cannot_be_served_is_refused(call, said, unchecked):
     with pytest.raises(InputError, match=said):
         call()

@@ -1,7 +1,7 @@
 """D2MoE's simulator beside its executor: planes really read through a token bucket, experts really computed.
 
-Calibrated are reads of each size and an expert at each level and number of tokens, each alone. Nothing of the traces
-that are then served has a part in it.
+Calibrated are reads of each size and an expert at each level and number of tokens, each while the other is at work.
+Nothing of the traces that are then served has a part in it.
 """
 
 import tempfile

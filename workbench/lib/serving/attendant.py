@@ -63,7 +63,7 @@ class Attendant:
 
     def __init__(self, keys: Tensor, values: Tensor, most: int):
         heads, width = keys.shape[-2:]
-        self._q, self._y = (torch.zeros(SLOTS, heads, most, width).share_memory_() for _ in range(2))
+        self._q, self._y = (torch.zeros(SLOTS, heads, most, width, dtype=keys.dtype).share_memory_() for _ in range(2))
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         shared = (keys.share_memory_(), values.share_memory_(), self._q, self._y)

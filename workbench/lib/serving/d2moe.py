@@ -403,12 +403,12 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
     channel = hardware.disk or hardware.need("link").link
     weights = workload.expert_bytes / workload.weight_bytes
     sizes = {bits: round(weights * (bits / 8 + 4 * (bits - BASE + 1) / GROUP)) for bits in range(BASE, BITS + 1)}
-    tokens = (1, workload.trace.probs.shape[0] * workload.trace.top_k)
+    tokens = sorted({1, workload.trace.probs.shape[0] * workload.trace.top_k})
 
     def seconds(n: int, level: int) -> float:
         return max(sizes[level] / device.memory_bandwidth, n * workload.expert_flops / device.flops)
 
-    compute = {level: RateTable(tokens, tuple(seconds(n, level) for n in tokens)) for level in sizes}
+    compute = {level: RateTable(tuple(tokens), tuple(seconds(n, level) for n in tokens)) for level in sizes}
     costs = Costs(sizes, channel.model, compute, seconds(1, BITS), hardware.label)
     trace, rows, own = by_rank(workload.trace, SIMULATED), [], None
     for policy in ("hebf", *(name for name in POLICIES if name != "hebf")):

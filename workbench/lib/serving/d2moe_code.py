@@ -16,6 +16,7 @@ Scales are float16 in units of the matrix's largest entry, and are rounded befor
 Tensor letters: R rows, C columns, G groups of columns in a row, B bits of the whole code, b bits of a level.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """What is tried of the distance from a group's mean to its least and to its largest weight."""
 
 LEAST = 2.0**-24  # of float16: the step of a group whose entries are all the same
+MOST_WEIGHT = 2.0**126  # the power of two above it, and what is made in units of it, are float32
 UP = 1 + 2.0**-10  # twice the rounding of float16
 
 
@@ -136,10 +138,14 @@ class NestedQuantizer:
         if self.group < 1:
             raise InputError(f"group is {self.group} but must be at least 1")
         levels = self.bits - self.base + 1
-        if self.weights is not None and (len(self.weights) != levels or min(self.weights) < 0 or not any(self.weights)):
+        if self.weights is not None and (
+            len(self.weights) != levels
+            or not all(math.isfinite(weight) and weight >= 0 for weight in self.weights)
+            or not any(self.weights)
+        ):
             raise InputError(
-                f"weights is {self.weights} but must have a number of at least 0 for each of the {levels} levels, and "
-                "one above it"
+                f"weights is {self.weights} but must have a finite number of at least 0 for each of the {levels} "
+                "levels, and one above it"
             )
 
     @torch.no_grad()
@@ -152,13 +158,15 @@ class NestedQuantizer:
             gram: X^T X of inputs X (tokens, C) that are typical: errors are ||X (W - W_b)^T||^2. None: of W itself.
 
         Raises:
-            InputError: what is not finite, or a gram that does not fit.
+            InputError: what is not finite, or too large for the scales, or a gram that does not fit.
         """
         if w.ndim < 2 or 0 in w.shape or not w.is_floating_point() or not torch.isfinite(w).all():
             raise InputError(
                 f"w is {w.dtype} of shape {tuple(w.shape)} but must hold finite floating-point matrices of a row and "
                 "a column at least"
             )
+        if (most := float(w.abs().amax())) >= MOST_WEIGHT:
+            raise InputError(f"w holds {most:.4g} but must be below 2^126 = {MOST_WEIGHT:.4g}, for scales in float32")
         *batch, _, cols = w.shape
         if gram is not None and (gram.shape != (*batch, cols, cols) or not torch.isfinite(gram).all()):
             raise InputError(

@@ -173,22 +173,29 @@ class D2Executor:
         """
         if repeats < 5:
             raise InputError(f"repeats is {repeats} but must be at least 5")
+        if len(self.levels) < 2:
+            raise InputError(
+                f"banks have codes of {self.levels[0]} bits alone but must have two levels to tell a read by"
+            )
         experts = itertools.cycle(self._start)
         reads = {(there, level): [] for level in self.levels for there in (0, self.levels[0]) if there < level}
-        enough = threading.Event()
+        enough, failed = threading.Event(), []
 
         def read() -> None:
-            while not enough.is_set():
-                for (there, level), spent in reads.items():
-                    start = time.perf_counter()
-                    self._fetch(next(experts), there, level)
-                    spent.append(time.perf_counter() - start)
+            try:
+                while not enough.is_set():
+                    for (there, level), spent in reads.items():
+                        start = time.perf_counter()
+                        self._fetch(next(experts), there, level)
+                        spent.append(time.perf_counter() - start)
+            except BaseException as error:  # told to whoever calibrates
+                failed.append(error)
 
         before, computed = torch.get_num_threads(), {(level, n): [] for level in self.levels for n in tokens}
         torch.set_num_threads(1)
         reader = threading.Thread(target=read, daemon=True)
-        reader.start()
         try:
+            reader.start()
             while min(map(len, (*reads.values(), *computed.values()))) < repeats and reader.is_alive():
                 for (level, n), spent in computed.items():
                     expert = next(experts)
@@ -201,6 +208,8 @@ class D2Executor:
             enough.set()
             reader.join()
             torch.set_num_threads(before)
+        if failed:
+            raise failed[0]
         compute = {
             level: RateTable(tuple(tokens), tuple(statistics.median(computed[level, n]) for n in tokens))
             for level in self.levels
@@ -247,8 +256,8 @@ class _Serving:
         torch.set_num_threads(1)
         reader = threading.Thread(target=self._guarded, name="reader", daemon=True)
         self.epoch = time.perf_counter()
-        reader.start()
         try:
+            reader.start()
             for at, step in enumerate(self.trace.steps):
                 self.at = at
                 for layer, wanted in enumerate(step):

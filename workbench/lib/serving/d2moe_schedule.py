@@ -19,6 +19,7 @@ An expert is (layer, number); "level" is how many bits of it are there, 0 or fro
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import permutations
 
 from jaxtyping import Int64
@@ -59,6 +60,17 @@ class BitTrace:
     def __post_init__(self):
         if not self.steps or not any(layer for step in self.steps for layer in step):
             raise InputError("steps is empty but must hold at least one step with a job")
+        if self.requests < 1:
+            raise InputError(f"requests is {self.requests} but must be at least 1")
+        for step in self.steps:
+            for layer, jobs in enumerate(step):
+                experts = [job.expert for job in jobs]
+                if len({*experts}) < len(experts) or any(expert[0] != layer for expert in experts):
+                    raise InputError(
+                        f"layer {layer} has jobs of {experts} but must have each expert once, of this layer"
+                    )
+                if least := [job for job in jobs if not job.tokens >= 1]:
+                    raise InputError(f"tokens is {least[0].tokens} of {least[0]} but must be at least 1")
 
     def jobs(self) -> Iterable[Job]:
         return (job for step in self.steps for layer in step for job in layer)
@@ -115,9 +127,12 @@ class Costs:
     basis: str
 
     def __post_init__(self):
-        sizes = [self.sizes[level] for level in sorted(self.sizes)]
-        if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)):
-            raise InputError(f"sizes is {dict(self.sizes)} but must have more bytes for each further bit")
+        levels = sorted(self.sizes)
+        sizes = [self.sizes[level] for level in levels]
+        if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)) or levels != [*range(levels[0], levels[-1] + 1)]:
+            raise InputError(
+                f"sizes is {dict(self.sizes)} but must have more bytes for each further bit, and no bit left out"
+            )
         if missing := [level for level in self.sizes if level not in self.compute]:
             raise InputError(f"compute has no times for level {missing[0]} but must have them for every level of sizes")
         if not (math.isfinite(self.dense) and self.dense >= 0):
@@ -269,7 +284,7 @@ class PlaneCache:
         decay: float = 0.9,
         drop: Callable[[Expert, int], None] | None = None,
     ):
-        if budget < costs.bytes_at(costs.top):
+        if not budget >= costs.bytes_at(costs.top):
             raise InputError(
                 f"budget is {budget} bytes but must hold at least one whole expert, {costs.bytes_at(costs.top)}"
             )
@@ -478,10 +493,12 @@ class D2Sim:
             raise unknown("policy", policy, POLICIES)
         check_bits(trace, costs)
         self.trace, self.costs, self.policy = trace, costs, POLICIES[policy]
-        self.cache = PlaneCache(budget, costs, decay)
+        self.new_cache = partial(PlaneCache, budget, costs, decay)
+        self.new_cache()  # refuses what is no budget
 
     def run(self) -> Served:
-        engine, cache, costs = Engine(self.costs.basis), self.cache, self.costs
+        """From the beginning, with nothing read, and the same every time."""
+        engine, cache, costs = Engine(self.costs.basis), self.new_cache(), self.costs
         jobs, read, loading, computing = [], 0, None, None
         for at, step in enumerate(self.trace.steps):
             for layer, wanted in enumerate(step):

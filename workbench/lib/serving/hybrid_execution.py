@@ -100,7 +100,18 @@ class HybridExecutor:
 
     @torch.no_grad()
     def run(self, trace: RouterTrace, inputs: Float[Tensor, "prompts time dim"]) -> Executed:
-        """Every pass of the trace, one after the other."""
+        """Every pass of the trace, one after the other.
+
+        Raises:
+            InputError: inputs or a trace of another shape than there are tokens, layers or experts.
+        """
+        sizes = (len(self._weights), len(self._weights[0][0]))
+        if trace.probs.shape[2:] != sizes:
+            raise InputError(f"trace has {tuple(trace.probs.shape[2:])} layers and experts but must have {sizes}")
+        if inputs.ndim != 3 or inputs.shape[:2] != trace.probs.shape[:2]:
+            raise InputError(
+                f"inputs has shape {tuple(inputs.shape)} but must be {tuple(trace.probs.shape[:2])} tokens of the trace"
+            )
         chosen, weights = routed(trace)
         outputs, first, rest, layers = torch.empty_like(inputs), [], [], []
         self.tally = dict.fromkeys(("hits", "asked", "transfers", "fetches", "late"), 0)

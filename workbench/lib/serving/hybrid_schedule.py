@@ -157,14 +157,15 @@ def schedule_layer(
         link_free: when the link is free for another.
 
     Raises:
-        InputError: no such mode, an expert without tokens, or too many to try all assignments.
+        InputError: no such mode, an expert without tokens, a moment before 0, or too many to try all assignments.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
     for expert, n in counts.items():
-        if n < 1:
+        if not n >= 1:
             raise InputError(f"counts has {n} for expert {expert} but must have at least 1 token for each")
     arriving = arriving or {}
+    _check(link_free=link_free, **{f"arriving[{expert}]": when for expert, when in arriving.items()})
 
     def rank(expert: int) -> tuple:
         first = 0 if expert in cached else 1 if expert in arriving else 2

@@ -20,6 +20,7 @@ Letters: L layers, E experts, K active experts, n tokens of an expert.
 """
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -155,7 +156,8 @@ class Offload:
         prefetch: str = "impact",
         lookahead: int = 3,
     ) -> "Offload":
-        """For a trace: `capacity` experts of each layer, at first those that the prompts ask for most.
+        """For a trace: `capacity` experts of each layer, at first those that the prompts ask for most, without prompts
+        the first.
 
         Raises:
             InputError: a capacity that is not from 1 to E, or another word than there is.
@@ -165,7 +167,7 @@ class Offload:
         chosen, caches = trace.chosen(), []
         for layer in range(trace.n_layers):
             made = new_cache(cache, capacity, trace, (step[layer].counts for row in passes(trace) for step in row))
-            asked = chosen[:, : max(trace.prompt, 1), layer].flatten().bincount(minlength=trace.n_experts)
+            asked = chosen[:, : trace.prompt, layer].flatten().bincount(minlength=trace.n_experts)
             for expert in asked.sort(descending=True, stable=True).indices[:capacity].tolist():
                 made.admit(expert)
             caches.append(made)
@@ -198,7 +200,7 @@ class Offload:
 
     def fetch(self, layer: int, step: Step) -> tuple[int, int] | None:
         """The layer and expert worth fetching while `layer` is at work, now in its cache; None if nothing is."""
-        if self.prefetch == "none":
+        if self.prefetch == "none" or math.isinf(self.cost.transfer):  # it would never come
             return None
         for away, (counts, scores) in enumerate(step.ahead[: self.lookahead], 1):
             cache = self.caches[layer + away]
@@ -277,7 +279,11 @@ class HybridSim:
         self.has_prompt, self.record, self.basis = bool(trace.prompt), record, basis or "simulated"
 
     def run(self) -> HybridRun:
-        """From the beginning, and the same every time: the `Offload` that was given stays as it is."""
+        """From the beginning, and the same every time: the `Offload` that was given stays as it is.
+
+        Raises:
+            InputError: a layer would never end, for what the mode decides takes infinitely long.
+        """
         self.offload = copy.deepcopy(self._offload)
         self.now = self.link_free = 0.0
         self.flight: tuple[int, int, float] | None = None  # layer, expert and arrival of a fetch
@@ -319,6 +325,8 @@ class HybridSim:
             self.tally["asked"] += len(step.counts)
             self.tally["hits"] += sum(expert in here and expert not in flight for expert in step.counts)
         plan = offload.plan(layer, step, flight, max(0.0, self.link_free - self.now))
+        if math.isinf(plan.seconds):
+            raise InputError(f"cost has an infinite time that mode {offload.mode!r} cannot do without: {cost}")
         self.tally["transfers"] += len(plan.transfers)
         if cost.shared:
             self._spent(DEVICE, f"shared {name}", self.now, self.now + cost.shared, "shared")

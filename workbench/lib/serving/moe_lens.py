@@ -280,9 +280,12 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
     those of two layers on the device.
 
     Raises:
-        InputError: host memory does not hold the weights and one request, or the budget not two layers of experts.
+        InputError: host memory does not hold the weights and one request, or the budget not two layers of experts; or
+            weights of a part of a byte.
     """
     trace, size = workload.trace, workload.weight_bytes
+    if size != int(size):
+        raise InputError(f"weight_bytes is {size} but must be whole bytes, which keys and values have too")
     least = BUFFERS * trace.n_experts * workload.expert_bytes
     if workload.budget_bytes < least:
         raise InputError(

@@ -110,7 +110,7 @@ class TinyOffloadServer:
         self.blocks = [_in_place(block, flat) for block, flat in zip(blocks, self.buffers, strict=False)]
         heads, width = blocks[0].attention.n_heads, model.embedding.embedding_dim
         shape = (len(blocks), n_pages, page, heads, width // heads)
-        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        self.keys, self.values = (torch.zeros(shape, dtype=self.stored[0].dtype) for _ in range(2))
         self.cached_tokens = CACHED // (2 * width * self.keys.element_size())
         self.attendant = None if apart is None else Attendant(self.keys, self.values, apart)
         self.apart = apart

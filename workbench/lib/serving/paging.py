@@ -35,7 +35,7 @@ class Requests:
                 "each request, and at least one"
             )
         for name in ("prompts", "generate"):
-            if least := [n for n in getattr(self, name) if n < 1 or n != int(n)]:
+            if least := [n for n in getattr(self, name) if not _whole(n)]:
                 raise InputError(f"{name} holds {least[0]} but lengths must be whole numbers of at least 1")
 
     @classmethod
@@ -47,6 +47,7 @@ class Requests:
     def drawn(cls, prompt: int, generate: int, requests: int, seed: int) -> "Requests":
         """Lengths drawn evenly from half of these means to one and a half."""
         draw = random.Random(seed)
+        cls.uniform(prompt, generate, requests)  # refuses what are no lengths
 
         def lengths(mean: int) -> tuple[int, ...]:
             return tuple(draw.randint(max(1, mean // 2), mean + mean // 2) for _ in range(requests))
@@ -82,7 +83,7 @@ class PagedKV:
 
     def __init__(self, n_pages: int, page: int):
         for name, value in (("n_pages", n_pages), ("page", page)):
-            if value < 1 or value != int(value):
+            if not _whole(value):
                 raise InputError(f"{name} is {value} but must be a whole number of at least 1")
         self.n_pages, self.page = n_pages, page
         self._free = list(range(n_pages))[::-1]
@@ -193,14 +194,14 @@ class Scheduler:
         mode: str = "mixed",
         groups: int = 2,
     ):
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens} but must be at least 1")
+        if not _whole(max_tokens):
+            raise InputError(f"max_tokens is {max_tokens} but must be a whole number of at least 1")
         if admission not in ADMISSIONS:
             raise unknown("admission", admission, ADMISSIONS)
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
-        if groups < 1:
-            raise InputError(f"groups is {groups} but must be at least 1")
+        if not _whole(groups):
+            raise InputError(f"groups is {groups} but must be a whole number of at least 1")
         for request, (p, g) in enumerate(zip(requests.prompts, requests.generate, strict=True)):
             if kv.pages(p + g - 1) > kv.n_pages:
                 raise InputError(
@@ -285,3 +286,8 @@ class Scheduler:
 
     def _pages_ahead(self, held: int, passes: int) -> np.ndarray:
         return -(-(held + np.arange(passes)) // self.kv.page)
+
+
+def _whole(n: float) -> bool:
+    """Whether it is a whole number of at least 1; infinity and nan are none."""
+    return bool(n >= 1 and n % 1 == 0)

@@ -1,5 +1,6 @@
 """Caches of experts: what each rule forgets, what none may do, and the bound of all of them."""
 
+import math
 from functools import cache as once
 from itertools import combinations
 
@@ -106,17 +107,25 @@ def test_one_that_is_here_stays_and_one_used_while_away_counts():
     assert cache.admit(5) == 3 and cache.worth(5) == (2, 1)
 
 
-def test_what_is_refused():
-    with pytest.raises(InputError, match=r"capacity is 0 but must be at least 1 expert"):
-        LRU(0)
+def test_what_is_refused(unchecked):
+    for capacity in (0, 1.5, math.nan, math.inf):
+        with pytest.raises(
+            InputError, match=rf"capacity is {capacity} but must be a whole number of at least 1 expert"
+        ):
+            LRU(capacity)
     with pytest.raises(InputError, match=r"top is 5 but must be from 1 to n_experts = 4"):
         MRS(1, 4, top=5)
     with pytest.raises(InputError, match=r"alpha is 0.0 but must be above 0 and at most 1"):
         MRS(1, 4, top=2, alpha=0.0)
     with pytest.raises(InputError, match=r"scores has 3 values but must have one for each of 4"):
         MRS(1, 4, top=2).observe([1, 2, 3])
-    with pytest.raises(InputError, match=r"steps is empty"):
-        replay(LRU(2), [])
+    with pytest.raises(InputError, match=r"scores is \[1, nan, 3, 4\] but must hold finite numbers"):
+        MRS(1, 4, top=2).observe([1, math.nan, 3, 4])
+    for steps in ([], [[], []]):
+        with pytest.raises(InputError, match=r"steps is empty"):
+            replay(LRU(2), steps)
+    with pytest.raises(InputError, match=r"scores has 1 steps but must have 2, as steps has"):
+        replay(MRS(1, 2, top=1), [[0], [1]], [[0.5, 0.5]])
     with pytest.raises(InputError, match=r"step 1 needs 3 experts but capacity is 2"):
         replay(LRU(2), [{0}, {0, 1, 2}])
     full = LRU(1)

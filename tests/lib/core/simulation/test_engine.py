@@ -123,10 +123,16 @@ def test_tasks_that_cannot_start_are_named_and_bad_ones_refused():
     for bad in (-1, math.nan, math.inf):
         with pytest.raises(InputError, match="seconds of task 'h'"):
             Task("h", A, bad)
+    with pytest.raises(InputError, match="priority of task 'i' is nan"):
+        Task("i", A, 1, priority=math.nan)
+    run([again := Task("again", A, 1)], "a test")
+    with pytest.raises(InputError, match="'again', which has run before"):
+        run([again], "a test")
     engine = Engine("a test")
     engine.run(until=3)
-    with pytest.raises(InputError, match="until is 2"):
-        engine.run(until=2)
+    for moment in (2, math.nan):
+        with pytest.raises(InputError, match=f"until is {moment}"):
+            engine.run(until=moment)
 
 
 def test_a_timeline_is_plain_json_and_says_who_was_busy():

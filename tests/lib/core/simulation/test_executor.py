@@ -1,5 +1,6 @@
 """Threads for resources: order, precedence and errors; a link that lets through no more than its bandwidth."""
 
+import signal
 import threading
 import time
 
@@ -31,7 +32,7 @@ def test_what_is_ready_runs_in_order_and_each_resource_is_a_thread():
     timeline = executor.timeline()
     assert isinstance(timeline, Timeline) and timeline.overlaps() == [] and timeline.resources == ("device", "link")
     assert {event.name for event in timeline.events} == {"load", "use", "ready", "last"} and load.end <= use.start
-    assert timeline.events[0].group == "stream"
+    assert {event.name: event.group for event in timeline.events}["load"] == "stream"
 
 
 def test_two_resources_are_at_work_at_once():
@@ -53,6 +54,44 @@ def test_an_error_is_raised_where_it_is_waited_for_and_what_follows_does_not_run
                 job.result()
         assert fine.result() == 7 and ran == []
     assert [event.name for event in executor.timeline().events] == ["fine"]
+
+
+def test_an_error_that_nobody_waited_for_is_raised_when_the_executor_closes():
+    done = []
+    with pytest.raises(ZeroDivisionError), Executor(("a",), "measured") as executor:
+        executor.submit("bad", "a", lambda: 1 / 0)
+        executor.submit("fine", "a", lambda: done.append(1))
+    assert done == [1]
+
+
+def test_ctrl_c_waits_for_what_has_begun_and_drops_the_rest():
+    ran, main, before, go = [], threading.get_ident(), torch.get_num_threads(), threading.Event()
+
+    def first():
+        go.wait()
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+        ran.append("first")
+
+    with pytest.raises(KeyboardInterrupt), Executor(("a", "b"), "measured") as executor:
+        begun = executor.submit("first", "a", first)
+        queued = executor.submit("queued", "a", lambda: ran.append("queued"))
+        after = executor.submit("after", "b", lambda: ran.append("after"), after=[begun])
+        go.set()
+        after.result()
+    assert ran == ["first"] and torch.get_num_threads() == before
+    assert not any(thread.is_alive() for thread in executor._threads)
+    with pytest.raises(RuntimeError, match="'queued' was dropped"):
+        queued.result()
+
+
+def test_a_job_of_another_executor_is_refused_for_its_end_would_wake_nobody():
+    with Executor(("a",), "measured") as one, Executor(("b",), "measured") as other:
+        job = one.submit("there", "a", int)
+        with pytest.raises(
+            InputError, match="job 'here' comes after 'there', which was not submitted to this executor"
+        ):
+            other.submit("here", "b", int, after=[job])
 
 
 def test_a_link_copies_exactly_and_no_faster_than_its_bandwidth():

@@ -60,6 +60,11 @@ def test_what_is_reused_and_foreseen_is_counted():
         ({"ahead": torch.zeros(1, 4, 2, 3, 5)}, r"ahead has shape \(1, 4, 2, 3, 5\) but must be \(1, 4, 2, ahead, 4\)"),
         ({"probs": torch.full((1, 4, 2, 4), torch.nan)}, r"probs must hold finite numbers"),
         ({"probs": -torch.ones(1, 4, 2, 4)}, r"probs must hold finite numbers of at least 0"),
+        ({"probs": torch.ones(1, 4, 2, 4, dtype=torch.int64)}, r"in a floating-point type"),
+        (
+            {"probs": torch.ones(1, 4, 2, 4) * torch.tensor([0.0, 1.0])[:, None]},
+            r"probs is 0 for all experts of a token",
+        ),
     ],
 )
 def test_what_is_no_trace_is_refused(change, message, unchecked):
@@ -93,3 +98,5 @@ def test_numbers_of_the_synthetic_one_that_are_refused():
         zipf_markov(stay=1.0)
     with pytest.raises(InputError, match=r"probs has shape"):
         zipf_markov(prompts=0)
+    with pytest.raises(InputError, match=r"layers is 0 but must be at least 1"):
+        zipf_markov(layers=0)

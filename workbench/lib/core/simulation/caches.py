@@ -14,6 +14,7 @@ as seldom as can be, so it is the bound that the others are held to.
 Letters: E experts.
 """
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -32,8 +33,8 @@ class Cache:
     """
 
     def __init__(self, capacity: int):
-        if capacity < 1:
-            raise InputError(f"capacity is {capacity} but must be at least 1 expert")
+        if not (capacity >= 1 and capacity % 1 == 0):
+            raise InputError(f"capacity is {capacity} but must be a whole number of at least 1 expert")
         self.capacity = capacity
         self.step = 0
         self.resident: dict[int, None] = {}
@@ -137,6 +138,8 @@ class MRS(Cache):
     def observe(self, scores: Sequence[float]) -> None:
         if len(scores) != len(self.scores):
             raise InputError(f"scores has {len(scores)} values but must have one for each of {len(self.scores)}")
+        if not all(map(math.isfinite, scores)):
+            raise InputError(f"scores is {[*scores]} but must hold finite numbers")
         order = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))
         counted = {*order[: self.top]}
         self.scores = [
@@ -189,11 +192,13 @@ def replay(cache: Cache, steps: Sequence[Collection[int]], scores: Sequence[Sequ
         scores: the router's, of each step, for a rule that needs them.
 
     Raises:
-        InputError: there is no step, or one needs more experts than there are places: what is brought in would then be
-            the replay's choice and not the rule's.
+        InputError: no step has an expert, or one needs more than there are places: what is brought in would then be the
+            replay's choice and not the rule's; or scores are not of as many steps.
     """
-    if not steps:
-        raise InputError("steps is empty but must hold at least one")
+    if not any(len(experts) for experts in steps):
+        raise InputError("steps is empty but must hold at least one with an expert")
+    if scores is not None and len(scores) != len(steps):
+        raise InputError(f"scores has {len(scores)} steps but must have {len(steps)}, as steps has")
     requests = hits = evictions = 0
     for index, experts in enumerate(steps):
         needed = {*experts}

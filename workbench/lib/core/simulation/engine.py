@@ -60,6 +60,8 @@ class Task:
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{key} of task {self.name!r} is {value} but must be a finite number of at least 0")
+        if math.isnan(self.priority):
+            raise InputError(f"priority of task {self.name!r} is nan but must be a number")
 
 
 class Engine:
@@ -82,12 +84,14 @@ class Engine:
         """Add tasks; what they come after is submitted already or among them. None starts before `now`.
 
         Raises:
-            InputError: one was submitted before, or comes after one that never was.
+            InputError: one was submitted before, here or elsewhere, or comes after one that never was.
         """
         tasks = list(tasks)
         for task in tasks:
             if task in self._tasks:
                 raise InputError(f"tasks holds {task.name!r} twice but each must be submitted once")
+            if task.start is not None:
+                raise InputError(f"tasks holds {task.name!r}, which has run before, but each must be submitted once")
             self._tasks[task] = len(self._tasks)
         names = {lane.name: lane for lane in self._lanes}
         for task in tasks:
@@ -114,7 +118,7 @@ class Engine:
         Raises:
             InputError: without `until`: tasks that wait for one another, all named, so that none can start.
         """
-        if until < self.now:
+        if not until >= self.now:
             raise InputError(f"until is {until} but must not be before now = {self.now}")
         while True:
             for resource in self._lanes:

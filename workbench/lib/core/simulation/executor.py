@@ -32,6 +32,7 @@ class Job:
         self.end: float | None = None
         self._call, self._after = call, tuple(after)
         self._done, self._value, self._error = threading.Event(), None, None
+        self._heard, self._executor = False, None
 
     @property
     def done(self) -> bool:
@@ -41,6 +42,7 @@ class Job:
     def result(self) -> Any:
         """What the call returned; what it raised is raised, and what a job before it raised."""
         self._done.wait()
+        self._heard = True
         if self._error is not None:
             raise self._error
         return self._value
@@ -55,11 +57,19 @@ class Job:
             self.start = time.perf_counter() - epoch
             self._value = self._call()
             self.end = time.perf_counter() - epoch
-        except BaseException as error:  # told to whoever waits, and to no one else
+        except BaseException as error:  # told to whoever waits, or when the executor closes
             self._error = error
         finally:
-            self._call, self._after = None, ()  # what they hold is let go
-            self._done.set()
+            self._end()
+
+    def _drop(self) -> None:
+        """It will not run."""
+        self._error, self._heard = RuntimeError(f"job {self.name!r} was dropped, for the executor was left"), True
+        self._end()
+
+    def _end(self) -> None:
+        self._call, self._after = None, ()  # what they hold is let go
+        self._done.set()
 
 
 class Executor:
@@ -87,14 +97,26 @@ class Executor:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Waits for what was submitted."""
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Waits for what was submitted, and raises the first error that nobody was told of.
+
+        Where the block is left by an exception, Ctrl-C for one, only for what has begun; the rest is dropped.
+        """
         with self._changed:
             self._open = False
+            for lane in self._lanes.values() if error is not None else ():
+                for job in lane:
+                    job._drop()
+                lane.clear()
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        torch.set_num_threads(self._before)
+        try:
+            for thread in self._threads:
+                thread.join()
+        finally:
+            torch.set_num_threads(self._before)
+        unheard = (job._error for job in self._jobs if job._error is not None and not job._heard)
+        if error is None and (first := next(unheard, None)) is not None:
+            raise first
 
     def submit(
         self, name: str, resource: str, call: Callable[[], Any], after: Iterable[Job] = (), group: str = ""
@@ -102,7 +124,7 @@ class Executor:
         """Give a call to a resource; it starts after those that it comes `after`, which were submitted before.
 
         Raises:
-            InputError: no such resource, or the executor is not open.
+            InputError: no such resource, a job of another executor, or the executor is not open.
         """
         if resource not in self._lanes:
             raise InputError(f"resource is {resource!r} but must be one of {', '.join(self._lanes)}")
@@ -110,6 +132,9 @@ class Executor:
         with self._changed:
             if not self._open:
                 raise InputError(f"job {name!r} is submitted to an executor that is not open: use it in a with block")
+            if strange := [before.name for before in job._after if before._executor is not self]:
+                raise InputError(f"job {name!r} comes after {strange[0]!r}, which was not submitted to this executor")
+            job._executor = self
             self._jobs.append(job)
             self._lanes[resource].append(job)
             self._changed.notify_all()

@@ -51,7 +51,7 @@ class LinkModel:
 
     def seconds(self, n: float) -> float:
         """One message of n bytes; nothing is sent, and no time taken, for 0."""
-        return self.alpha + self.beta * n if n > 0 else 0.0
+        return 0.0 if n <= 0 else self.alpha + self.beta * n
 
     def all_reduce(self, n: float, ranks: int, shared: bool = False) -> float:
         """A ring's: 2 (ranks - 1) steps of n / ranks bytes from each rank.

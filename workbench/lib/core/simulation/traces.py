@@ -62,8 +62,10 @@ class RouterTrace:
             )
         for name in ("probs", "ahead"):
             value = getattr(self, name)
-            if value is not None and not (value.isfinite().all() and (value >= 0).all()):
-                raise InputError(f"{name} must hold finite numbers of at least 0")
+            if value is not None and not (value.is_floating_point() and value.isfinite().all() and (value >= 0).all()):
+                raise InputError(f"{name} must hold finite numbers of at least 0, in a floating-point type")
+        if not (self.probs.sum(-1) > 0).all():
+            raise InputError("probs is 0 for all experts of a token but must say something of each")
 
     @property
     def n_layers(self) -> int:
@@ -78,7 +80,9 @@ class RouterTrace:
         return self.probs.topk(self.top_k).indices
 
     def reuse(self) -> float:
-        """The share of a generated token's experts that the token before it had too; K / E for independent ones."""
+        """The share of a generated token's experts that the token before it had too; K / E for independent ones, and
+        nan where there is one token alone.
+        """
         mask = torch.zeros_like(self.probs, dtype=torch.bool).scatter_(-1, self.chosen(), True)
         start = max(self.prompt, 1)
         both = mask[:, start:] & mask[:, start - 1 : -1]
@@ -156,6 +160,8 @@ def zipf_markov(
     Raises:
         InputError: `stay` or a size is out of range.
     """
+    if layers < 1:
+        raise InputError(f"layers is {layers} but must be at least 1")
     if not 0 <= stay < 1:
         raise InputError(f"stay is {stay} but must be at least 0 and below 1")
     draw = torch.Generator().manual_seed(seed)
