@@ -69,8 +69,11 @@ def test_ctrl_c_waits_for_what_has_begun_and_drops_the_rest():
 
     def first():
         go.wait()
+        time.sleep(0.3)  # a signal just before a thread blocks does not wake it
         signal.pthread_kill(main, signal.SIGINT)
-        time.sleep(0.1)
+        patience = time.perf_counter() + 30
+        while executor._open and time.perf_counter() < patience:
+            time.sleep(0.01)
         ran.append("first")
 
     with pytest.raises(KeyboardInterrupt), Executor(("a", "b"), "measured") as executor:
