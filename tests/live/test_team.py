@@ -1,18 +1,27 @@
 """Runs that several processes train: one record, the numbers of one process, commands, and how they end."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from tests.live.team_lives import recipe
 from tests.processes import below, running
 from workbench.errors import InputError
+from workbench.live import team
 from workbench.live.arm import Arm
+from workbench.live.attendant import _stop_signals
+from workbench.live.control import Controller
 from workbench.live.recipe import Recipe
 from workbench.live.records import RANK_LOAD, RANK_SECONDS, RANK_SENT, RANK_WAITING
 from workbench.live.store import Run
@@ -160,7 +169,101 @@ def test_an_environment_that_is_none_is_refused(
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_PORT", "1")
+    new = [str(tmp_path / "run"), "--recipe", recipe("data").to_json()]
     for rank, words in (("x", "RANK is 'x' but must be a whole number"), ("2", "RANK is 2 but must be 0 to 1")):
         monkeypatch.setenv("RANK", rank)
-        assert main([str(tmp_path / "run"), "--recipe", recipe("data").to_json()]) == 2
+        assert main(new) == 2
         assert words in capsys.readouterr().err
+    assert main([*new, "--processes", "2"]) == 2
+    assert "--processes is 2 but torchrun has started 2 already" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    assert main(new) == 2
+    assert "WORLD_SIZE is 0 but must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--processes", "0"], "--processes is 0 but must be at least 1"),
+        (["--processes", "-2"], "--processes is -2 but must be at least 1"),
+        (["--patience", "0"], "--patience is 0 but must be above 0 and at most 86400 seconds"),
+        (["--patience", "nan"], "--patience is nan but must be above 0"),
+        (["--processes", "2", "--patience", "inf"], "--patience is inf but must be above 0"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(given: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main([str(tmp_path / "run"), "--recipe", recipe("data").to_json(), *given]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_what_each_of_several_is_told_never_starts_several_again(monkeypatch: pytest.MonkeyPatch):
+    told = []
+    monkeypatch.setattr(team, "launch", lambda processes, module, arguments: told.append((processes, arguments)) or 0)
+    chosen = recipe("data").to_json()
+    for given in (["--processes", "2"], ["--processes=2"]):
+        assert main([*given, "--recipe", chosen, "--attached", "--", "-run"]) == 0
+        assert told.pop() == (2, ["--recipe", chosen, "--attached", "--patience", "300.0", "--", "-run"])
+    assert main(["run", "--processes", "2", "--patience", "7"]) == 0
+    assert told.pop() == (2, ["--patience", "7.0", "--", "run"])
+    with pytest.raises(SystemExit):  # an option that is cut short would be handed on
+        main(["run", "--proc", "2"])
+    assert not told
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said"), [(("SIGKILL", "SIGTERM"), 1, "rank 0 of 2 was ended by SIGKILL"), (("2", "2"), 2, "")]
+)
+def test_of_a_rank_0_that_cannot_say_so_itself_the_launcher_says_how_it_ended(
+    ends: tuple[str, str], status: int, said: str, capfd: pytest.CaptureFixture
+):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert team.launch(2, "tests.live.launched", ends) == status
+    finally:  # torch's launcher leaves its own
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    seen = capfd.readouterr().err
+    assert said in seen and seen.count("\n") == bool(said)
+
+
+def test_one_that_ends_by_an_error_waits_until_rank_0_has_said_why():
+    store = dist.HashStore()
+    store.set("came/0", f"{os.getpid()} {socket.gethostname()}")
+    other = team.Team(1, 2, store, 1.0, torch.device("cpu"))
+    late = threading.Timer(0.3, team.Team(0, 2, store, 1.0, torch.device("cpu")).hear_out)
+    late.start()
+    began = time.monotonic()
+    other.hear_out()
+    assert 0.25 < time.monotonic() - began < 5
+    gone = dist.HashStore()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    gone.set("came/0", f"{ended.pid} {socket.gethostname()}")
+    began = time.monotonic()
+    team.Team(1, 2, gone, 1.0, torch.device("cpu")).hear_out()
+    assert time.monotonic() - began < 5
+
+
+def test_what_another_raised_is_told_and_what_is_ones_own_is_left_to_the_others():
+    store = dist.HashStore()
+    first, second = (team.Team(rank, 2, store, 1.0, torch.device("cpu")) for rank in (0, 1))
+    assert second.lost(InputError("data set 'docs' is not on this machine")) is None
+    told = first.lost(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert "rank 1: data set 'docs' is not on this machine" in str(told)
+    assert second.lost(team.RunStopped("its checkpoint cannot be written, says gloo")) is None
+
+
+def test_a_signal_that_comes_when_a_shared_run_has_ended_ends_nothing_before_its_time():
+    controller = Controller(team.Silent(Path()))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with _stop_signals(controller, for_good=True) as reason:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert controller.stopping and reason[-1] == "stopped by SIGTERM"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with _stop_signals(controller):
+        assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]

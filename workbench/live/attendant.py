@@ -149,7 +149,7 @@ class Attendant:
             self.writer.status("finished")
         else:
             reason = self._reason[-1]
-            if self.team and self.team.stopped_by is not None:
+            if self.team and self.team.stopped_by is not None and len(self._reason) == 1:
                 reason = f"stopped by a signal to rank {self.team.stopped_by}"
             self.writer.status("stopped", f"{reason} after {self.steps} of {self.total} steps")
         return self.state
@@ -224,7 +224,8 @@ class Attendant:
     def _control(self, found: Checkpoint | None) -> None:
         controls, agree = Controls(**found.controls) if found else None, {"agree": self.team.agree} if self.team else {}
         self.controller = Controller(self.writer, controls, **agree)
-        self._reason = self._stack.enter_context(_stop_signals(self.controller))
+        # whoever starts several ends the others as soon as one has ended: each must come to say why
+        self._reason = self._stack.enter_context(_stop_signals(self.controller, for_good=self.team is not None))
 
     def _newest(self, state: State) -> Checkpoint | None:
         """The newest checkpoint, its weights in the model, and in the optimizer what is of this training."""
@@ -303,8 +304,11 @@ class _Report(Hook):
 
 
 @contextmanager
-def _stop_signals(controller: Controller) -> Iterator[list[str]]:
-    """SIGTERM and Ctrl-C ask the run to stop; yields why it was asked. Outside the main thread they are left alone."""
+def _stop_signals(controller: Controller, for_good: bool = False) -> Iterator[list[str]]:
+    """SIGTERM and Ctrl-C ask the run to stop; yields why it was asked. Outside the main thread they are left alone.
+
+    Afterwards they do what they did before, unless it is for good.
+    """
     reason = ["stopped by command"]
 
     def stop(number: int, frame: object) -> None:
@@ -320,7 +324,7 @@ def _stop_signals(controller: Controller) -> Iterator[list[str]]:
     try:
         yield reason
     finally:
-        for number, handler in before.items():
+        for number, handler in () if for_good else before.items():
             signal.signal(number, handler)
 
 

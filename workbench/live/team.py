@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ PATIENCE = 300.0
 """Seconds that a process waits for the others: a step, its probes and its checkpoint, on a machine that is busy."""
 
 GRACE = 2.0  # seconds in which those that survive a death say so
+LAST_WORDS = 20.0  # seconds in which rank 0 has said and recorded why the run ends
 
 
 class RankLost(RunStopped):
@@ -130,14 +131,18 @@ class Team:
         dist.gather_object(value, found)
         return found or []
 
-    def lost(self, error: RuntimeError) -> RankLost | None:
-        """What an error means where it comes from a process that is gone; None where it is this one's own."""
+    def lost(self, error: Exception) -> RankLost | None:
+        """What an error means where it comes from a process that is gone; None where it is this one's own.
+
+        Either way it is left in the store, for those that wait for this process.
+        """
+        with suppress(RuntimeError):  # the store went with rank 0
+            self._store.set(f"left/{self.rank}", " ".join(str(error).split())[:300])
         if not _is_of_others(error):
             return None
         others = [rank for rank in range(self.world) if rank != self.rank]
         deadline, gone, silent = time.monotonic() + GRACE, [], others
-        with suppress(RuntimeError):  # the store went with rank 0
-            self._store.set(f"left/{self.rank}", " ".join(str(error).split())[:300])
+        with suppress(RuntimeError):
             while time.monotonic() < deadline and not gone:
                 silent = [rank for rank in others if not self._store.check([f"left/{rank}"])]
                 gone = [rank for rank in silent if not _runs(*self._store.get(f"came/{rank}").decode().split())]
@@ -150,6 +155,27 @@ class Team:
             words = "; ".join(f"rank {rank}: {self._store.get(f'left/{rank}').decode()}" for rank in others)
             return RankLost(f"the processes have lost each other; {words}")
         return RankLost(f"the processes have lost each other: {error}")
+
+    def leave(self, status: int) -> NoReturn:
+        """End this process after an error, rank 0 first: who has started them ends all when one has ended.
+
+        The interpreter's own end would wait for what gloo still has under way with a process that is gone.
+        """
+        self.hear_out()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def hear_out(self) -> None:
+        """Wait, a while, until rank 0 has said and recorded why the run ends; called there, it has."""
+        deadline = time.monotonic() + LAST_WORDS
+        with suppress(RuntimeError):
+            if self.leads:
+                self._store.set("said", "")
+            while not self._store.check(["said"]) and time.monotonic() < deadline:
+                if not _runs(*self._store.get("came/0").decode().split()):
+                    break
+                time.sleep(0.05)
 
     def close(self) -> None:
         """Leave in order, once all are here."""
@@ -227,6 +253,8 @@ def join(patience: float = PATIENCE) -> Team | None:
     world = _told("WORLD_SIZE", 1)
     if world == 1:
         return None
+    if world < 1:
+        raise InputError(f"WORLD_SIZE is {world} but must be at least 1")
     rank, port = _told("RANK"), _told("MASTER_PORT")
     if not 0 <= rank < world:
         raise InputError(f"RANK is {rank} but must be 0 to {world - 1}, of WORLD_SIZE processes")
@@ -242,6 +270,7 @@ def join(patience: float = PATIENCE) -> Team | None:
     try:
         store = _store(rank, port, wait)
         store.set(f"came/{rank}", f"{os.getpid()} {socket.gethostname()}")
+        late = []
         try:
             store.wait([f"came/{other}" for other in range(world)], wait)
         except dist.DistStoreError:
@@ -257,13 +286,15 @@ def join(patience: float = PATIENCE) -> Team | None:
     except RuntimeError as error:
         if not _is_of_others(error):
             raise
+        if not late:  # who has waited longer, or died, takes its word along
+            raise RankLost("another process has ended before all had met: nothing was begun") from error
         raise RankLost(f"{_ranks(late, world)} did not come within {patience:g} seconds: nothing was begun") from error
     return Team(rank, world, store, patience, device)
 
 
-def _is_of_others(error: RuntimeError) -> bool:
+def _is_of_others(error: Exception) -> bool:
     """Whether an error says that another process, or what it wrote, cannot be reached."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
 def _store(rank: int, port: int, wait: timedelta) -> dist.Store:
@@ -314,7 +345,6 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the trainers say what there is to say
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -325,10 +355,21 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
     )
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # the trainers say what there is to say
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException:
         return 0
     except ChildFailedError as error:
+        first = error.failures.get(0)
+        if first is not None and first.exitcode < 0:  # else it has said why
+            print(
+                f"workbench: error: rank 0 of {processes} was ended by {first.signal_name()}; a run that was begun "
+                "goes on from its last checkpoint when it is resumed",
+                file=sys.stderr,
+            )
         return 2 if all(failure.exitcode == 2 for failure in error.failures.values()) else 1
+    finally:
+        logging.disable(before)
     return 0

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ from workbench.live.store import RunStopped, find
 
 if TYPE_CHECKING:
     from workbench.live.team import Team
+
+LONGEST = 86_400.0
+"""Seconds that one process may wait for the others: a day."""
 
 
 def train_run(
@@ -85,8 +89,8 @@ def _train(
             with suppress(Over), attended(attendant):
                 recipe.train()
             return attendant.finish()
-        except RuntimeError as error:
-            lost = None if team is None or isinstance(error, RunStopped) else team.lost(error)
+        except Exception as error:
+            lost = team and team.lost(error)
             if lost is None:
                 raise
             raise lost from error
@@ -112,24 +116,27 @@ def _give_way() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The trainer as a process; its exit status: 0 ended in order, 1 failed, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m workbench.live.trainer", description="Train a run, or resume one.")
+    parser = argparse.ArgumentParser(
+        prog="python -m workbench.live.trainer", description="Train a run, or resume one.", allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path, help="of the run")
     parser.add_argument("--recipe", help="JSON of a new run's recipe; without it the run in FOLDER is resumed")
     parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
     parser.add_argument("--processes", type=int, default=1, help="train in so many processes (default: 1)")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds one waits for the others (default: 300)")
     args = parser.parse_args(argv)
-    if args.processes > 1:
-        from workbench.live.team import launch
-
-        arguments = _without(sys.argv[1:] if argv is None else argv, "--processes")
-        return launch(args.processes, "workbench.live.trainer", arguments)
-    if args.attached:
-        _give_way()
-        _stop_with_parent()
     team = None
     try:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        started = os.environ.get("WORLD_SIZE", "1")
+        _check_numbers(args.processes, args.patience, started)
+        if args.processes > 1:
+            from workbench.live.team import launch
+
+            return launch(args.processes, "workbench.live.trainer", _of_one(args))
+        if args.attached:
+            _give_way()
+            _stop_with_parent()
+        if started != "1":
             from workbench.live.team import join
 
             team = join(args.patience)
@@ -142,17 +149,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, RunStopped, FloatingPointError) as error:
         if team is None or team.leads:
             print(f"workbench: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        status = 2 if isinstance(error, InputError) else 1
+        if team:
+            team.leave(status)
+        return status
+    except Exception:
+        if team is None:
+            raise
+        traceback.print_exc()
+        team.leave(1)
     return 0
 
 
-def _without(arguments: Sequence[str], option: str) -> list[str]:
-    """The arguments but an option and its value."""
-    kept = [argument for argument in arguments if not argument.startswith(f"{option}=")]
-    if option in kept:
-        at = kept.index(option)
-        del kept[at : at + 2]
-    return kept
+def _check_numbers(processes: int, patience: float, started: str) -> None:
+    """Raise `InputError` where these are none; `started`: how many processes torchrun has started with this one."""
+    if processes < 1:
+        raise InputError(f"--processes is {processes} but must be at least 1")
+    if processes > 1 and started != "1":
+        raise InputError(f"--processes is {processes} but torchrun has started {started} already: leave one out")
+    if not 0 < patience <= LONGEST:
+        raise InputError(f"--patience is {patience:g} but must be above 0 and at most {LONGEST:g} seconds")
+
+
+def _of_one(args: argparse.Namespace) -> list[str]:
+    """The arguments of each of several processes, in place of those of the one that starts them."""
+    recipe = [] if args.recipe is None else ["--recipe", args.recipe]
+    return [*recipe, *["--attached"] * args.attached, "--patience", str(args.patience), "--", str(args.folder)]
 
 
 if __name__ == "__main__":

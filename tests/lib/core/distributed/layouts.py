@@ -148,6 +148,12 @@ def resumed(layout: str | None, folder: Path) -> dict:
     return _whole(model, replicas)
 
 
+def each(folders: dict[str, Path], names: list[str]) -> dict[tuple[str, str], dict]:
+    """What "stopped" and "resumed", one after the other, give in each layout with its folder."""
+    made = {"stopped": stopped, "resumed": resumed}
+    return {(layout, name): made[name](layout, folder) for layout, folder in folders.items() for name in names}
+
+
 def misfits(folder: Path) -> dict[str, str]:
     """What is said of checkpoints in the layout "data" that do not fit."""
     cases = {"layout": ("sharded", {}), "dtype": ("data", {"double": False}), "shape": ("data", {"d_hidden": 16})}
@@ -160,6 +166,13 @@ def misfits(folder: Path) -> dict[str, str]:
         except InputError as error:
             found[case] = str(error)
     return found
+
+
+def into_one_without_positions(layout: None, folder: Path) -> None:
+    """One process reads a checkpoint into a model that lacks a parameter."""
+    model, *_ = _begun(layout)
+    del model.position
+    checkpoint.load(folder, model)
 
 
 def killed_while_writing(folder: Path, who: int) -> None:

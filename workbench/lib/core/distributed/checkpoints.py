@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,6 +26,9 @@ from workbench.lib.core import sidecar
 from workbench.lib.core.distributed.layouts import Processes, led
 from workbench.lib.core.sidecar import Checkpoint, Found
 from workbench.sealed import sealed_folder, sweep
+
+EXTRA = "::"
+"""What the names of a caller's tensors begin with, so that none is taken for one of the model."""
 
 
 def save(
@@ -52,7 +55,7 @@ def save(
     state, optimizer_json = sidecar.flatten(optimizer, sidecar.names_of(parameters, optimizer))
     tensors = _placed(_tensors(model, parameters) | state, parameters, replicas)
     if replicas.rank == 0:
-        tensors |= extra or {}
+        tensors |= {f"{EXTRA}{name}": tensor for name, tensor in (extra or {}).items()}
     with ExitStack() as stack:
 
         def begin() -> Path:
@@ -111,14 +114,17 @@ def read(
         tensors = _tensors(model, parameters)
         more = {name: torch.zeros(its.size, dtype=its.properties.dtype) for name, its in there.items()}
         more = {name: tensor for name, tensor in more.items() if name not in tensors}
+        extra = {name: more.pop(name) for name in _extra(found, there)}
         state = {name: more.pop(name) for name in list(more) if "::" in name}
+        if more:
+            raise ValueError(f"it has {min(more)!r}, which the model has not")
         if optimizer is None:
             state = {}
         for name in state:
             of = parameters[name.rpartition("::")[0]]
             if state[name].shape == _placed({name: of}, parameters, replicas)[name].shape:
                 state[name] = torch.zeros_like(of)
-        wanted = _placed(tensors | state, parameters, replicas) | more
+        wanted = _placed(tensors | state, parameters, replicas) | extra
         _check(wanted, there)
         if optimizer is not None:
             names = sidecar.names_of(parameters, optimizer)
@@ -133,7 +139,7 @@ def read(
     except (SafetensorError, CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         why = _why(error) if isinstance(error, CheckpointException) else error
         raise InputError(f"checkpoint {found.path} does not fit this model: {why}") from error
-    return more
+    return {name.removeprefix(EXTRA): tensor for name, tensor in extra.items()}
 
 
 def _tensors(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -156,6 +162,14 @@ def _placed(
         if replicas is not None and of is not None and tensor.shape == of.shape:
             found[name] = replicas.as_whole(of, tensor)
     return found
+
+
+def _extra(found: Found, there: Mapping[str, Any]) -> list[str]:
+    """The names of the caller's tensors: one process has a file for them."""
+    if "processes" in found.content:
+        return [name for name in there if name.startswith(EXTRA)]
+    with safe_open(found.path / sidecar.EXTRA, "pt") as file:
+        return list(file.keys())
 
 
 def _check(wanted: Mapping[str, Tensor], there: Mapping[str, Any]) -> None:
