@@ -18,7 +18,7 @@ MACHINE = {
     "name": "mine",
     "basis": "measured",
     "source": "a test",
-    "device": {"flops": 1e13, "memory_bytes": 1.2e7, "memory_bandwidth": 1e11},
+    "device": {"flops": 1e13, "memory_bytes": 2e7, "memory_bandwidth": 1e11},
     "host": {"flops": 1e11, "memory_bytes": 1e10, "memory_bandwidth": 1e10},
     "link": {"bandwidth": 1e9, "latency_seconds": 0},
     "disk": {"bandwidth": 1e9, "latency_seconds": 1e-4},
@@ -72,9 +72,10 @@ def test_the_table_and_the_picture_are_labelled_as_simulated(shell, tmp_path: Pa
 
 
 def test_the_default_budget_is_half_of_the_experts_or_the_memory_if_that_is_less(shell, files):
-    assert "4 of a layer's experts" in shell("hybrimoe")[1]  # 24 MB of experts, 12 MB of memory
+    assert "4 of a layer's experts" in shell("hybrimoe")[1]  # 24 MB of experts, 20 MB of memory
     files["hardware"].write_text(json.dumps(MACHINE | {"device": MACHINE["device"] | {"memory_bytes": 7e6}}))
     assert "2 of a layer's experts" in shell("hybrimoe")[1]
+    files["hardware"].write_text(json.dumps(MACHINE | {"device": MACHINE["device"] | {"memory_bytes": 1e9}}))
     assert "8 of a layer's experts" in shell("hybrimoe", "--budget", "1e9")[1]
 
 
@@ -97,8 +98,15 @@ def test_a_machine_by_its_public_name_and_a_synthetic_trace(shell, monkeypatch):
             "hybrimoe --budget 2999999",
             "budget is 2,999,999 bytes but must hold one expert of each of 3 layers, 3,000,000",
         ),
-        ("hybrimoe --budget -1", "--budget is '-1' but must be a number of bytes above 0"),
-        ("hybrimoe --expert-bytes much", "--expert-bytes is 'much' but must be a number of bytes above 0"),
+        ("hybrimoe --budget -1", "--budget is '-1' but must be a number of bytes from 1 to 1e24"),
+        ("hybrimoe --expert-bytes much", "--expert-bytes is 'much' but must be a number of bytes from 1 to 1e24"),
+        (
+            "hybrimoe --budget 20000001",
+            "--budget is '20000001' but must be at most the device's memory, 20,000,000 bytes",
+        ),
+        ("hybrimoe --expert-bytes 1e300", "--expert-bytes is '1e300' but must be"),
+        ("d2moe --expert-bytes 1", "expert_bytes is 1 but must be at least"),
+        ("hybrimoe --hardware=", "--hardware '' is unknown"),
         ("hybrimoe --html a.txt", "--html is 'a.txt' but must be a new file in a folder, ending in .html"),
     ],
 )
@@ -110,7 +118,7 @@ def test_what_is_wrong_is_one_line(shell, words: str, message: str):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"flops": -1}, "device: flops is -1 but must be finite and above 0"),
+        ({"flops": -1}, "device: flops is -1 but must be from 1 to 1e+24"),
         ({"flops": None}, "device: flops is None but must be a number"),
         ({"speed": 1}, "device: key 'speed' is unknown"),
     ],
@@ -119,6 +127,24 @@ def test_a_machine_of_bad_numbers_is_refused(shell, files, part: dict, message: 
     files["hardware"].write_text(json.dumps(MACHINE | {"device": MACHINE["device"] | part}))
     status, _, err = shell("hybrimoe")
     assert status == 2 and message in err
+
+
+@pytest.mark.parametrize("slug", ["hybrimoe", "moe-lens"])
+def test_the_most_unequal_machine_that_is_allowed_has_an_answer(shell, files, slug: str):
+    parts = {name: {"flops": 1e24, "memory_bytes": 1e24, "memory_bandwidth": 1e24} for name in ("device", "host")}
+    link = {"bandwidth": 1, "latency_seconds": 0}
+    files["hardware"].write_text(json.dumps(MACHINE | parts | {"link": link}))
+    status, out, err = shell(slug, "--budget", "1e9", "--json")
+    assert status == 0, err
+    shares = [row[key] for row in json.loads(out)["rows"] for key in row if key.endswith("_busy") and row[key] != ""]
+    assert all(0 <= share <= 1 + 1e-9 for share in shares)
+
+
+def test_a_host_that_cannot_hold_the_experts_is_refused(shell, files):
+    files["hardware"].write_text(json.dumps(MACHINE | {"host": MACHINE["host"] | {"memory_bytes": 23e6}}))
+    for slug in ("hybrimoe", "moe-lens"):
+        status, _, err = shell(slug, "--budget", "2e7")
+        assert status == 2 and "memory_bytes is " in err
 
 
 def test_a_machine_without_a_part_and_a_trace_of_nothing_are_refused(shell, files):

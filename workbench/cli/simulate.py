@@ -45,17 +45,19 @@ def simulate(args: argparse.Namespace) -> None:
     from workbench.lib.core.simulation.workload import Workload
 
     file = Path(args.hardware)
-    if file.suffix or file.exists():
+    if file.suffix or (args.hardware and file.exists()):
         hardware = Hardware.read(file)
     elif args.hardware in names():
         hardware = Hardware.named(args.hardware)
     else:
         raise unknown("--hardware", args.hardware, names())
     trace = _trace(args.trace)
+    memory = float("inf") if hardware.device is None else hardware.device.memory_bytes
     if budget is None:
         budget = trace.n_layers * trace.n_experts * expert / 2
-        if hardware.device is not None:
-            budget = min(budget, hardware.device.memory_bytes)
+        budget = min(budget, memory)
+    elif budget > memory:
+        raise InputError(f"--budget is {args.budget!r} but must be at most the device's memory, {memory:,.0f} bytes")
     found = row.resolve()["simulate"](hardware, Workload(trace, expert, budget))
     if args.html is not None:
         from workbench.figures.timeline import gantt
@@ -87,8 +89,8 @@ def _bytes(option: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value < float("inf"):
-        raise InputError(f"{option} is {text!r} but must be a number of bytes above 0")
+    if not 1 <= value <= 1e24:
+        raise InputError(f"{option} is {text!r} but must be a number of bytes from 1 to 1e24")
     return value
 
 

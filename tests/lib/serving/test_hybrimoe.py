@@ -291,7 +291,8 @@ def test_metrics_are_those_of_the_timeline(how):
     first, rest = spans[0::7], [span for nth, span in enumerate(spans) if nth % 7]
     assert metrics.first_token_seconds == pytest.approx(sum(first) / 2)
     assert metrics.token_seconds == pytest.approx(sum(rest) / 12)
-    assert metrics.busy == pytest.approx({name: spent / ends[-1] for name, spent in timeline.busy().items()})
+    spent = {name: sum(min(e.end, ends[-1]) - e.start for e in timeline.on(name)) for name in timeline.resources}
+    assert metrics.busy == pytest.approx({name: seconds / ends[-1] for name, seconds in spent.items()})
     groups = [event.group for event in timeline.events]
     assert (metrics.transfers, metrics.fetches) == (groups.count("transfer"), groups.count("fetch"))
 

@@ -402,6 +402,11 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
     device = hardware.need("device").device
     channel = hardware.disk or hardware.need("link").link
     weights = workload.expert_bytes / workload.weight_bytes
+    if weights < GROUP:
+        raise InputError(
+            f"expert_bytes is {workload.expert_bytes:g} but must be at least {GROUP * workload.weight_bytes:g}: "
+            f"{GROUP} weights share a scale"
+        )
     sizes = {bits: round(weights * (bits / 8 + 4 * (bits - BASE + 1) / GROUP)) for bits in range(BASE, BITS + 1)}
     tokens = sorted({1, workload.trace.probs.shape[0] * workload.trace.top_k})
 

@@ -298,6 +298,7 @@ class HybridSim:
                 for layer, step in enumerate(steps):
                     self._layer(f"{number}.{at}.{layer}", layer, step, decoding)
                 (rest if decoding else first).append(self.now - began)
+        self.work[LINK] -= max(0.0, self.link_free - self.now)  # a last fetch goes on when all is said
         busy = {name: spent / self.now if self.now else 0.0 for name, spent in self.work.items()}
         metrics = Metrics(
             sum(rest) / len(rest),
@@ -356,6 +357,12 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
     """
     hardware.need("device", "host", "link")
     size, trace = workload.expert_bytes, workload.trace
+    needed = size * trace.n_layers * trace.n_experts
+    if hardware.host.memory_bytes < needed:
+        raise InputError(
+            f"hardware {hardware.name!r}: host: memory_bytes is {hardware.host.memory_bytes:,.0f} but must hold all "
+            f"experts, {needed:,.0f} bytes"
+        )
     cpu, device = (
         Rate(0.0, size / part.memory_bandwidth, workload.expert_flops / part.flops)
         for part in (hardware.host, hardware.device)
@@ -380,7 +387,8 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
         rows.append(
             {"policy": name} | row | {"hit_rate": found.hit_rate} | {f"{k}_busy": v for k, v in found.busy.items()}
         )
-    shown = timeline.between(max(0.0, timeline.makespan - 3 * rows[0]["token_seconds"]), timeline.makespan)
+    since = timeline.makespan - 3 * rows[0]["token_seconds"]
+    shown = timeline.between(since, timeline.makespan) if 0 < since < timeline.makespan else timeline
     return Simulation(METHOD.slug, hardware.label, f"{workload}, {capacity} of a layer's experts", rows, shown)
 
 

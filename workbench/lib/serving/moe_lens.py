@@ -15,7 +15,6 @@ never read.
 """
 
 import math
-from bisect import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -97,7 +96,11 @@ def n_star(costs: Costs) -> int:
     most = 1
     while fits(2 * most):
         most *= 2
-    return most + bisect(range(most + 1, 2 * most + 1), False, key=lambda n: not fits(n))
+    step = most  # by hand: `bisect` counts no farther than a machine's word
+    while step := step // 2:
+        if fits(most + step):
+            most += step
+    return most
 
 
 @dataclass(frozen=True)
@@ -299,6 +302,7 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
     requests = Requests.uniform(max(1, trace.prompt), generate, SIMULATED)
     bound = stage1(machine, moe, requests)  # refuses what memory does not hold
     costs, n_pages = SpecCosts(machine, moe), int(machine.kv_bytes / moe.kv_bytes_per_token / PAGE)
+    n_pages = min(n_pages, SIMULATED * (2 + (requests.prompts[0] + generate) // PAGE))  # all of them, and one free each
     rows, timelines = [], []
     for name, options in POLICIES.items():
         passes = list(Scheduler(requests, PagedKV(n_pages, PAGE), n_star(costs), **options))

@@ -36,7 +36,7 @@ def test_a_file_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (("device", "flops"), -1, r"device: flops is -1 but must be finite and above 0"),
+        (("device", "flops"), -1, r"device: flops is -1 but must be from 1 to 1e\+24"),
         (("device", "flops"), 0, "flops is 0"),
         (("device", "flops"), 10**400, "flops is 1000"),
         (("device", "flops"), float("nan"), "flops is nan"),
@@ -44,7 +44,10 @@ def test_a_file_is_read_as_it_is(tmp_path):
         (("device", "memory_bandwidth"), "fast", "memory_bandwidth is 'fast' but must be a number"),
         (("device", "memory_bandwidth"), True, "memory_bandwidth is True but must be a number"),
         (("device", "memory_bandwidth"), None, "memory_bandwidth is None but must be a number"),
-        (("link", "latency_seconds"), -1e-6, "latency_seconds is -1e-06 but must be finite and at least 0"),
+        (("device", "memory_bytes"), 1e25, r"memory_bytes is 1e\+25 but must be from 1 to 1e\+24"),
+        (("link", "bandwidth"), 1e-9, "bandwidth is 1e-09"),
+        (("link", "latency_seconds"), 4000, "latency_seconds is 4000"),
+        (("link", "latency_seconds"), -1e-6, "latency_seconds is -1e-06 but must be from 0 to 3600"),
         (("device", "cores"), 4, "device: key 'cores' is unknown"),
         (("lnk",), {}, r"key 'lnk' is unknown; did you mean 'link'"),
         (("link",), [1], r"link is \[1\] but must be an object"),
@@ -52,6 +55,7 @@ def test_a_file_is_read_as_it_is(tmp_path):
         (("devices_per_node",), 0, "devices_per_node is 0"),
         (("basis",), "guessed", "basis is 'guessed' but must be one of specified, measured"),
         (("name",), "", "name is ''"),
+        (("name",), "two\nlines", r"name is 'two\\nlines' but must be a line of text"),
         (("source",), 3, "source is 3"),
     ],
 )
@@ -79,7 +83,14 @@ def test_a_missing_key_is_named(tmp_path, path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "is not JSON"), ("[]", "must be an object"), ('{"name":"a","basis":"measured","source":"b"}', "nothing")],
+    [
+        ("{", "is not JSON"),
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "must be an object"),
+        ('{"name":"a","basis":"measured","source":"b"}', "nothing"),
+        ('{"link":{"bandwidth":1,"latency_seconds":0,"bandwidth":2}}', "key 'bandwidth' is there twice"),
+    ],
 )
 def test_a_file_that_describes_no_machine_is_refused(tmp_path, text, said):
     with pytest.raises(InputError, match=said):

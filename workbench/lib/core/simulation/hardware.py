@@ -4,14 +4,15 @@
     machine = Hardware.named("a40-pcie4")          # names()
 
 The file is JSON: {"name", "basis": "specified" or "measured", "source", and any of the parts below}. A part that is
-there has all its numbers, in SI units (bytes, bytes/s, FLOP/s, s). What was measured and what a maker specifies are
+there has all its numbers, in SI units (bytes, bytes/s, FLOP/s, s), each from 1 to 1e24 and a latency from 0 to 3600:
+beyond that times are no longer told apart, and a unit is wrong. What was measured and what a maker specifies are
 never in one file, and never in one column of a table.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,19 @@ class Hardware:
         """The machine in a file.
 
         Raises:
-            InputError: it cannot be read, or a key is missing or unknown, or a number is none, not finite or not above
-                0 (a latency may be 0); the key is named.
+            InputError: it cannot be read, or a key is missing, unknown or there twice, or a number is none or out of
+                range; the key is named.
         """
+        where = f"hardware {str(file)!r}"
         try:
-            found = json.loads(Path(file).read_text(encoding="utf-8"))
+            found = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=partial(_once, where))
         except OSError as error:
-            raise InputError(f"hardware {str(file)!r} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise InputError(f"hardware {str(file)!r} is not JSON: {error}") from None
-        return cls.from_dict(found, where=f"hardware {str(file)!r}")
+            raise InputError(f"{where} cannot be read: {error.strerror}") from None
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not JSON: {error}") from None
+        return cls.from_dict(found, where=where)
 
     @classmethod
     def named(cls, name: str) -> "Hardware":
@@ -146,6 +150,15 @@ def _part(kind: type, found: Any, where: str) -> Any:
     return kind(**{key: _number(found, key, where) for key in keys})
 
 
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON has as an object; of a key that is there twice Python would take the last in silence."""
+    found = dict(pairs)
+    for key in found:
+        if sum(key == other for other, _ in pairs) > 1:
+            raise InputError(f"{where}: key {key!r} is there twice")
+    return found
+
+
 def _object(found: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise InputError(f"{where} is {found!r:.60} but must be an object with keys")
@@ -166,8 +179,8 @@ def _value(found: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _text(found: Mapping[str, Any], key: str, where: str) -> str:
     value = _value(found, key, where)
-    if not (isinstance(value, str) and value.strip()):
-        raise InputError(f"{where}: {key} is {value!r} but must be a text")
+    if not (isinstance(value, str) and value.strip() and value.isprintable()):
+        raise InputError(f"{where}: {key} is {value!r} but must be a line of text")
     return value
 
 
@@ -175,8 +188,7 @@ def _number(found: Mapping[str, Any], key: str, where: str) -> float:
     value = _value(found, key, where)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{where}: {key} is {value!r} but must be a number")
-    least = key.startswith("latency")
-    number = float(value) if abs(value) < 1e300 else math.inf  # an integer may be larger than any float
-    if not (math.isfinite(number) and (number >= 0 if least else number > 0)):
-        raise InputError(f"{where}: {key} is {value!r:.40} but must be finite and {'at least' if least else 'above'} 0")
-    return number
+    low, high = (0, 3600) if key.startswith("latency") else (1, 1e24)
+    if not low <= value <= high:  # NaN is neither
+        raise InputError(f"{where}: {key} is {value!r:.40} but must be from {low} to {high:g}")
+    return float(value)
