@@ -232,6 +232,6 @@ def test_costs_are_plain_values_and_back():
         (lambda: bit_trace(torch.zeros(0, 1, 1, 2).long(), torch.zeros(0, 1, 1, 2).long(), ""), "steps is empty"),
     ],
 )
-def test_wrong_input_is_named(call, message):
+def test_wrong_input_is_named(call, message, unchecked):
     with pytest.raises(InputError, match=message):
         call()
