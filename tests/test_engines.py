@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socketserver
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +18,17 @@ from workbench import engines
 from workbench.engines import ENGINES, HERE, Crew, WorkerLostError, Workers
 from workbench.errors import InputError
 
+BEFORE: set[int] = set()
+"""Processes that were there before the workers."""
+
 
 @pytest.fixture(scope="module", params=ENGINES)
 def crew(request) -> Iterator[Crew]:
-    """Two workers of each engine, a real cluster on this machine for those that have one."""
+    """Two workers of each engine, a real cluster on this machine for those that have one; started once, for all."""
+    if request.param == "ray":
+        __import__("ray").shutdown()  # a cluster that is there would be taken, and stay
+    BEFORE.clear()
+    BEFORE.update(below(os.getpid()))
     with Workers(2, request.param).open(pieces=8) as crew:
         yield crew
 
@@ -68,6 +77,12 @@ def fail(number: int) -> int:
     return number
 
 
+def blocked(_: int) -> int:
+    """Bits of the signals that this process does not hear, as the kernel knows them."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigBlk"))
+    return int(line.split()[1], 16) >> (signal.SIGINT - 1) & 1
+
+
 def each(crew: Crew, function, numbers=range(8)) -> dict[int, object]:
     return {number: made for (number,), made in crew.each(lambda n: crew.call(function, n), [(n,) for n in numbers])}
 
@@ -81,6 +96,13 @@ def test_a_call_has_one_thread_no_helpers_and_the_same_bits_wherever_it_is_made(
         expected = here.call(surroundings, 5)
     assert expected["threads"] == {1} and not expected["nested in other processes"]
     assert crew.call(surroundings, 5) == expected
+
+
+def test_a_worker_of_dask_does_not_hear_what_a_terminal_tells_all_processes(crew: Crew):
+    """It would print where it was; who started it hears Ctrl-C, and ends it. That of loky ends without a word."""
+    if isinstance(crew.engine, engines.Dask):
+        assert crew.call(blocked, 0) == 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_worker_that_dies_costs_the_call_that_it_made_and_no_other(crew: Crew, tmp_path: Path):
@@ -100,23 +122,22 @@ def test_what_kills_each_worker_is_named_and_the_others_are_made(crew: Crew):
     assert sorted(seen) == [0, 1, 2, 4]
 
 
-@pytest.mark.parametrize("engine", ["loky", "dask"])
-def test_an_error_ends_all_of_it(engine: str):
-    with pytest.raises(InputError, match="number is 3"), Workers(2, engine).open(pieces=40) as crew:
-        each(crew, fail, range(40))
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_left_in_the_middle_the_workers_end_and_leave_no_process(engine: str):
-    if engine == "ray":
-        __import__("ray").shutdown()  # a cluster that is there would be taken, and stay
-    before, began = below(os.getpid()), time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Workers(2, engine).open(pieces=3) as crew:
+def test_left_in_the_middle_the_workers_end_and_leave_no_process(crew: Crew):
+    """The last test of a crew, for it ends it."""
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
         for _ in crew.each(lambda seconds: crew.call(time.sleep, seconds), [(0.0,), (3000.0,), (3000.0,)]):
             raise KeyboardInterrupt
-    while left(before) and time.monotonic() - began < PATIENCE:
+    with pytest.raises(RuntimeError, match="the workers have ended"):
+        crew.call(square, 3)
+    while left(BEFORE) and time.monotonic() - began < PATIENCE:
         time.sleep(0.1)
-    assert left(before) == set()
+    assert left(BEFORE) == set()
+
+
+def test_an_error_ends_all_of_it():
+    with pytest.raises(InputError, match="number is 3"), Workers(2).open(pieces=40) as crew:
+        each(crew, fail, range(40))
 
 
 def left(before: set[int]) -> set[int]:
@@ -160,6 +181,13 @@ def test_a_cluster_that_is_there_is_taken_and_has_to_have_the_same_workbench():
         assert each(crew, square) == {number: number**2 for number in range(8)}
         with pytest.raises(InputError, match="another workbench, Python or torch"):
             Crew(crew.engine, "of another").call(square, 3)
+        assert crew.call(blocked, 3) == 0, "a cluster of others hears what it did"
+        (worker,) = cluster.scheduler_info["workers"]
+        wrong = Workers(None, "dask", worker).open(pieces=2)
+        with pytest.raises(InputError, match="must be that of a scheduler of Dask: a Worker answers"), wrong:
+            pass
+        with pytest.raises(InputError, match="number is 3"):  # an error ends all of it
+            each(crew, fail, range(40))
 
 
 def test_a_cluster_without_workers_is_refused():
@@ -169,6 +197,42 @@ def test_a_cluster_without_workers_is_refused():
         wanted = Workers(None, "dask", cluster.scheduler_address)
         with pytest.raises(InputError, match="has no workers"), wanted.open(pieces=2):
             pass
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad request\r\n\r\n"], ids=["silent", "web"])
+@pytest.mark.parametrize("engine", ["dask", "ray"])
+def test_another_service_is_refused_and_nothing_waits_for_it(
+    engine: str, answer: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engines, "PATIENCE", 1.0)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Service) as service:
+        service.answer, service.ended = answer, threading.Event()
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{service.server_address[1]}"
+        began, wrong = time.monotonic(), Workers(2, engine, address).open(pieces=2)
+        with pytest.raises(InputError, match=f"{address}' but no .* answers there"), wrong:
+            pass
+        assert time.monotonic() - began < PATIENCE
+        service.ended.set()
+        service.shutdown()
+
+
+class Service(socketserver.BaseRequestHandler):
+    """Says its answer to whoever comes, and hangs on."""
+
+    def handle(self) -> None:
+        self.request.sendall(self.server.answer)
+        self.server.ended.wait(PATIENCE)
+
+
+def test_a_cluster_of_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(__import__("ray"), "init", fails)
+    said = "engine is 'ray' but no cluster starts on this machine: The current node timed out"
+    with pytest.raises(InputError, match=said), Workers(2, "ray").open(pieces=2):
+        pass
 
 
 def test_no_jobs_are_refused():

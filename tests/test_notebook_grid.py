@@ -68,40 +68,38 @@ def test_a_grid_that_cannot_be_is_refused_before_anything_runs(path: Path, tmp_p
 
 def test_what_is_done_is_kept_and_what_failed_is_run_again(path: Path, tmp_path: Path):
     seen = []
-    grid = {"seed": [0, 1], "fails": [False, True]}
+    grid = {"seed": [0], "fails": [False, True]}
     rows = run_grid(path, grid, tmp_path / "out", progress=lambda *event: seen.append(event))
-    assert [row.state for row in rows] == ["done", "failed", "done", "failed"]
+    assert [row.state for row in rows] == ["done", "failed"]
     assert rows[1].error.endswith("RuntimeError: seed 0 fails") and rows[1].output.endswith("-failed.ipynb")
     assert "seed 0 fails" in Path(rows[1].output).read_text(), "kept as far as it came"
-    assert [event[:2] for event in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [event[:2] for event in seen] == [(1, 2), (2, 2)]
     (tmp_path / "mended").touch()
     again = run_grid(path, grid, tmp_path / "out")
-    assert [row.state for row in again] == ["kept", "done", "kept", "done"]
-    assert len([*(tmp_path / "out").iterdir()]) == 4, "the failed ones are gone"
+    assert [row.state for row in again] == ["kept", "done"]
+    assert len([*(tmp_path / "out").iterdir()]) == 2, "the failed one is gone"
     write(tmp_path, CODE + "# another notebook", parameters=PARAMETERS)
     assert run_grid(path, {"seed": [0], "fails": [False]}, tmp_path / "out")[0].state == "done"
 
 
-@pytest.mark.parametrize("engine", ["loky", "dask"])
-def test_a_kernel_has_one_thread_and_the_same_numbers_on_each_engine(path: Path, tmp_path: Path, engine: str):
+def test_a_kernel_has_one_thread_and_the_same_numbers_on_each_engine(path: Path, tmp_path: Path):
     grid = {"seed": [3, 4], "name": ["b"]}
     here = run_grid(path, grid, tmp_path / "here")
-    there = run_grid(path, grid, tmp_path / engine, Workers(2, engine))
-    assert [printed(row.output) for row in there] == [printed(row.output) for row in here]
+    for engine in ("loky", "dask"):
+        there = run_grid(path, grid, tmp_path / engine, Workers(2, engine))
+        assert [printed(row.output) for row in there] == [printed(row.output) for row in here]
     assert printed(here[0].output).split()[:2] == ["1", "1"]
 
 
 def test_from_a_shell_a_table_ends_it_and_a_failure_is_its_status(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    assert main(["sweep", "nb.ipynb", "--grid", "seed=1,2", "name=a", "--out", "kept"]) == 0
+    assert main(["sweep", "nb.ipynb", "--grid", "fails=false,true", "name=a", "--out", "kept"]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split() == ["seed", "name", "state", "seconds", "output", "or", "error"]
-    assert [line.split()[:3] for line in out[1:]] == [["1", "a", "done"], ["2", "a", "done"]]
-    assert main(["sweep", "nb.ipynb", "--grid", "seed=1,2", "name=a", "--out", "kept", "--json"]) == 0
-    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["kept", "kept"]
-    assert main(["sweep", "nb.ipynb", "--grid", "fails=true"]) == 1
-    assert "failed" in capsys.readouterr().out
+    assert out[0].split() == ["fails", "name", "state", "seconds", "output", "or", "error"]
+    assert [line.split()[:3] for line in out[1:]] == [["False", "a", "done"], ["True", "a", "failed"]]
+    assert main(["sweep", "nb.ipynb", "--grid", "fails=false", "name=a", "--out", "kept", "--json"]) == 0
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["kept"]
 
 
 @pytest.mark.parametrize(

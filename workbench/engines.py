@@ -14,6 +14,7 @@ Each engine is used by its futures. Its backend of joblib is not, for that of Ra
 of loky gives up every call when one worker dies, and that of Dask takes no number of jobs.
 """
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -21,14 +22,17 @@ import platform
 import queue
 import re
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
 from workbench.attached import attach
@@ -62,7 +66,8 @@ class Engine(Protocol):
     closed: bool
     deaths: tuple[type[Exception], ...]
 
-    def submit(self, function: Callable, *args: Any) -> Future: ...
+    def submit(self, function: Callable, *args: Any) -> Future:
+        """Raises RuntimeError once it has ended."""
 
     def close(self) -> None:
         """End at once; calls that are being made raise."""
@@ -142,8 +147,6 @@ class Crew:
         if self.engine is None:
             return alone(function, *args)
         for _ in range(ATTEMPTS):
-            if self.engine.closed:
-                raise RuntimeError("the workers have ended")
             try:
                 return self.engine.submit(_elsewhere, self.code, function, *args).result()
             except self.engine.deaths as error:
@@ -209,38 +212,60 @@ def alone(function: Callable[..., Made], *args: Any) -> Made:
         return function(*args)
 
 
-class Loky:
+class _Ending:
+    """Of an engine: a call is submitted before the end, so that the end finds it, or not at all.
+
+    One that came in between would be waited for by its thread, and called off by nobody.
+    """
+
+    def __init__(self):
+        self.closed, self._lock = False, threading.Lock()
+
+    @contextmanager
+    def _submitting(self) -> Iterator[None]:
+        with self._lock:
+            if self.closed:
+                raise RuntimeError("the workers have ended")
+            yield
+
+    def _end(self) -> None:
+        with self._lock:
+            self.closed = True
+
+
+class Loky(_Ending):
     """Processes of this machine, an executor each: one that dies breaks its own."""
 
     def __init__(self, jobs: int, address: None):
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
+        super().__init__()
         self.size, self.deaths = jobs, (BrokenProcessPool,)
-        self.closed, self._all, self._idle = False, [], queue.SimpleQueue()
+        self._all, self._idle = [], queue.SimpleQueue()
 
     def submit(self, function: Callable, *args: Any) -> Future:
         from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
-
-        try:
-            executor = self._idle.get_nowait()
-        except queue.Empty:
-            # Workers end with this process: killed, it would leave them for minutes, with what their calls hold.
-            ended = {"initializer": attach, "initargs": (os.getpid(),)}
-            executor = ProcessPoolExecutor(1, env=ONE_THREAD, **ended)
-            self._all.append(executor)
 
         def free(done: Future) -> None:
             if done.cancelled() or not isinstance(done.exception(), BrokenProcessPool):
                 self._idle.put(executor)
 
-        future = executor.submit(function, *args)
+        with self._submitting():
+            try:
+                executor = self._idle.get_nowait()
+            except queue.Empty:
+                # Workers end with this process: killed, it would leave them for minutes, with what their calls hold.
+                ended = {"initializer": attach, "initargs": (os.getpid(),)}
+                executor = ProcessPoolExecutor(1, env=ONE_THREAD, **ended)
+                self._all.append(executor)
+            future = executor.submit(function, *args)
         future.add_done_callback(free)
         return future
 
     def close(self) -> None:
         from joblib.externals.loky.backend.utils import kill_process_tree
 
-        self.closed = True
+        self._end()
         for executor in self._all:
             # by itself, and then told that it is broken: with kill_workers=True its thread may fail over a new call
             for process in list(executor._processes.values()):
@@ -248,7 +273,7 @@ class Loky:
             executor.shutdown()
 
 
-class Dask:
+class Dask(_Ending):
     """A cluster of Dask."""
 
     def __init__(self, jobs: int | None, address: str | None):
@@ -256,16 +281,18 @@ class Dask:
             import dask
             from dask.distributed import Client, LocalCluster
             from distributed.scheduler import KilledWorker
-        self.deaths, self.closed, self._cluster = (KilledWorker,), False, None
+        super().__init__()
+        self.deaths, self._cluster = (KilledWorker,), None
         if address is None:
             # who may reach a scheduler may run code as who started it: certificates of its own, and this machine alone
             quiet = {"silence_logs": logging.ERROR}
             apart = {"security": True, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
             # Dask itself gives the call to another worker, so often
-            with dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS - 1}):
+            with dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS - 1}), _deaf():
                 self._cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, **apart, **quiet)
         else:
             reach(address, r"(tcp|tls)://HOST:PORT", r"(?:(?:tcp|tls)://)?(\[?[^/\]]+\]?):(\d+)")
+            _ask_dask(address)
         try:
             self._client = Client(self._cluster or address, timeout=PATIENCE, set_as_default=False)
         except (OSError, TimeoutError) as error:
@@ -276,17 +303,66 @@ class Dask:
         self.size, self._pending = jobs or sum(threads.values()), set()
 
     def submit(self, function: Callable, *args: Any) -> "_OfDask":
-        future = self._client.submit(function, *args, pure=False)
-        self._pending.add(future)
+        with self._submitting():
+            future = self._client.submit(function, *args, pure=False)
+            self._pending.add(future)
         return _OfDask(future, self._pending)
 
     def close(self) -> None:
-        self.closed = True
+        self._end()
         with suppress(Exception):  # of a cluster that is gone nothing need be called off
             self._client.cancel(list(self._pending), force=True)
         self._client.close()
         if self._cluster is not None:
             self._cluster.close()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Threads and processes that start in the block do not hear Ctrl-C: this process does, and ends them.
+
+    A terminal tells all of them, and each worker would print where it was.
+    """
+    resource_tracker.ensure_running()  # whoever starts it hears Ctrl-C again, and so do its later children
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ask_dask(address: str) -> None:
+    """Refuse an address where no scheduler answers in time: its client waits for ever for the first word."""
+    from distributed.core import rpc
+    from distributed.security import Security
+
+    async def ask() -> str:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as there:
+            return (await there.identity())["type"]
+
+    try:  # in a thread of its own, for a notebook has a loop in this one
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(lambda: asyncio.run(asyncio.wait_for(ask(), PATIENCE))).result()
+    except Exception as error:  # another service answers in many ways
+        said = str(error) or type(error).__name__
+        raise InputError(f"address is {address!r} but no scheduler of Dask answers there: {said}") from None
+    if found != "Scheduler":
+        raise InputError(f"address is {address!r} but must be that of a scheduler of Dask: a {found} answers there")
+
+
+def _ask_ray(address: str, place: tuple[str, int]) -> None:
+    """Refuse an address where nobody speaks HTTP/2, as a cluster of Ray does: its client would try for minutes."""
+    if os.environ.get("RAY_USE_TLS") == "1":
+        return
+    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    try:
+        with socket.create_connection(place, PATIENCE) as there:
+            there.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+            head = there.recv(len(settings), socket.MSG_WAITALL)
+    except OSError as error:
+        raise InputError(f"address is {address!r} but no cluster of Ray answers there: {error}") from None
+    if head[3:4] != settings[3:4]:
+        raise InputError(f"address is {address!r} but no cluster of Ray answers there: another service does")
 
 
 @dataclass(frozen=True)
@@ -301,7 +377,7 @@ class _OfDask:
             self.pending.discard(self.future)
 
 
-class Ray:
+class Ray(_Ending):
     """A cluster of Ray."""
 
     def __init__(self, jobs: int | None, address: str | None):
@@ -313,15 +389,21 @@ class Ray:
         with _package("ray"):
             import ray
             from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
-        self.closed, self._ray, self.deaths = False, ray, (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+        super().__init__()
+        self._ray, self.deaths = ray, (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
         self._own = not ray.is_initialized()
         if self._own:
             plain = {"log_to_driver": False, "logging_level": logging.ERROR}
             if address is None:
                 local = {"num_cpus": jobs, "_node_ip_address": "127.0.0.1"}
-                ray.init(include_dashboard=False, **local, **plain)
+                try:
+                    ray.init(include_dashboard=False, **local, **plain)
+                except Exception as error:
+                    ray.shutdown()  # what of it has started
+                    raise InputError(f"engine is 'ray' but no cluster starts on this machine: {error}") from error
             else:
-                reach(address, "HOST:PORT or ray://HOST:PORT", r"(?:ray://)?(\[?[^/\]]+\]?):(\d+)")
+                place = reach(address, "HOST:PORT or ray://HOST:PORT", r"(?:ray://)?(\[?[^/\]]+\]?):(\d+)")
+                _ask_ray(address, place)
                 try:
                     ray.init(address, **plain)
                 except Exception as error:  # it says so in many ways
@@ -333,14 +415,15 @@ class Ray:
         self._remote, self._pending = ray.remote(num_cpus=1, max_retries=0)(_made_by_ray), {}
 
     def submit(self, function: Callable, *args: Any) -> Future:
-        reference = self._remote.remote(function, args)
-        future = reference.future()
-        self._pending[future] = reference
+        with self._submitting():
+            reference = self._remote.remote(function, args)
+            future = reference.future()
+            self._pending[future] = reference
         future.add_done_callback(lambda done: self._pending.pop(done, None))
         return future
 
     def close(self) -> None:
-        self.closed = True
+        self._end()
         for future, reference in list(self._pending.items()):
             with suppress(Exception):  # it may have ended by itself
                 self._ray.cancel(reference, force=True)
@@ -369,12 +452,14 @@ def _package(*names: str) -> Iterator[None]:
         ) from error
 
 
-def reach(address: str, form: str, pattern: str) -> None:
-    """Refuse an address of another form, or where nobody listens: clients of clusters would ask it for minutes."""
+def reach(address: str, form: str, pattern: str) -> tuple[str, int]:
+    """Host and port; an address of another form, or where nobody listens, is refused: clients would try for minutes."""
     match = re.fullmatch(pattern, address)
     if match is None or not 0 < int(match[2]) < 2**16:
         raise InputError(f"address is {address!r} but must be {form}")
+    place = match[1].strip("[]"), int(match[2])
     try:
-        socket.create_connection((match[1].strip("[]"), int(match[2])), PATIENCE).close()
+        socket.create_connection(place, PATIENCE).close()
     except OSError as error:
         raise InputError(f"address is {address!r} but nobody answers there: {error.strerror or error}") from None
+    return place
