@@ -285,7 +285,7 @@ class Dask(_Ending):
         self.deaths, self._cluster = (KilledWorker,), None
         if address is None:
             # who may reach a scheduler may run code as who started it: certificates of its own, and this machine alone
-            quiet = {"silence_logs": logging.ERROR}
+            quiet = {"silence_logs": logging.CRITICAL}  # what calls raise is told as that
             apart = {"security": True, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
             # Dask itself gives the call to another worker, so often
             with dask.config.set({"distributed.scheduler.allowed-failures": ATTEMPTS - 1}), _deaf():
