@@ -94,11 +94,11 @@ def test_a_kernel_has_one_thread_and_the_same_numbers_on_each_engine(path: Path,
 def test_from_a_shell_a_table_ends_it_and_a_failure_is_its_status(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    assert main(["sweep", "nb.ipynb", "--grid", "fails=false,true", "name=a", "--out", "kept"]) == 1
+    assert main(["sweep", "nb.ipynb", "--grid", "fails=false,true", "name=a"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["fails", "name", "state", "seconds", "output", "or", "error"]
     assert [line.split()[:3] for line in out[1:]] == [["False", "a", "done"], ["True", "a", "failed"]]
-    assert main(["sweep", "nb.ipynb", "--grid", "fails=false", "name=a", "--out", "kept", "--json"]) == 0
+    assert main(["sweep", "nb.ipynb", "--grid", "fails=false", "name=a", "--out", "out/nb", "--json"]) == 0
     assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["kept"]
 
 
