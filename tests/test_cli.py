@@ -339,8 +339,8 @@ def test_view_opens_the_newest_run_or_the_one_that_is_named(shell, monkeypatch: 
     monkeypatch.setattr("workbench.live.serve.view", lambda *args, **kwargs: asked.append((args, kwargs)))
     assert shell("view") == shell("view", "mine", "--port", 5010, "--no-browser") == (0, "", "")
     assert asked == [
-        (("latest",), {"port": None, "open_browser": None, "address": "127.0.0.1", "processes": 1}),
-        (("mine",), {"port": 5010, "open_browser": False, "address": "127.0.0.1", "processes": 1}),
+        (("latest",), {"port": None, "open_browser": None, "address": "127.0.0.1"}),
+        (("mine",), {"port": 5010, "open_browser": False, "address": "127.0.0.1"}),
     ]
 
 

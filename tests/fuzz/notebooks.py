@@ -52,7 +52,7 @@ def read(path: Path) -> None:
     values = notebook.check(path, {name: parameter.default for name, parameter in found.items()})
     notebook.default_output(path, values)
     json.dumps([parameter.as_dict() for parameter in found.values()])
-    notebook._kernel(path)
+    notebook.kernel_of(path)
 
 
 def variants(rng: random.Random) -> Iterator[tuple[str, bytes]]:

@@ -92,7 +92,7 @@ def measure(quick: bool = False) -> Validation:
             if at < len(grid)
             for name, options in VARIANTS.items()
         ]
-    return Validation.made("moe-lens", costs.to_dict(), rows, "tokens/s")
+    return Validation.made("moe-lens", costs.to_dict(), rows, "tokens per second")
 
 
 def run(server: TinyOffloadServer, costs: MeasuredCosts, configuration: tuple, variant: str, options: dict) -> dict:
