@@ -15,6 +15,7 @@ from workbench import catalogue, doctor, notebook
 from workbench.cli import build_parser, main
 from workbench.cli.progress import progress_bar
 from workbench.engines import EVERY_CORE
+from workbench.errors import WorkerLostError
 from workbench.live.arm import Arm
 from workbench.live.recipe import Recipe
 from workbench.live.store import RunStopped, RunWriter
@@ -223,6 +224,14 @@ def test_an_interrupted_study_says_that_it_goes_on(shell, monkeypatch: pytest.Mo
     monkeypatch.setattr("workbench.studies.core.run_study", run_study)
     said = "workbench: interrupted: the rows that are done are kept; the same command goes on from there\n"
     assert shell("study", "rmoe") == (130, "", said)
+
+
+def test_a_study_whose_workers_die_is_one_line_and_status_1(shell, monkeypatch: pytest.MonkeyPatch):
+    def run_study(*_, **__) -> None:
+        raise WorkerLostError("one, 3: the worker died 3 times")
+
+    monkeypatch.setattr("workbench.studies.core.run_study", run_study)
+    assert shell("study", "rmoe") == (1, "", "workbench: one, 3: the worker died 3 times\n")
 
 
 def test_study_prints_the_seeds_that_are_needed(shell, monkeypatch: pytest.MonkeyPatch):

@@ -15,8 +15,8 @@ import torch
 from tests.conftest import PATIENCE
 from tests.processes import below
 from workbench import engines
-from workbench.engines import ENGINES, HERE, Crew, WorkerLostError, Workers
-from workbench.errors import InputError
+from workbench.engines import ENGINES, HERE, Crew, Workers
+from workbench.errors import InputError, WorkerLostError
 
 BEFORE: set[int] = set()
 """Processes that were there before the workers."""

@@ -36,7 +36,7 @@ from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
 from workbench.attached import attach
-from workbench.errors import InputError, unknown
+from workbench.errors import InputError, WorkerLostError, unknown
 from workbench.imports import COMPILED, PACKAGE
 
 ATTEMPTS = 3
@@ -47,10 +47,6 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 Piece = TypeVar("Piece", bound=tuple)
 Made = TypeVar("Made")
-
-
-class WorkerLostError(RuntimeError):
-    """The worker died of a call, each time that the call was made."""
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""The one error for wrong input from a person, and the sentence for an unknown name."""
+"""The one error for wrong input from a person, the sentence for an unknown name, and a worker that is lost."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,10 @@ class InputError(ValueError):
 
     The shell prints it as one line and exits with status 2; in Python it is a plain ``ValueError``.
     """
+
+
+class WorkerLostError(RuntimeError):
+    """A worker died of a call, each time that the call was made. The shell prints it as one line, with status 1."""
 
 
 def unknown(what: str, value: object, allowed: Iterable[str], most: int = 12) -> InputError:

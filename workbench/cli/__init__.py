@@ -19,7 +19,7 @@ from workbench.cli.merge import add_merge
 from workbench.cli.mix import add_mix
 from workbench.cli.simulate import add_simulate
 from workbench.cli.sweep import add_sweep
-from workbench.errors import InputError, unknown
+from workbench.errors import InputError, WorkerLostError, unknown
 
 PRESETS = ("smoke", "small", "full")
 
@@ -195,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"workbench: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except WorkerLostError as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:  # its words, if any, say what is kept
         print(": ".join(filter(None, ["workbench: interrupted", str(stop)])), file=sys.stderr)
         return 130

@@ -1,7 +1,6 @@
 """`workbench sweep`: a notebook at every point of a grid of parameters."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ def add_sweep(sub: argparse.ArgumentParser) -> None:
 
 def sweep(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """The rows of the table, and the exit status."""
-    from workbench.engines import WorkerLostError, Workers
+    from workbench.engines import Workers
     from workbench.notebook import find
     from workbench.notebook_grid import run_grid
 
@@ -32,9 +31,6 @@ def sweep(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
             rows = run_grid(args.notebook, _grid(args.grid), folder, workers, progress)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"what is done is kept in {folder}; the same command goes on from there") from stop
-    except WorkerLostError as error:
-        print(f"workbench: {error} (in {folder})", file=sys.stderr)
-        return [], 1
     return [row.as_dict() for row in rows], int(any(row.state == "failed" for row in rows))
 
 
