@@ -12,7 +12,8 @@ from workbench.lib.core.simulation.traces import zipf_markov
 from workbench.lib.serving.d2moe import by_rank
 from workbench.lib.serving.d2moe_code import NestedQuantizer
 from workbench.lib.serving.d2moe_executor import D2Executor, NestedBank, swiglu
-from workbench.lib.serving.d2moe_schedule import POLICIES, BitTrace, Costs, Job
+from workbench.lib.serving.d2moe_orders import BitTrace, Job, PlaneCosts
+from workbench.lib.serving.d2moe_schedule import POLICIES
 
 LAYERS, EXPERTS = 2, 4
 
@@ -33,7 +34,7 @@ def executor(banks, tmp_path_factory) -> D2Executor:
 
 
 @pytest.fixture(scope="module")
-def costs(executor) -> Costs:
+def costs(executor) -> PlaneCosts:
     return executor.calibrate(tokens=(1, 4), repeats=5)
 
 

@@ -7,14 +7,10 @@ import torch
 
 from workbench.errors import InputError
 from workbench.lib.core.simulation.fits import LinkModel, RateTable
-from workbench.lib.serving.d2moe_schedule import (
-    POLICIES,
+from workbench.lib.serving.d2moe_orders import (
     BitTrace,
-    Costs,
-    D2Sim,
     Job,
-    LayerRun,
-    PlaneCache,
+    PlaneCosts,
     bit_trace,
     fifo_order,
     hebf_order,
@@ -23,14 +19,15 @@ from workbench.lib.serving.d2moe_schedule import (
     optimal_order,
     progressive_order,
 )
+from workbench.lib.serving.d2moe_schedule import POLICIES, D2Sim, LayerRun, PlaneCache
 
 SIZES = {level: 10 * level for level in range(2, 9)}
 
 
-def costs(read: float = 0.01, compute: float = 0.1, dense: float = 0.0) -> Costs:
+def costs(read: float = 0.01, compute: float = 0.1, dense: float = 0.0) -> PlaneCosts:
     """Reading takes 0.01 s a byte; computing 0.1 s and a little by tokens and bits."""
     table = {level: RateTable((1.0, 8.0), (compute + 0.01 * level, 2 * compute + 0.01 * level)) for level in SIZES}
-    return Costs(SIZES, LinkModel(0.0, read), table, dense, "simulated, by hand")
+    return PlaneCosts(SIZES, LinkModel(0.0, read), table, dense, "simulated, by hand")
 
 
 def jobs_of(seed: int, n: int = 6, layer: int = 0) -> list[Job]:
@@ -207,7 +204,7 @@ def test_a_trace_of_requests_loads_an_expert_once_at_the_most_bits():
 
 def test_costs_are_plain_values_and_back():
     priced = costs(dense=0.25)
-    assert Costs.from_dict(priced.to_dict(), priced.basis) == priced
+    assert PlaneCosts.from_dict(priced.to_dict(), priced.basis) == priced
 
 
 @pytest.mark.parametrize(
@@ -220,13 +217,13 @@ def test_costs_are_plain_values_and_back():
         (lambda: BitTrace((((Job((0, 0), 1, 2), Job((0, 0), 1, 3)),),), 1, ""), "must have each expert once"),
         (lambda: BitTrace((((Job((1, 0), 1, 2),),),), 1, ""), "layer 0 has jobs of .* of this layer"),
         (lambda: BitTrace((((Job((0, 0), 0, 2),),),), 1, ""), "tokens is 0"),
-        (lambda: Costs({2: 5, 4: 9}, LinkModel(0, 1), {}, 0.0, ""), "no bit left out"),
+        (lambda: PlaneCosts({2: 5, 4: 9}, LinkModel(0, 1), {}, 0.0, ""), "no bit left out"),
         (lambda: BitTrace((), 8, ""), "steps is empty"),
         (lambda: BitTrace((((),),), 8, ""), "at least one step with a job"),
         (lambda: D2Sim(trace_of(0), costs(), "hbf", 100), "policy 'hbf' is unknown; did you mean 'hebf'"),
         (lambda: D2Sim(BitTrace((((Job((0, 0), 1, 1),),),), 1, ""), costs(), "hebf", 100), "bits of a job '?1'? is"),
-        (lambda: Costs({2: 5, 3: 5}, LinkModel(0, 1), {}, 0.0, ""), "more bytes for each further bit"),
-        (lambda: Costs({2: 5}, LinkModel(0, 1), {}, 0.0, ""), "no times for level 2"),
+        (lambda: PlaneCosts({2: 5, 3: 5}, LinkModel(0, 1), {}, 0.0, ""), "more bytes for each further bit"),
+        (lambda: PlaneCosts({2: 5}, LinkModel(0, 1), {}, 0.0, ""), "no times for level 2"),
         (lambda: costs(dense=-1.0), "dense is -1.0"),
         (lambda: optimal_order(jobs_of(0, 8), {}, costs()), "jobs has 8 but every order is tried of at most 7"),
         (lambda: bit_trace(torch.zeros(0, 1, 1, 2).long(), torch.zeros(0, 1, 1, 2).long(), ""), "steps is empty"),

@@ -8,7 +8,8 @@
 
     r(x) = softmax of W [x; gates] + v for each of the K experts of a token, over the widths
 
-What serves such a trace from a slow disk in little memory is `d2moe_schedule`, in simulated time, and `d2moe_executor`.
+What serves such a trace from a slow disk in little memory is `d2moe_schedule` (orders: `d2moe_orders`), in
+simulated time, and `d2moe_executor`.
 
 The paper has no public code; of its text we had the abstract. Ours are: straight-through Gumbel noise; a multiplier of
 the bits that rises while their mean is above a target, one for all layers; and after training a price for a bit, the
@@ -45,7 +46,8 @@ from workbench.lib.core.task import Batch, LanguageModelling, device_of
 from workbench.lib.core.train import State, TrainConfig, train
 from workbench.lib.serving.d2moe_code import NestedQuantizer, grams
 from workbench.lib.serving.d2moe_executor import NestedBank
-from workbench.lib.serving.d2moe_schedule import POLICIES, BitTrace, Costs, D2Sim, bit_trace
+from workbench.lib.serving.d2moe_orders import BitTrace, PlaneCosts, bit_trace
+from workbench.lib.serving.d2moe_schedule import POLICIES, D2Sim
 
 METHOD = Method(
     slug="d2moe",
@@ -414,7 +416,7 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
         return max(sizes[level] / device.memory_bandwidth, n * workload.expert_flops / device.flops)
 
     compute = {level: RateTable(tuple(tokens), tuple(seconds(n, level) for n in tokens)) for level in sizes}
-    costs = Costs(sizes, channel.model, compute, seconds(1, BITS), hardware.label)
+    costs = PlaneCosts(sizes, channel.model, compute, seconds(1, BITS), hardware.label)
     trace, rows, own = by_rank(workload.trace, SIMULATED), [], None
     for policy in ("hebf", *(name for name in POLICIES if name != "hebf")):
         run = D2Sim(trace, costs, policy, int(workload.budget_bytes)).run()
@@ -430,7 +432,7 @@ def example() -> Callable[[int], dict[str, Any]]:
     """Four requests in half of the memory that all bits take, from a disk of 100 MB/s; no machine was measured."""
     sizes = {bits: 49_152 * bits + 24_576 * (bits - 1) for bits in range(2, 9)}
     compute = {level: RateTable((1, 4, 16), (4e-4, 5e-4, 8e-4)) for level in sizes}
-    costs = Costs(sizes, LinkModel(1e-4, 1e-8), compute, 1e-4, "simulated, calibrated by nothing: an example")
+    costs = PlaneCosts(sizes, LinkModel(1e-4, 1e-8), compute, 1e-4, "simulated, calibrated by nothing: an example")
 
     def simulate(seed: int) -> dict[str, Any]:
         trace = by_rank(zipf_markov(seed, prompts=4, generated=8, layers=2, experts=8, top_k=2), (2, 4))

@@ -28,19 +28,8 @@ from workbench.lib.core.simulation.executor import ThrottledLink
 from workbench.lib.core.simulation.fits import LinkModel, RateTable
 from workbench.lib.core.simulation.timeline import Event, Timeline
 from workbench.lib.serving.d2moe_code import NestedWeight, dequantised
-from workbench.lib.serving.d2moe_schedule import (
-    POLICIES,
-    BitTrace,
-    Costs,
-    Expert,
-    Job,
-    LayerRun,
-    PlaneCache,
-    Policy,
-    Served,
-    check_bits,
-    served,
-)
+from workbench.lib.serving.d2moe_orders import BitTrace, Expert, Job, PlaneCosts
+from workbench.lib.serving.d2moe_schedule import POLICIES, LayerRun, PlaneCache, Policy, Served, check_bits, served
 
 
 @dataclass(frozen=True)
@@ -146,7 +135,7 @@ class D2Executor:
         draw = torch.Generator().manual_seed(step * len(self._start) + layer * self.banks[0].n_experts + number)
         return torch.randn(job.tokens, self.banks[0].gate_up.cols, generator=draw)
 
-    def run(self, trace: BitTrace, costs: Costs, policy: str, budget: int, keep: bool = False) -> Ran:
+    def run(self, trace: BitTrace, costs: PlaneCosts, policy: str, budget: int, keep: bool = False) -> Ran:
         """Serve a trace.
 
         Args:
@@ -167,7 +156,9 @@ class D2Executor:
         with torch.no_grad():
             return _Serving(self, trace, costs, POLICIES[policy], budget, keep).run()
 
-    def calibrate(self, tokens: Sequence[int] = (1, 2, 4, 8), basis: str = "this processor", repeats: int = 7) -> Costs:
+    def calibrate(
+        self, tokens: Sequence[int] = (1, 2, 4, 8), basis: str = "this processor", repeats: int = 7
+    ) -> PlaneCosts:
         """What reading and computing take here, medians of `repeats`: each while the other is at work, for they share a
         memory and an interpreter, and of one expert after the other, as they come to a cache that has not seen them.
         """
@@ -216,7 +207,7 @@ class D2Executor:
         }
         sizes = [self.sizes[level] - self.sizes.get(there, 0) for there, level in reads]
         link = LinkModel.fit(sizes, [statistics.median(spent) for spent in reads.values()])
-        return Costs(self.sizes, link, compute, 0.0, f"simulated, calibrated by {basis}")
+        return PlaneCosts(self.sizes, link, compute, 0.0, f"simulated, calibrated by {basis}")
 
     def _fetch(self, expert: Expert, there: int, level: int) -> dict[int, Tensor]:
         """Read what is missing, and put the bytes of each level where they can be given up alone."""
@@ -240,7 +231,9 @@ class D2Executor:
 class _Serving:
     """One run: the channel has a thread of its own, and this one computes; a lock is around every decision."""
 
-    def __init__(self, executor: D2Executor, trace: BitTrace, costs: Costs, policy: Policy, budget: int, keep: bool):
+    def __init__(
+        self, executor: D2Executor, trace: BitTrace, costs: PlaneCosts, policy: Policy, budget: int, keep: bool
+    ):
         self.executor, self.trace, self.policy, self.keep = executor, trace, policy, keep
         self.held: dict[Expert, dict[int, Tensor]] = {expert: {} for expert in executor._start}
         self.cache = PlaneCache(budget, costs, drop=lambda expert, level: self.held[expert].pop(level))

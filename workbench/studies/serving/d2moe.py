@@ -31,7 +31,8 @@ from workbench.lib.serving.d2moe import (
 )
 from workbench.lib.serving.d2moe_code import NestedQuantizer
 from workbench.lib.serving.d2moe_executor import NestedBank
-from workbench.lib.serving.d2moe_schedule import Costs, D2Sim
+from workbench.lib.serving.d2moe_orders import PlaneCosts
+from workbench.lib.serving.d2moe_schedule import D2Sim
 from workbench.studies import measured
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, training_budget
@@ -151,10 +152,10 @@ def served(
     return found
 
 
-def calibrated() -> Costs:
+def calibrated() -> PlaneCosts:
     """What was measured once, and travels with the package."""
     record = measured.read(METHOD)
-    return Costs.from_dict(record.calibration["costs"], record.label)
+    return PlaneCosts.from_dict(record.calibration["costs"], record.label)
 
 
 def judge(rows: Rows, settings: Settings) -> Judgement:
