@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import PATIENCE
 from tests.live.synthetic import synthetic_meta, write_synthetic_run
 from workbench import catalogue, doctor, notebook
 from workbench.cli import build_parser, main
-from workbench.cli.progress import progress_bar
+from workbench.cli import progress as progress_module
+from workbench.cli.progress import progress_bar, progress_of
 from workbench.engines import EVERY_CORE
 from workbench.errors import WorkerLostError
 from workbench.live.arm import Arm
@@ -553,3 +556,19 @@ def test_results_and_json_are_never_mixed():
     """Every command that a program would read has --json."""
     parsers = build_parser()._subparsers._group_actions[0].choices
     assert {name for name, parser in parsers.items() if "--json" not in parser.format_help()} == {"live", "view"}
+
+
+def test_the_progress_of_a_run_that_others_make_is_read_from_its_record(
+    two_runs: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WORKBENCH_QUIET")
+    monkeypatch.setattr(progress_module, "SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "LOOK", 0.01)
+    said, until = "", time.monotonic() + PATIENCE
+    with progress_of(two_runs / "good", "resume good"):
+        while "\n" not in said and time.monotonic() < until:
+            said += capsys.readouterr().err
+    assert said.splitlines()[0].startswith("resume good: 3")
+    with progress_of(two_runs / "bad", "resume bad"):  # one that cannot be read says nothing
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""

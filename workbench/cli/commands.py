@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from workbench import catalogue
-from workbench.cli.progress import Report, progress_bar
+from workbench.cli.progress import Report, progress_bar, progress_of
 from workbench.cli.table import show
 from workbench.errors import InputError, unknown
 
@@ -300,7 +300,9 @@ def resume(args: argparse.Namespace) -> int:
         if processes > 1:
             from workbench.live.team import launch
 
-            if status := launch(processes, "workbench.live.trainer", [str(folder)]):
+            with progress_of(folder, f"resume {folder.name}"):
+                status = launch(processes, "workbench.live.trainer", [str(folder)])
+            if status:
                 return status
         else:
             with progress_bar(f"resume {folder.name}") as progress:

@@ -2,12 +2,17 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from workbench.errors import InputError
 
 Report = Callable[[int, int, str], None]
 SECONDS = 10.0  # between two plain lines; what takes less says nothing
+LOOK = 1.0  # seconds between two looks at a run that others make
 
 
 @contextmanager
@@ -34,6 +39,28 @@ def progress_bar(text: str) -> Iterator[Report]:
             bar.update(task, completed=done, total=total, description=f"{text}: {now}" if now else text)
 
         yield report
+
+
+@contextmanager
+def progress_of(folder: Path, text: str) -> Iterator[None]:
+    """The steps of a run that other processes make while the block lasts, read from its record."""
+    from workbench.live.store import find
+
+    ended = threading.Event()
+
+    def follow(report: Report) -> None:
+        while not ended.wait(LOOK):
+            with suppress(InputError), find(folder) as run:  # one that is being written is not always readable
+                report(run.last_step + 1, run.meta.get("total_steps"))
+
+    with progress_bar(text) as report:
+        looking = threading.Thread(target=follow, args=(report,), daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            looking.join()
 
 
 def _lines(text: str) -> Report:
