@@ -20,6 +20,7 @@ from workbench.lib.core.observe import announcing, observing
 from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts.charluma import METHOD
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows, trained_row, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, all_above, any_below, decide
 
@@ -174,6 +175,7 @@ STUDY = Study(
     arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
+    power=Power(("shared", "per-language"), effect=0.02),
     main=OURS,
     trainings=lambda arm: 1 if arm == "no-warm-up" else 2,
 )

@@ -18,6 +18,7 @@ from workbench.lib.lora_experts.dynamic_dino import METHOD, SlicedFeedForward, T
 from workbench.lib.measures.coactivation import coactivation_counts, effective_partners
 from workbench.lib.measures.curveball import coactivation_scores
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
@@ -217,5 +218,6 @@ STUDY = Study(
     arms=lambda settings: settings["arms"],
     run=run,
     judge=judge,
+    power=Power(("dense", "random"), effect=MARGIN, level=0.9),
     main="mixture",
 )

@@ -27,6 +27,7 @@ from workbench.lib.core.train import State, TrainConfig, train
 from workbench.lib.lora_experts import lora_mixer
 from workbench.lib.measures.routing import counts_by_class, routing_information, token_entropy
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows, adapted_row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
@@ -229,6 +230,7 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    power=Power((f"balance only, {FEW}", f"task loss only, {FEW}"), effect=0.05),
     main=f"described, {MORE}",
     trainings=lambda arm: "LoRAs that are trained once and kept are put together" if arm in BOUNDS else 1,
 )

@@ -22,6 +22,7 @@ from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts.mhr import METHOD, TUNE, allocations, monitors, to_new_tasks
 from workbench.lib.measures.conflict import cosine_matrix
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows, adapted_row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, all_above, any_below, decide
 
@@ -176,4 +177,5 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    power=Power(("poly", "lora", "lora-total"), effect=0.01),
 )

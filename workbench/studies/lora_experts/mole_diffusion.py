@@ -29,6 +29,7 @@ from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.lora_experts import mole_diffusion
 from workbench.lib.lora_experts.mole_diffusion import attach_mole, scale_sweep, train_region_expert
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows, trained_row, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
@@ -225,6 +226,7 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    power=Power(("joint", "global"), effect=0.02),
     main="mole",
     trainings=lambda arm: STILL.get(arm, 1),
 )

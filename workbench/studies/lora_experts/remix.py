@@ -27,6 +27,7 @@ from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.lib.lora_experts.remix import METHOD, ReMixTrainer
 from workbench.lib.measures.routing import effective_support_size
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows, adapted_row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
 
@@ -211,5 +212,6 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    power=Power(("softmax", "softmax-balance"), effect=0.1),
     main="remix-4",
 )

@@ -19,6 +19,7 @@ from workbench.lib.core.observe import announcing, observing
 from workbench.lib.lora_experts.smora import METHOD
 from workbench.lib.measures.routing import counts_by_class, effective_support_size
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows, adapted_row
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, any_below, decide
 
@@ -115,5 +116,6 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
+    power=Power(("lora-active", "lora-total"), effect=0.1),
     main=FINE,
 )

@@ -34,6 +34,7 @@ from workbench.lib.routing.dynamoe import (
     percentile_count,
 )
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows, trained_row
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, decide
 
@@ -245,5 +246,6 @@ STUDY = Study(
     arms=arms,
     run=run,
     judge=judge,
+    power=Power(("uniform", "top-k"), effect=PAPER_EFFECT),
     main="descending",
 )

@@ -26,6 +26,7 @@ from workbench.lib.measures.meters import RoutingMeter
 from workbench.lib.measures.routing import load_balance_value, load_stats, null_max_vio, total_variation
 from workbench.lib.routing.sigma_moe_tiny import METHOD, GlobalBatchRouter, Sparsify, SparsityPlan, active_parameters
 from workbench.studies.core import Settings, Study
+from workbench.studies.power import Power
 from workbench.studies.rows import Row, Rows
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED, Judgement, decide
 
@@ -234,5 +235,6 @@ STUDY = Study(
     arms=itemgetter("arms"),
     run=run,
     judge=judge,
+    power=Power(("lbl", "loss-free"), effect=0.5),
     main="progressive",
 )
