@@ -96,8 +96,9 @@ def _flops(x, steps, *_, **__) -> int:
 def _normalised(x: Tensor) -> Tensor:
     """x over its Frobenius norm, contiguous; 0 where x is 0. The square of no tiny or huge number is taken."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = x.abs().amax((-2, -1), keepdim=True)  # torch's aminmax of one dimension takes ten times as long
-    x = x / largest.masked_fill(largest == 0, 1)
+    room = x.abs()  # written over below: new memory takes as long as all the arithmetic
+    largest = room.amax((-2, -1), keepdim=True)  # torch's aminmax of one dimension takes ten times as long
+    x = torch.div(x, largest.masked_fill_(largest == 0, 1), out=room)
     return x.div_(torch.linalg.matrix_norm(x, keepdim=True).clamp_(min=1)).contiguous()
 
 
