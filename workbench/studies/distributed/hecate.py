@@ -92,7 +92,8 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     powers = [f"{power:g}" for power in POWERS]
 
     def means(name: str) -> dict[str, dict[str, float]]:
-        return {arm: {p: rows.mean(arm, lambda row: row.extra[name][p]) for p in powers} for arm in rows.arms}
+        found = {arm: rows.of(arm, name) for arm in rows.arms}
+        return {arm: {p: sum(each[p] for each in of) / len(of) for p in powers} for arm, of in found.items()}
 
     details = {
         "gain": {
@@ -119,7 +120,7 @@ STUDY = Study(
     run=run,
     judge=judge,
     tested="Simulated on drawn clusters, with loads of routers that were really trained: copies of hot experts, as "
-    "many as hide behind what comes before a layer, are faster than fixed experts, moved experts and gathering all, the "
+    "many as hide behind what comes before a layer, are faster than fixed experts, moved ones and gathering all, the "
     "more the more skewed loads are, and cost nothing where they are even. The paper's 3.54 takes its machines.",
     power=Power(("ep", "relayout"), effect=0.5),
     main=OURS,
