@@ -86,6 +86,12 @@ def test_the_whole_is_a_record_and_says_why_where_it_cannot_be(monkeypatch, home
     assert result["rows"] == [] and result["not measured"] == [{"why": "a shaped link needs tc"}]
 
 
+def test_sparse_gathers_send_what_the_formula_says():
+    rows = run_processes(_ranks.sparse_bytes, 2)[0]
+    assert [row["copies"] for row in rows] == [0, 2, 3, 16]
+    assert all(row["bytes"] == row["by formula"] for row in rows) and rows[-1]["bytes"] == 2 * 4 * 3 * 64 * 128 * 16
+
+
 def test_the_record_that_travels_is_of_these_configurations():
     record = Validation.read(PACKAGE / "studies" / "distributed" / "measured" / "streaming_diloco.json")
     assert record.system == "streaming-diloco" and len(record.rows) >= 4

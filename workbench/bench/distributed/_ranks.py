@@ -14,6 +14,8 @@ from workbench.lib.core.distributed.wire import counted
 from workbench.lib.core.experts import GLU
 from workbench.lib.core.models import DecoderLM
 from workbench.lib.core.routing import Routing
+from workbench.lib.distributed.hecate_plans import even_owners, plan_placement
+from workbench.lib.distributed.sparse_shards import sparse_all_gather, transfers
 from workbench.lib.distributed.streaming_diloco import E3M0Codec, StreamingDiLoCo, fragments
 
 WARM = 2  # steps, or rounds, that are not counted
@@ -121,3 +123,27 @@ def timed(call: Callable[[], object], rounds: int) -> list[float]:
         if turn >= 0:
             found.append(time.perf_counter() - began)
     return found
+
+
+def sparse_bytes(n_experts: int = 16, dim: int = 64, hidden: int = 128) -> list[dict[str, float | str]]:
+    """Of sparse gathers and their adjoints, what all ranks sent, counted, and what the formula says.
+
+    A row for each number of copies that the busiest experts get: none, some, all.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    chunk = 3 * dim * hidden
+    owner = even_owners(1, n_experts, world)[0]
+    load = torch.arange(n_experts, 0, -1).double() ** 2
+    rows = []
+    for budget in (0, 2, 6, n_experts * (world - 1)):
+        placement = plan_placement(load, owner, world, budget, n_experts)
+        if budget == n_experts * (world - 1):
+            placement = torch.ones_like(placement)
+        own = torch.zeros(int((owner == rank).sum()), chunk, requires_grad=True)
+        with counted() as traffic:
+            sparse_all_gather(own, owner, placement, dist.group.WORLD).sum().backward()
+        sent = torch.tensor([traffic.bytes])
+        dist.all_reduce(sent)
+        formula = 2 * 4.0 * chunk * transfers(owner, placement)
+        rows.append({"copies": transfers(owner, placement), "bytes": float(sent), "by formula": formula})
+    return rows
