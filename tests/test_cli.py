@@ -91,7 +91,7 @@ def test_no_command_is_missing_from_the_help(shell):
         ("methods --state ready", "unrecognized arguments: --state ready"),
         ("method remx", "slug 'remx' is unknown; did you mean 'remix'"),
         ("study remx", "slug 'remx' is unknown; did you mean 'remix'"),
-        ("study hecate", "slug 'hecate' is planned: it has no study yet"),
+        ("study mixer", "slug 'mixer' is planned: it has no study yet"),
         ("study rmoe --preset smal", "preset 'smal' is unknown; did you mean 'small'"),
         ("study rmoe --seed -1", "--seed: is '-1' but must be a whole number from 0 to 2147483647"),
         ("study rmoe --seeds none", "--seeds: is 'none' but must be a whole number of at least 1"),
