@@ -1,0 +1,1 @@
+"""Features: crosses and embeddings for recommendation. One file per system."""
