@@ -41,7 +41,11 @@ READY = [row.slug for row in catalogue.methods(status="ready")]
 #: No arm trains.
 STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging"} | {"parallel-folding", "hecate", "hybrimoe", "moe-lens"}
 #: Families and systems that send no token anywhere.
-UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "shallow-again", "stable-rps", "streaming-diloco"}
+UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "features"} | {
+    "shallow-again",
+    "stable-rps",
+    "streaming-diloco",
+}
 
 
 class Crash(Exception):

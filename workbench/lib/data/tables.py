@@ -7,13 +7,15 @@ a damaged row does not say, is id 0.
 import io
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pyarrow import csv
 
-from workbench.errors import unknown
+from workbench.errors import InputError, unknown
 from workbench.lib.data import store
 from workbench.lib.data.cache import Parsed, cached
 from workbench.lib.data.sets import SETS, DataSet
@@ -104,6 +106,91 @@ def flights(by: str = "time") -> Table:
     return _table(SETS["flights"], by, read)
 
 
+def own_table(
+    table: Any, target: str, fields: Sequence[str] | None = None, time: str | None = None, name: str = "own"
+) -> Table:
+    """A table of one's own, from pandas or Arrow, as the sets above are: ids by field, splits 80 / 10 / 10.
+
+    Args:
+        table: a `pyarrow.Table`, or what has `__arrow_c_stream__` or `to_dict("list")`, as a DataFrame does.
+        target: a column of 0 and 1, or of booleans, with nothing missing.
+        fields: categorical columns (text, whole numbers not below 0, booleans); None: all but target and time. What is
+            missing in one is its id 0, and so is what training has not seen.
+        time: a column of dates or numbers: training before validation before test; None: by the digest of a row's
+            number.
+
+    Raises:
+        InputError: a column that is not there or is of no categories, a target that is not 0 or 1, times that are
+            missing or no times. The column is named.
+    """
+    found = _arrow(table)
+    for column in (target, *(fields or ()), *([] if time is None else [time])):
+        if column not in found.column_names:
+            raise unknown("column", column, found.column_names)
+    fields = [column for column in found.column_names if column not in (target, time)] if fields is None else [*fields]
+    if not fields or target in fields or found.num_rows < 3:
+        raise InputError(f"fields are {fields} of {found.num_rows} rows: at least one, not the target, and 3 rows")
+    place = _places(found, time, name)
+    label = _labels(found[target], target)
+    ids, sizes = _ids({field: _categories(found[field], field) for field in fields}, place)
+    splits = {}
+    for number, split in enumerate(SPLITS):
+        mine = place == number
+        splits[split] = torch.from_numpy(ids[mine]).long(), torch.from_numpy(label[mine])
+    rows = {split: len(y) for split, (_, y) in splits.items()}
+    manifest = {"source": "of one's own", "licence": "of one's own", "rows": found.num_rows, "splits": rows}
+    manifest |= {"by": "random" if time is None else "time", "sizes": sizes}
+    return Table(name, tuple(sizes), tuple(sizes.values()), splits, {name: manifest})
+
+
+def _arrow(table: Any) -> pa.Table:
+    if isinstance(table, pa.Table):
+        return table
+    if hasattr(table, "__arrow_c_stream__"):
+        return pa.table(table)
+    if hasattr(table, "to_dict"):
+        return pa.table(table.to_dict("list"))
+    raise InputError(f"table is {type(table).__name__} but must be a pyarrow.Table or a DataFrame")
+
+
+def _labels(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    values = column.to_pylist()
+    wrong = next((value for value in values if value is None or value not in (0, 1)), 0)
+    if wrong is None or wrong not in (0, 1):
+        raise InputError(f"column {name!r} has {wrong!r} but the target must be 0 or 1 in every row")
+    return np.array(values, dtype=np.float32)
+
+
+def _categories(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    fits = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
+    if not (fits or pa.types.is_integer(kind)):
+        raise InputError(f"column {name!r} is {kind} but a field must be text, whole numbers or booleans")
+    values = column.to_pylist()
+    if pa.types.is_integer(kind) and any(value is not None and value < 0 for value in values):
+        raise InputError(f"column {name!r} has {min(v for v in values if v is not None)} but ids must not be below 0")
+    return np.array(["" if value is None else str(value) for value in values], dtype=str)
+
+
+def _places(found: pa.Table, time: str | None, name: str) -> np.ndarray:
+    """The split of each row, 0 to 2."""
+    if time is None:
+        return np.array(
+            [SPLITS.index(split_of(digest(f"{name}/{row}"), TABLE_SHARES)) for row in range(found.num_rows)]
+        )
+    kind = found[time].type
+    if not (pa.types.is_temporal(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise InputError(f"column {time!r} is {kind} but must be dates or numbers, by which a split in time goes")
+    if found[time].null_count or (pa.types.is_floating(kind) and np.isnan(found[time].to_numpy()).any()):
+        raise InputError(f"column {time!r} lacks values but every row must have its time")
+    order = np.argsort(found[time].to_numpy(), kind="stable")
+    rank = np.empty(found.num_rows, int)
+    rank[order] = np.arange(found.num_rows)
+    return np.searchsorted(np.array(TABLE_SHARES).cumsum() * found.num_rows // 100, rank, side="right").clip(max=2)
+
+
 def _table(row: DataSet, by: str, read: Read) -> Table:
     """A table from `read(raw files)`: fields (text, "" for unknown), labels, names of the rows, places in time."""
     if by not in WAYS:
@@ -115,13 +202,8 @@ def _table(row: DataSet, by: str, read: Read) -> Table:
         fields, label, names, place = read(files)
         if by == "random":
             place = np.array([SPLITS.index(split_of(digest(name), TABLE_SHARES)) for name in names])
-        ids, sizes = [], {}
-        for field, values in fields.items():
-            vocabulary = np.unique(values[(place == 0) & (values != "")])
-            found = np.searchsorted(vocabulary, values).clip(max=len(vocabulary) - 1)
-            ids.append(np.where(vocabulary[found] == values, found + 1, 0))
-            sizes[field] = len(vocabulary) + 1
-        tensors = {"ids": np.stack(ids, 1).astype(np.int32), "y": label.astype(np.float32)}
+        ids, sizes = _ids(fields, place)
+        tensors = {"ids": ids.astype(np.int32), "y": label.astype(np.float32)}
         tensors["split"] = place.astype(np.int8)
         raw = sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
         return {name: torch.from_numpy(x) for name, x in tensors.items()}, {"sha256": raw, "sizes": sizes}
@@ -135,6 +217,20 @@ def _table(row: DataSet, by: str, read: Read) -> Table:
     manifest = store.origin(row) | {"licence": row.licence} | manifest
     manifest |= {"rows": len(tensors["y"]), "by": by, "splits": sizes}
     return Table(row.name, tuple(manifest["sizes"]), tuple(manifest["sizes"].values()), splits, {row.name: manifest})
+
+
+def _ids(fields: Columns, place: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Ids (rows, fields) by vocabularies of the training rows, and how many ids each field has."""
+    ids, sizes = [], {}
+    for field, values in fields.items():
+        vocabulary = np.unique(values[(place == 0) & (values != "")])
+        sizes[field] = len(vocabulary) + 1
+        if not len(vocabulary):  # nothing is known of it
+            ids.append(np.zeros(len(values), int))
+            continue
+        found = np.searchsorted(vocabulary, values).clip(max=len(vocabulary) - 1)
+        ids.append(np.where(vocabulary[found] == values, found + 1, 0))
+    return np.stack(ids, 1), sizes
 
 
 def _columns(content: bytes, delimiter: str, wanted: Sequence[str]) -> Columns:
