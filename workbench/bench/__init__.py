@@ -17,6 +17,7 @@ BENCHES = {
     "scan": "workbench.bench.scan",
     "serving": "workbench.bench.serving",
     "distributed": "workbench.bench.distributed",
+    "layouts": "workbench.bench.layouts",
 }
 
 
