@@ -42,9 +42,8 @@ READY = [row.slug for row in catalogue.methods(status="ready")]
 STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging"} | {"parallel-folding", "hecate", "hybrimoe", "moe-lens"}
 #: Families and systems that send no token anywhere.
 UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "features"} | {
-    "shallow-again",
-    "stable-rps",
-    "streaming-diloco",
+    *("shallow-again", "stable-rps", "streaming-diloco", "ascan", "wavemix"),
+}
 }
 
 
