@@ -18,7 +18,7 @@ from torch import Tensor
 from workbench.lib.core.task import Classification
 from workbench.lib.data.types import Arrays
 
-SIZE, SIDE, NOISE = 32, 11, 1.5
+SIZE, SIDE, NOISE = 32, 11, 1.3
 TEXTURES = ("along", "across", "chequer")
 PAIRS = tuple(product(range(len(TEXTURES)), repeat=2))
 CLASSES = tuple(f"{TEXTURES[a]} above {TEXTURES[b]}" for a, b in PAIRS)

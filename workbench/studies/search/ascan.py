@@ -42,7 +42,7 @@ COMMON = {"budget": 60_000, "lr": 3e-3, "batch_size": 32, "rows": textured_pairs
 FEW = {"train": 40, "validation": 20, "test": 40}
 PRESETS = {
     "smoke": COMMON | {"seeds": 2, "steps": 3, "batch_size": 8, "rows": FEW, "arms": SMALL_ARMS},
-    "small": COMMON | {"seeds": 12, "steps": 300, "arms": SMALL_ARMS},
+    "small": COMMON | {"seeds": 12, "steps": 350, "arms": SMALL_ARMS},
     "full": COMMON | {"seeds": 12, "steps": 4000, "batch_size": 64, "budget": 150_000, "arms": tuple(LAYOUTS)},
 }
 
