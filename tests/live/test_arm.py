@@ -44,7 +44,6 @@ STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging"} | {"parallel-foldi
 UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "features"} | {
     *("shallow-again", "stable-rps", "streaming-diloco", "ascan", "wavemix"),
 }
-}
 
 
 class Crash(Exception):
