@@ -14,6 +14,7 @@ from workbench.kernels.column_topk import column_topk, gather_columns
 from workbench.kernels.dct import dct2_rows, dct3_rows, dct_basis
 from workbench.kernels.e3m0 import e3m0_pack, e3m0_unpack
 from workbench.kernels.gather_sum import gather_sum
+from workbench.kernels.haar import haar_dwt2, haar_idwt2
 from workbench.kernels.low_rank import low_rank
 from workbench.kernels.moe_mlp import moe_mlp
 from workbench.kernels.newton_schulz import newton_schulz
@@ -43,6 +44,8 @@ __all__ = [
     "e3m0_unpack",
     "gather_columns",
     "gather_sum",
+    "haar_dwt2",
+    "haar_idwt2",
     "low_rank",
     "magnitude_threshold",
     "moe_mlp",

@@ -35,6 +35,7 @@ OPERATORS = (
     "trim_elect_merge",
     "pcb_merge",
     "walsh_hadamard",
+    "haar",
     "newton_schulz",
     "dct",
     "column_topk",

@@ -19,6 +19,7 @@ from torch import Tensor
 from workbench.kernels.block_sparse_attention import block_gate_topk, block_sparse_attention
 from workbench.kernels.block_sparse_attention.index import BlockIndex
 from workbench.kernels.column_adam import column_adam
+from workbench.kernels.haar import haar_dwt2, haar_idwt2
 from workbench.kernels.moe_mlp import ACTIVATIONS, moe_mlp
 from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
@@ -305,6 +306,17 @@ def transforms(draw: random.Random, native: bool) -> list[Call]:
     return [Call("walsh_hadamard", lambda x, path: walsh_hadamard(x, backend=path), arguments)]
 
 
+def wavelets(draw: random.Random, native: bool) -> list[Call]:
+    n, channels, height, width = draw.randrange(3), draw.randrange(1, 5), draw.randrange(5), draw.choice(WIDTHS)
+    path = "native" if native else draw.choice(("native", "native", "reference"))
+    image = {"x": torch.randn(n, channels, 2 * height, 2 * width + 2)[..., : 2 * width], "backend": path}
+    bands = {"y": torch.randn(n, 4 * channels, height, width), "backend": path}
+    return [
+        Call("haar_dwt2", lambda x, path: haar_dwt2(x, backend=path), image),
+        Call("haar_idwt2", lambda y, path: haar_idwt2(y, backend=path), bands),
+    ]
+
+
 def shared(draw: random.Random, native: bool) -> list[Call]:
     """The sizes are those of tensors, as in `seeded`."""
     rows, depth, width = draw.randrange(0, 5), draw.choice(WIDTHS), draw.choice(WIDTHS)
@@ -395,7 +407,7 @@ def scans(draw: random.Random, native: bool) -> list[Call]:
     ]
 
 
-IN_C = (experts, bank, attention, gate, models, seeded, transforms, shared, columns, scans)
+IN_C = (experts, bank, attention, gate, models, seeded, transforms, wavelets, shared, columns, scans)
 
 
 def damaged(draw: random.Random, call: Call) -> Call:
