@@ -15,6 +15,8 @@ from workbench.kernels import (
     e3m0_pack,
     e3m0_unpack,
     gather_sum,
+    haar_dwt2,
+    haar_idwt2,
     magnitude_threshold,
     moe_mlp,
     newton_schulz,
@@ -197,6 +199,15 @@ def test_walsh_hadamard(length):
     check("walsh_hadamard", lambda backend, x: walsh_hadamard(x, backend=backend), draw(3, length))
     wide = draw(3, length).float()
     assert torch.equal(walsh_hadamard(wide).cpu(), walsh_hadamard(wide.cpu(), backend="reference"))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (32, 34), (224, 224)])
+def test_haar(size):
+    wide = draw(2, 3, *size).float()
+    bands = haar_dwt2(wide.cpu(), backend="reference")
+    check("haar", lambda backend, x: haar_dwt2(x, backend=backend), draw(2, 3, *size))
+    assert torch.equal(haar_dwt2(wide).cpu(), bands)
+    assert torch.equal(haar_idwt2(bands.cuda()).cpu(), haar_idwt2(bands, backend="reference"))
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (100, 100), (3, 129, 500), (700, 260)])
