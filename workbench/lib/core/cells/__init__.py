@@ -1,0 +1,1 @@
+"""Cells that architectures are made of. One file per cell."""

@@ -1,0 +1,1 @@
+"""Search: architectures found or arranged. One file per system."""
