@@ -1,1 +1,1 @@
-"""Search: architectures found or arranged. One file per system."""
+"""Search: architectures found, and made by hand. One file per system; cells are in `workbench.lib.core.cells`."""
