@@ -28,6 +28,7 @@ COMMANDS = (
     "bench",
     "merge",
     "mix",
+    "search",
     "simulate",
     "live",
     "view",

@@ -252,6 +252,13 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     return Judgement.on(single, verdict, reason, details)
 
 
+def search(seed: int, max_macs: int | None) -> Any:
+    """What `workbench search neas` goes through."""
+    from workbench.studies.search.neas_search import NeasSearch
+
+    return NeasSearch(seed, max_macs)
+
+
 def trainings(arm: str) -> int:
     """The supernet, and what is found; of the truth, every common ensemble."""
     return COMMON if arm == "truth" else 1 + ARMS[arm].get("copies", 1)
@@ -268,7 +275,7 @@ STUDY = Study(
     run=run,
     judge=judge,
     tested="Two paths found together under a limit of multiplications are better than one network and than two seeds "
-    "of a smaller one at the same limit, and a supernet that is shrunk by potential and diversity ranks ensembles better.",
+    "of a smaller one at the same limit, and a supernet shrunk by potential and diversity ranks them better.",
     power=Power(BASELINES, effect=EFFECT),
     main="neas",
     trainings=trainings,

@@ -102,3 +102,13 @@ def recalibrate(model: nn.Module, *inputs: object) -> None:
             norm.momentum = momentum
         for module, training in modes.items():
             module.training = training
+
+
+def mobile(d_in: int, d_out: int, stride: int = 1) -> InvertedResidual:
+    """The cell of the registry: of images, 3 x 3 and four times as wide inside."""
+    return InvertedResidual(d_in, d_out, 3, 4, stride)
+
+
+def mobile_macs(d_in: int, d_out: int, height: int, width: int) -> int:
+    """At stride 1."""
+    return height * width * 4 * d_in * (d_in + 9 + d_out)

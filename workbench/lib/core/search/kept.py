@@ -5,6 +5,7 @@ A folder holds what decides the search ("settings.json"), what was prepared for 
 the same candidates again and is told the ratings that are kept, so that it ends where one without a stop would.
 """
 
+import fcntl
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -137,11 +138,11 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time; the lock goes with the process."""
-    import fcntl
-
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{folder} is being searched by another process: wait for it, or take another seed") from None
+            raise InputError(
+                f"{folder} is searched by another process: wait, or take another seed"
+            ) from None
         yield
