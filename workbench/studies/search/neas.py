@@ -1,7 +1,8 @@
 """Are networks that are searched for together better than one, and does shrinking by diversity help the search?
 
 MNIST-1D, signals of ten classes. Every arm searches with a supernet of its own, trained for as many steps, and rated
-for as many candidates; what it finds is trained from scratch for as many steps. What is found costs at most so many
+for as many candidates; those of the baselines are not shrunk (small operators go first, and none of half the limit may
+be left). What it finds is trained from scratch for as many steps. What is found costs at most so many
 multiplications for one signal, whatever it is made of: one ensemble of two paths, one network, or two copies of a
 network of half as many. A supernet of two paths computes more in a step than one of a single path; the budgets say so.
 
@@ -39,8 +40,8 @@ ARMS: Mapping[str, dict[str, Any]] = {
     "potential": {"mode": "potential"},
     "random": {"mode": "random"},
     "none": {"mode": "none"},
-    "single": {"mode": "potential", "k": 1},
-    "seeds": {"mode": "potential", "k": 1, "copies": 2},
+    "single": {"mode": "none", "k": 1},
+    "seeds": {"mode": "none", "k": 1, "copies": 2},
     "truth": {},
     "split-none": {"mode": "diversity", "splits": (0,)},
     "split-half": {"mode": "diversity", "splits": (2,)},

@@ -52,7 +52,7 @@ class PathSpace:
         check_dims(self.dims)
         if not self.widths or len(self.widths) != len(self.strides):
             raise InputError(
-                f"widths has {len(self.widths)} layers and strides {len(self.strides)} but must have equal"
+                f"widths has {len(self.widths)} layers but strides has {len(self.strides)}: as many of both"
             )
         total = 1
         for stride in self.strides:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +24,7 @@ from workbench.sealed import sealed_file
 Report = Callable[[int, int, str], None]
 
 
+@runtime_checkable
 class Search(Protocol):
     """What a system offers to be searched with.
 
@@ -142,7 +143,5 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(
-                f"{folder} is searched by another process: wait, or take another seed"
-            ) from None
+            raise InputError(f"{folder} is searched by another process: wait, or take another seed") from None
         yield
