@@ -77,14 +77,10 @@ def test_without_weight_potential_alone_ranks_and_new_names_change_no_score():
         by_score = sorted(ops, key=lambda op, layer=layer: plain[layer, op][2])
         assert by_score == sorted(ops, key=lambda op, layer=layer: plain[layer, op][0])
     names = {op: 5 - op for op in range(6)} | {-1: -1}
-    renamed = [
-        Seen(
-            EnsembleGenome(one.genome.split, tuple(tuple(names[op] for op in path) for path in one.genome.paths)),
-            one.potential,
-            one.diversity,
-        )
-        for one in seen
-    ]
+    renamed = []
+    for one in seen:
+        paths = tuple(tuple(names[op] for op in path) for path in one.genome.paths)
+        renamed.append(Seen(EnsembleGenome(one.genome.split, paths), one.potential, one.diversity))
     before, after = scores_of(seen, kept), scores_of(renamed, kept)
     assert all(after[layer, names[op]] == pytest.approx(score, nan_ok=True) for (layer, op), score in before.items())
 
@@ -119,9 +115,8 @@ def test_a_supernet_shrinks_while_it_trains(mode: str):
     first, second = shrunk(), shrunk()
     gone = 0 if mode == "none" else 2
     assert [len(ops) for ops in first.kept] == [6 - gone, 7 - gone] and first.kept == second.kept
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
+    states = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
 
 
 def test_rating_leaves_the_supernet_as_it_trains():
@@ -133,7 +128,7 @@ def test_rating_leaves_the_supernet_as_it_trains():
     scores = score_operators(supernet, x[:10], x, y, 4, generator=torch.Generator().manual_seed(0))
     assert set(scores) == {(layer, op) for layer, ops in enumerate(SPACE.everything) for op in ops}
     for bad in (lambda: score_operators(supernet, x, x, y, 0), lambda: Shrinking("best", (1,), x, x, y)):
-        with pytest.raises(InputError, match="n is 0|mode 'best' is unknown"):
+        with pytest.raises(InputError, match=r"n is 0|mode 'best' is unknown"):
             bad()
 
 
@@ -143,7 +138,7 @@ def test_evolution_keeps_to_the_limit_and_to_what_is_kept(k: int, splits: tuple[
     limit = round(1.3 * cheapest(kept, k, SPACE, splits).macs(SPACE))
 
     def searched() -> dict[EnsembleGenome, float]:
-        asked = candidates(kept, k, SPACE, limit, splits=splits, population=8, parents=3, generations=4)
+        asked = candidates(kept, k, SPACE, limit, splits=splits, population=6, parents=3, generations=3)
         return exhaust(asked, lambda genome: float(genome.macs(SPACE)))
 
     rated = searched()
@@ -156,9 +151,7 @@ def test_evolution_keeps_to_the_limit_and_to_what_is_kept(k: int, splits: tuple[
 
 
 def test_a_limit_that_nothing_meets_is_refused_in_words():
-    with pytest.raises(
-        InputError, match=r"max_macs is 100 but no ensemble of 2 paths meets it: the cheapest has \d+ mul"
-    ):
+    with pytest.raises(InputError, match=r"max_macs is 100 but no ensemble of 2 paths meets it: the cheapest"):
         candidates(SPACE.everything, 2, SPACE, 100)
 
 
