@@ -68,7 +68,7 @@ PRESETS = {
     "smoke": SPACE
     | SEARCH
     | RATES
-    | {"seeds": 2, "supernet_steps": 6, "steps": 3, "batch_size": 16, "population": 3, "parents": 2, "generations": 2}
+    | {"seeds": 2, "supernet_steps": 28, "steps": 3, "batch_size": 16, "population": 3, "parents": 2, "generations": 2}
     | {"calibration": 32, "scored": 3, "arms": SMALL_ARMS},
     "small": SPACE | SEARCH | RATES | {"seeds": 16, "supernet_steps": 150, "steps": 100, "arms": SMALL_ARMS},
     "full": SPACE
