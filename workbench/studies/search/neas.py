@@ -34,7 +34,8 @@ BASELINES = ("single", "seeds")
 COMMON = 8
 """Ensembles whose ranks are compared."""
 
-#: Arm -> mode of shrinking, paths, copies of what is found, and where paths may part.
+#: Arm -> mode of shrinking, paths, copies of what is found, and where paths may part (at smoke at once: in its few
+#: steps every layer then has two paths).
 ARMS: Mapping[str, dict[str, Any]] = {
     "neas": {"mode": "diversity"},
     "potential": {"mode": "potential"},
@@ -43,9 +44,9 @@ ARMS: Mapping[str, dict[str, Any]] = {
     "single": {"mode": "none", "k": 1},
     "seeds": {"mode": "none", "k": 1, "copies": 2},
     "truth": {},
-    "split-none": {"mode": "diversity", "splits": (0,)},
-    "split-half": {"mode": "diversity", "splits": (2,)},
-    "split-all": {"mode": "diversity", "splits": (4,)},
+    "split-none": {"mode": "none", "splits": (0,)},
+    "split-half": {"mode": "none", "splits": (2,)},
+    "split-all": {"mode": "none", "splits": (4,)},
 }
 MODES = ("neas", "potential", "random", "none")
 SMALL_ARMS = (*MODES, "single", "seeds", "truth")
@@ -68,8 +69,8 @@ PRESETS = {
     "smoke": SPACE
     | SEARCH
     | RATES
-    | {"seeds": 2, "supernet_steps": 28, "steps": 3, "batch_size": 16, "population": 3, "parents": 2, "generations": 2}
-    | {"calibration": 32, "scored": 3, "arms": SMALL_ARMS},
+    | {"seeds": 2, "supernet_steps": 6, "steps": 3, "batch_size": 16, "population": 3, "parents": 2, "generations": 2}
+    | {"calibration": 32, "scored": 3, "splits": (0,), "max_macs": 100_000, "arms": SMALL_ARMS},
     "small": SPACE | SEARCH | RATES | {"seeds": 16, "supernet_steps": 150, "steps": 100, "arms": SMALL_ARMS},
     "full": SPACE
     | SEARCH
@@ -105,7 +106,7 @@ def supernet_of(
     """The trained and shrunk supernet of an arm, and what shrank it."""
     options, steps = ARMS[arm], settings["supernet_steps"]
     torch.manual_seed(seed)
-    supernet = KPathSupernet(space_of(settings), options.get("k", 2), options.get("splits"))
+    supernet = KPathSupernet(space_of(settings), options.get("k", 2), options.get("splits", settings.get("splits")))
     at = [max(1, round(share * steps)) for share in SHRUNK_AT]
     shrinking = Shrinking(options["mode"], at, *judged_on(task, settings), n=settings["scored"])
     config = TrainConfig(steps, settings["batch_size"], settings["lr"], seed=seed, eval_every=None)
