@@ -31,6 +31,7 @@ COMMANDS = (
     "bench",
     "merge",
     "mix",
+    "search",
     "simulate",
     "live",
     "view",

@@ -8,8 +8,8 @@ def home() -> Path:
     """The folder of the person's own files: ``$WORKBENCH_HOME``, or ``~/.workbench``. It may not exist yet.
 
     Below it are ``runs/`` (one folder a run), ``data/`` and ``models/`` (parsed data sets and trained bases, which
-    can be made again), ``native/`` (compiled kernels, likewise), ``results/`` (rows of studies) and ``bench/`` (records
-    of timings).
+    can be made again), ``native/`` (compiled kernels, likewise), ``results/`` (rows of studies), ``searches/`` (of
+    architectures) and ``bench/`` (records of timings).
     """
     return Path(os.environ.get("WORKBENCH_HOME") or "~/.workbench").expanduser().absolute()
 

@@ -17,6 +17,7 @@ from workbench.bench import BENCHES
 from workbench.cli.compress import add_compress
 from workbench.cli.merge import add_merge
 from workbench.cli.mix import add_mix
+from workbench.cli.search import add_search
 from workbench.cli.simulate import add_simulate
 from workbench.cli.sweep import add_sweep
 from workbench.errors import InputError, WorkerLostError, unknown
@@ -125,6 +126,9 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
     sub = command("mix", "search in which proportion to train on domains of text, with small proxy models")
     add_mix(sub, whole)
+
+    sub = command("search", "search for architectures for so many minutes; stopped, the same command goes on")
+    add_search(sub, whole)
 
     sub = command("simulate", "run a serving system on the numbers of a machine of your own")
     add_simulate(sub)

@@ -187,6 +187,12 @@ def mix(args: argparse.Namespace) -> None:
     search_mixtures(args)
 
 
+def search(args: argparse.Namespace) -> None:
+    from workbench.cli.search import search as search_architectures
+
+    search_architectures(args)
+
+
 def simulate(args: argparse.Namespace) -> None:
     from workbench.cli.simulate import simulate as simulate_system
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from workbench.lib.core.cells.attention import TransformerCell, transformer_macs
 from workbench.lib.core.cells.convolution import FusedMBConv, ResidualConv, fused_mb_macs, residual_macs
+from workbench.lib.core.cells.inverted_residual import InvertedResidual, mobile, mobile_macs
 from workbench.lib.core.cells.wavelet import WaveletCell, wavelet_macs
 
 
@@ -33,9 +34,10 @@ class Kind:
 
 CELLS: dict[str, Kind] = {
     "fused_mb": Kind(FusedMBConv, fused_mb_macs),
+    "inverted_residual": Kind(mobile, mobile_macs),
     "residual": Kind(ResidualConv, residual_macs),
     "transformer": Kind(TransformerCell, transformer_macs),
     "wavelet": Kind(WaveletCell, wavelet_macs),
 }
 
-__all__ = ["CELLS", "FusedMBConv", "Kind", "ResidualConv", "TransformerCell", "WaveletCell"]
+__all__ = ["CELLS", "FusedMBConv", "InvertedResidual", "Kind", "ResidualConv", "TransformerCell", "WaveletCell"]
