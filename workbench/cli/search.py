@@ -1,6 +1,6 @@
 """`workbench search`: an architecture search for so many minutes, which is kept and goes on where it was stopped.
 
-A system joins with one function, `search(seed, max_macs)`, in the file of its study: it returns what
+A system joins with one function, `search(seed, max_macs)`, in `<its study>_search.py`: it returns what
 `workbench.lib.core.search.kept.Search` describes, and refuses a limit that nothing meets.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,10 @@ def _offered(system: str) -> Any:
     row = catalogue.method(system)
     if not row.ready:
         raise InputError(f"system {system!r} is planned: it has no search yet; workbench methods --status ready")
-    offered = getattr(import_module(row.study), "search", None)
-    if offered is None:
-        others = [one for one in catalogue.methods(row.family, "ready") if hasattr(import_module(one.study), "search")]
-        raise unknown("system that searches", system, [one.slug for one in others])
-    return offered
+    searching = [one.slug for one in catalogue.methods(status="ready") if find_spec(f"{one.study}_search")]
+    if system not in searching:
+        raise unknown("system that searches", system, searching)
+    return import_module(f"{row.study}_search").search
 
 
 def _minutes(text: str) -> float:

@@ -7,7 +7,7 @@ import pytest
 from workbench.cli import main
 from workbench.errors import InputError
 from workbench.studies.search import neas_search
-from workbench.studies.search.neas import search
+from workbench.studies.search.neas_search import search
 
 
 @pytest.fixture(autouse=True)

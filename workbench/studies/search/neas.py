@@ -254,13 +254,6 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     return Judgement.on(single, verdict, reason, details)
 
 
-def search(seed: int, max_macs: int | None) -> Any:
-    """What `workbench search neas` goes through."""
-    from workbench.studies.search.neas_search import NeasSearch
-
-    return NeasSearch(seed, max_macs)
-
-
 STUDY = Study(
     METHOD,
     metric="accuracy",

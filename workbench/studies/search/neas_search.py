@@ -82,3 +82,8 @@ class _Told(Hook):
 
     def after_step(self, state: State) -> None:
         self.report(state.step + 1, state.config.steps, "supernet")
+
+
+def search(seed: int, max_macs: int | None) -> NeasSearch:
+    """What `workbench search neas` goes through."""
+    return NeasSearch(seed, max_macs)
