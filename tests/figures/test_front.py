@@ -18,7 +18,10 @@ def test_a_figure_has_a_stair_and_the_points_by_group():
     figure = front(POINTS, title="t", x_title="cost", y_title="value", groups=dict(a="one", b="one", c="two", d="two"))
     stair, one, two = figure.data
     assert list(stair.x) == [1, 3, 3] and list(stair.y) == [0.5, 0.9, 0.9] and stair.line.shape == "hv"
-    assert list(one.text) == ["a", "b"] and list(two.text) == ["c", "d"] and one.marker.color != two.marker.color
+    assert list(one.text) == ["a", ""] and list(two.text) == ["c", ""] and one.marker.color != two.marker.color
+    assert list(one.hovertext) == ["a", "b"] and list(one.textposition) == ["bottom right"] * 2
+    (_, alone) = front(POINTS, title="t", x_title="cost", y_title="value").data
+    assert list(alone.text) == ["a", "b", "c", "d"] and alone.textposition[3] == "bottom left"
     assert list(one.error_y.array) == pytest.approx([0.1, 0.1]) and one.name == "one"
     assert front(POINTS, title="t", x_title="cost", y_title="value", log_x=True).layout.xaxis.type == "log"
 

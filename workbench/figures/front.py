@@ -1,10 +1,12 @@
 """What is had for what it costs: points with intervals, and the front of those that nothing else dominates."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
 from workbench.errors import InputError
+from workbench.figures.basic import LEGEND
 from workbench.figures.theme import blank, text, theme_named
 
 Point = tuple[float, float, float, float]
@@ -31,11 +33,12 @@ def front(
     groups: Mapping[str, str] | None = None,
     theme: str = "light",
 ) -> go.Figure:
-    """A point for each name, labelled, and the front as a stair: up to a cost, this is the most that there is.
+    """A point for each name, and the front as a stair: up to a cost, this is the most that there is.
 
     Args:
         points: name -> (cost, value, low, high).
-        groups: name -> what its colour stands for; all in one without it.
+        groups: name -> what its colour stands for; names stand beside the points of the front alone then, and beside
+            all of them without it.
 
     Raises:
         InputError: there is no point, or a cost of zero or less on a logarithmic axis.
@@ -48,6 +51,10 @@ def front(
     figure = blank(theme, title, subtitle, x=x_title, y=y_title)
     stair = [points[name] for name in on_front(points)]
     dearest = max(cost for cost, *_ in points.values())
+    scale = math.log if log_x else float
+    middle = (scale(min(cost for cost, *_ in points.values())) + scale(dearest)) / 2
+    labelled = on_front(points) if groups else list(points)
+    right = {name for name in points if scale(points[name][0]) <= middle}
     figure.add_scatter(
         x=[cost for cost, *_ in stair] + [dearest],
         y=[value for _, value, *_ in stair] + [stair[-1][1]],
@@ -59,14 +66,16 @@ def front(
     kinds = list(dict.fromkeys((groups or {}).get(name, "") for name in points))
     for kind, shade in zip(kinds, colours.nominal(len(kinds)), strict=True):
         names = [name for name in points if (groups or {}).get(name, "") == kind]
-        _points(figure, names, points, kind, shade)
+        labels = [text(name) if name in labelled else "" for name in names]
+        _points(figure, [points[name] for name in names], labels, kind, shade)
+        figure.data[-1].textposition = ["bottom right" if name in right else "bottom left" for name in names]
+        figure.data[-1].hovertext = [text(name) for name in names]
     figure.update_xaxes(type="log" if log_x else "linear")
-    figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.01})
+    figure.update_layout(showlegend=True, legend=LEGEND)
     return figure
 
 
-def _points(figure: go.Figure, names: Sequence[str], points: Mapping[str, Point], kind: str, shade: str) -> None:
-    chosen = [points[name] for name in names]
+def _points(figure: go.Figure, chosen: Sequence[Point], labels: Sequence[str], kind: str, shade: str) -> None:
     figure.add_scatter(
         x=[cost for cost, *_ in chosen],
         y=[value for _, value, *_ in chosen],
@@ -78,8 +87,7 @@ def _points(figure: go.Figure, names: Sequence[str], points: Mapping[str, Point]
             "width": 4,
         },
         mode="markers+text",
-        text=[text(name) for name in names],
-        textposition="middle right",
+        text=list(labels),
         textfont={"size": 11},
         cliponaxis=False,
         marker={"size": 10, "symbol": "diamond", "color": shade},
