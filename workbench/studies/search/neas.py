@@ -1,10 +1,11 @@
 """Are networks that are searched for together better than one, and does shrinking by diversity help the search?
 
 MNIST-1D, signals of ten classes. Every arm searches with a supernet of its own, trained for as many steps, and rated
-for as many candidates; those of the baselines are not shrunk (small operators go first, and none of half the limit may
-be left). What it finds is trained from scratch for as many steps. What is found costs at most so many
-multiplications for one signal, whatever it is made of: one ensemble of two paths, one network, or two copies of a
-network of half as many. A supernet of two paths computes more in a step than one of a single path; the budgets say so.
+for as many candidates (fewer where parents have no new children); those of the baselines are not shrunk: small
+operators go first, and of half the limit no network may be left. What it finds is trained from scratch for as many
+steps. It costs at most so many multiplications for one signal, whatever it is made of: one ensemble of two paths, one
+network, or two copies of a network of half as many. A supernet of two paths computes more in a step than one of a
+single path; the budgets say so.
 
 Ranks are compared on the same ensembles in all arms, drawn from the whole space. Their truth is the accuracy when
 trained alone, the mean over all seeds (arm "truth").

@@ -37,6 +37,16 @@ def test_evolution_ends_where_nothing_is_new():
     assert len(found) == 8 and top(found, 1) == [(1, 1, 1)]
 
 
+def test_a_search_without_an_end_draws_where_parents_have_nothing_new():
+    def still(a: tuple, *others) -> tuple:
+        return a
+
+    sizes = {"population": 10, "parents": 2}
+    assert len(exhaust(evolve(bits, still, still, generations=5, **sizes), sum)) == 10
+    found = exhaust(evolve(lambda g: bits(g, 5), still, still, generations=None, **sizes), sum)
+    assert len(found) == 32
+
+
 @pytest.mark.parametrize("wrong", [{"parents": 0}, {"parents": 9, "population": 8}, {"generations": 0}])
 def test_sizes_that_are_none_are_refused(wrong: dict):
     with pytest.raises(InputError, match="must be"):

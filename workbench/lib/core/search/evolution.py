@@ -20,7 +20,7 @@ from workbench.errors import InputError
 
 Genome = TypeVar("Genome", bound=Hashable)
 TRIES = 50
-"""Children in a row that are known already, after which a generation ends: the space may hold no others."""
+"""Children in a row that are known already, after which a generation ends, or its rest is drawn."""
 
 
 def evolve(
@@ -36,12 +36,13 @@ def evolve(
     """Yield genomes to rate, each one once; higher is better. Returns genome -> rating.
 
     The first generation is drawn. Of each further one every other child is a cross of two of the `parents` best so far,
-    mutated, and every other one such a genome mutated alone.
+    mutated, and every other one such a genome mutated alone. A generation whose parents have no new children left ends;
+    in a search without an end the rest of it is drawn, like the first.
 
     Args:
         draw, cross, mutate: make genomes that are allowed, with the generator as all their randomness.
         population: genomes of a generation.
-        generations: None goes on until nothing new is found.
+        generations: None goes on until nothing new is drawn.
     """
     if not 1 <= parents <= population:
         raise InputError(f"parents is {parents} but must be from 1 to population, {population}")
@@ -51,9 +52,9 @@ def evolve(
     rated: dict[Genome, float] = {}
     for generation in count() if generations is None else range(generations):
         best = top(rated, parents)
-        before, known = len(rated), 0
-        while len(rated) - before < population and known < TRIES:
-            if generation == 0:
+        before, known, most = len(rated), 0, TRIES if generations is not None else 2 * TRIES
+        while len(rated) - before < population and known < most:
+            if generation == 0 or known >= TRIES:
                 child = draw(generator)
             else:
                 a, b = (best[int(torch.randint(len(best), (), generator=generator))] for _ in range(2))
@@ -61,7 +62,7 @@ def evolve(
             if child in rated:
                 known += 1
                 continue
-            known = 0
+            known = TRIES if known >= TRIES else 0  # once drawing, to the end of the generation
             rated[child] = yield child
         if len(rated) == before:
             break
