@@ -32,6 +32,8 @@ VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells d
     "10_data_mixtures": {"seed": 7},
     "11_distributed": {"seed": 7},
     "12_serving": {"seed": 7},
+    "13_features": {"seed": 7},
+    "14_search": {"seed": 7},
 }
 COUNT_FIGURES = f"""
 FIGURES = 0
