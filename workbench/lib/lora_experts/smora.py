@@ -16,10 +16,8 @@ form. The two cannot be told apart while c is small against z, as it is there: g
 matter. The default here, 1e-3, is meant for short runs.
 
 The released code moves the bias inside the forward pass. Here a forward only counts the load; the bias moves at the end
-of the training step, or, in a loop that knows of no such end, at the first forward in training after the router's
-weights were written, so that it moves once a step however many forwards gradients are accumulated over. An optimizer
-that writes through `.data` is not seen: call `after_step()` of the bias then. A forward that activation checkpointing
-repeats sees the bias it saw before, and counts nothing.
+of the training step, or, in a loop that knows of no such end, at the next forward in training. A forward that
+activation checkpointing repeats sees the bias it saw before, and counts nothing.
 
 The sum is computed densely, all R ranks at once and multiplied by the gates: on a CPU nothing is faster while R is not
 much above the layer's width. `indexed_low_rank` computes the k ranks alone, to check it by.
@@ -127,13 +125,6 @@ class RankRouter(nn.Module):
         self.reduce = nn.Identity() if router_dim is None else nn.Linear(d_in, router_dim, bias=False)
         self.projection = nn.Linear(d_in if router_dim is None else router_dim, n_blocks, bias=False)
         self.bias = LossFreeBias(n_blocks, bias_rate) if bias_rate else None
-        self._version: int | None = None  # of the weights, at the last forward that counted
-
-    def _written(self) -> bool:
-        """Whether the router's weights were written since the last forward that counted; of frozen ones always."""
-        weight = self.projection.weight
-        before, self._version = self._version, weight._version
-        return before != self._version or not weight.requires_grad
 
     def set_top_k(self, top_k: int) -> None:
         """Change K from the next forward on; the scale alpha / k of the update stays."""
@@ -149,8 +140,8 @@ class RankRouter(nn.Module):
         log_z = F.logsigmoid(logits) if self.gate == "sigmoid" else F.log_softmax(logits, -1)
         probs = log_z.softmax(-1)
         counted = self.bias is not None and self.training and not recomputing()
-        if counted and self._written():
-            self.bias.after_step()  # of the last forwards, unless the training loop has done it
+        if counted:
+            self.bias.after_step()  # of the last forward, unless the training loop has done it
         if self.bias is None:
             biased = log_z
         else:
