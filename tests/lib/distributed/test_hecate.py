@@ -179,7 +179,14 @@ def test_what_is_no_plan_is_refused(build, said: str):
 
 
 def machine(**changes) -> Machine:
-    parts = {"token_seconds": 1e-6, "before_seconds": 1e-3, "chunk_bytes": 1e6, "token_bytes": 1e3, "memory": 2}
+    parts = {
+        "token_seconds": 1e-6,
+        "before_seconds": 1e-3,
+        "chunk_bytes": 1e6,
+        "token_bytes": 1e3,
+        "memory": 2,
+        "tokens": 2.0,
+    }
     link = LinkModel(1e-5, 1e-10)
     return Machine("simulated, by hand", 4, 4, link, link, **parts | changes)
 
@@ -213,6 +220,16 @@ def test_even_loads_are_those_of_expert_parallelism_and_what_is_hidden_costs_not
     assert total(machine(token_seconds=1e-4), skewed, "hecate") < total(machine(token_seconds=1e-4), skewed, "ep")
 
 
+def test_what_is_gathered_again_may_have_the_memory_of_all_layers():
+    skewed = torch.full((3, 2, 8), 10.0)
+    skewed[:, :, 0] = 2000.0
+    made = machine(token_seconds=1e-4, memory=4)
+    kept, again = (HecateSim(made, skewed, policy).run()[-1][0] for policy in ("hecate", "remat"))
+    assert kept.copied < again.copied and kept.straggler > again.straggler
+    slow = machine(token_seconds=1e-4, memory=3, chunk_bytes=1e7)  # 1 ms and its start do not hide behind 1 ms
+    assert HecateSim(slow, skewed, "remat").run()[-1][0].copied == 0
+
+
 def test_owners_that_move_are_paid_for_once():
     skewed = torch.tensor([20.0, 20, 1, 1, 1, 1, 1, 1]).repeat(6, 1, 1)  # the first two are on one device
     steps = HecateSim(machine(), skewed, "relayout", every=3).run()
@@ -226,7 +243,8 @@ def test_loads_go_on_through_the_trace_and_a_power_makes_them_more_skewed():
     assert all(torch.allclose(kind.sum(2), torch.full((4, 3), 100.0).double()) for kind in kinds)
     peaks = [float(kind.amax(2).mean()) for kind in kinds]
     assert peaks[0] == pytest.approx(100 / trace.n_experts) and peaks == sorted(peaks)
-    assert torch.equal(loads_of(trace, 4, 100.0, first=trace.probs.shape[1]), kinds[1])
+    assert torch.equal(loads_of(trace, 4, 100.0, prompts=[0, 1]), kinds[1])
+    assert not torch.equal(loads_of(trace, 4, 100.0, prompts=[0]), kinds[1])
 
 
 def test_a_users_machine():
@@ -249,6 +267,7 @@ def test_a_users_machine():
         (lambda: machine(token_seconds=math.inf), "token_seconds is inf"),
         (lambda: loads_of(zipf_markov(0), 0, 1.0), "steps is 0"),
         (lambda: loads_of(zipf_markov(0), 1, 1.0, power=-1.0), "power -1.0"),
+        (lambda: loads_of(zipf_markov(0), 1, 1.0, prompts=[9]), "prompts are"),
         (lambda: simulate(Hardware.from_dict({"name": "x", "basis": "measured", "source": "y", "link":
             {"bandwidth": 1e9, "latency_seconds": 0}}), Workload(zipf_markov(0), 4e6, 4e9)), "must have device"),
     ],

@@ -59,9 +59,10 @@ def plan_sharding(loads: Float[Tensor, "layers experts"], devices: int) -> Int64
 def level(
     load: Float[Tensor, " experts"], placement: Bool[Tensor, "devices experts"]
 ) -> Float[Tensor, "devices experts"]:
-    """How the tokens of each expert are best shared out among those that have it, in parts of tokens.
+    """How the tokens of each expert are shared out among those that have it, in parts of tokens.
 
-    Experts with the fewest holders come first; each fills up its holders from the least loaded on.
+    Experts with the fewest holders come first; each fills up its holders from the least loaded on. That is near the
+    best, not it: an expert that comes later may have had use for a holder that an earlier one has filled.
     """
     shares = torch.zeros(placement.shape, dtype=torch.float64)
     load, holders = load.double(), placement.sum(0)

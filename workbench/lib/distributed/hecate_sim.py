@@ -7,7 +7,7 @@ Policies, each with all tokens served:
     fsdp       every device gathers all experts of a layer, and tokens stay where they are
     hecate     owners as relayout, by all layers together; before each layer a few copies, as many on each device and
                from each as what is computed before it hides
-    remat      as hecate, and copies are gathered again for the backward pass: their memory is that of one layer
+    remat      as hecate, and copies are gathered again for the backward pass: the memory of all layers is free for each
 
 A layer takes, with n_d the tokens of device d,
 
@@ -56,7 +56,8 @@ class Machine:
         token_seconds: c, of one token in one expert, forward.
         before_seconds: of what a layer computes before its experts, forward; the backward pass has twice that.
         chunk_bytes, token_bytes: of an expert, and of a token on its way.
-        memory: copies that a device may have.
+        memory: copies that a device may have at a time, of all layers together.
+        tokens: on each device, which is what `before_seconds` is of.
     """
 
     basis: str
@@ -69,12 +70,13 @@ class Machine:
     chunk_bytes: float
     token_bytes: float
     memory: int
+    tokens: float
 
     def __post_init__(self):
         for name in ("devices", "per_node"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)} but must be at least 1")
-        for name in ("token_seconds", "before_seconds", "chunk_bytes", "token_bytes", "memory"):
+        for name in ("token_seconds", "before_seconds", "chunk_bytes", "token_bytes", "memory", "tokens"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value} but must be finite and at least 0")
@@ -169,6 +171,8 @@ class HecateSim:
         placement = owner == torch.arange(devices)[:, None]
         if self.policy in ("hecate", "remat") and len(seen):
             room = machine.hidden
+            if self.policy == "hecate":  # copies stay from the forward pass of a layer to its backward pass
+                room = min(room, machine.memory // self.loads.shape[1])
             placement = plan_placement(seen[:, layer].mean(0), owner, devices, room * devices, room, fanout=room)
         elif self.policy == "fsdp":
             placement = torch.ones_like(placement)
@@ -198,7 +202,8 @@ class HecateSim:
     def example(seed: int) -> dict[str, Any]:
         """A step of a drawn cluster under every policy, on a synthetic trace."""
         machine = drawn(seed)
-        loads = loads_of(zipf_markov(seed, prompts=2, layers=2), 4, 512.0 * machine.devices)
+        trace = zipf_markov(seed, prompts=2, layers=2)
+        loads = loads_of(trace, 4, machine.tokens * machine.devices * trace.top_k)
         found = {policy: HecateSim(machine, loads, policy).run() for policy in POLICIES}
         return {"basis": machine.basis, "devices": machine.devices} | {
             policy: {
@@ -210,25 +215,30 @@ class HecateSim:
 
 
 def loads_of(
-    trace: RouterTrace, steps: int, tokens: float, power: float = 1.0, first: int = 0
+    trace: RouterTrace, steps: int, tokens: float, power: float = 1.0, prompts: Sequence[int] | None = None
 ) -> Float[Tensor, "steps layers experts"]:
     """Loads of so many steps of training on what a trace's routers said, one after the other.
 
-    A step sees a window of the trace, of all prompts. The share of an expert is that of what it was chosen for, to a
+    A step sees a window of the trace. The share of an expert is that of what it was chosen for, to a
     power: 0 makes all the same, 1 is as it was, more is more skewed.
 
     Args:
         tokens: pairs of a token and an expert in a step, of all devices.
-        first: where the first window begins, of the trace's time; from its end on it goes on from the beginning.
+        prompts: of the trace, those that are seen; None: all.
     """
     if steps < 1 or not tokens > 0 or not 0 <= power < math.inf:
         raise InputError(f"steps is {steps}, tokens {tokens}, power {power}: at least 1, above 0, at least 0")
+    if prompts is not None and not (prompts and min(prompts) >= 0 and max(prompts) < len(trace.probs)):
+        raise InputError(
+            f"prompts are {list(prompts)} but must be of the {len(trace.probs)} of the trace, one at least"
+        )
     chosen = torch.nn.functional.one_hot(trace.chosen(), trace.n_experts).sum(3).double()  # (R, T, L, E)
+    chosen = chosen if prompts is None else chosen[list(prompts)]
     time = chosen.shape[1]
     width = max(1, time // steps)
     found = []
     for step in range(steps):
-        window = [(first + step * width + i) % time for i in range(width)]
+        window = [(step * width + i) % time for i in range(width)]
         share = chosen[:, window].sum((0, 1)) + 0.5  # an expert that nobody asked for may be asked for
         share = (share / share.sum(1, keepdim=True)) ** power
         found.append(tokens * share / share.sum(1, keepdim=True))
@@ -250,6 +260,7 @@ def machine_of(hardware: Hardware, devices: int, tokens: float, dim: int, chunk_
         chunk_bytes=chunk_bytes,
         token_bytes=2.0 * dim,
         memory=memory,
+        tokens=tokens,
     )
 
 
@@ -270,7 +281,7 @@ def drawn(seed: int, name: str = "h100-sxm") -> Machine:
     devices, dim = draw.choice((8, 16)), draw.choice((1024, 2048, 4096))
     hidden = 256 * round(dim / 256 * draw.uniform(1.0, 3.5))
     tokens = draw.choice((4096, 8192, 16_384))
-    return machine_of(hardware, devices, tokens, dim, 6.0 * dim * hidden, memory=draw.choice((2, 4)))
+    return machine_of(hardware, devices, tokens, dim, 6.0 * dim * hidden, memory=draw.choice((12, 24)))
 
 
 def simulate(hardware: Hardware, workload: Workload) -> Simulation:
@@ -280,7 +291,7 @@ def simulate(hardware: Hardware, workload: Workload) -> Simulation:
     trace = workload.trace
     dim = max(1, round(math.sqrt(workload.expert_bytes / workload.weight_bytes / 8)))  # experts of 3 dim (8/3 dim)
     tokens = 4096.0
-    machine = machine_of(hardware, devices, tokens, dim, workload.expert_bytes, memory=workload.capacity)
+    machine = machine_of(hardware, devices, tokens, dim, workload.expert_bytes, workload.capacity * trace.n_layers)
     loads = loads_of(trace, min(20, trace.probs.shape[1]), tokens * devices * trace.top_k)
     found = {policy: HecateSim(machine, loads, policy, every=10).run() for policy in POLICIES}
     rows = []
