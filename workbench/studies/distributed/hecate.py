@@ -26,8 +26,8 @@ SLACK = 0.02  # of the logarithm of a time: what copies may cost where loads are
 RULE = (
     "Times are simulated, of a step's mixtures; the metric is the mean of their logarithms (milliseconds, base 2) over "
     f"the skewed loads, powers {', '.join(f'{p:g}' for p in SKEWED)} of the trace's shares. Intervals are 95% paired "
-    "intervals of logarithms of ratios over draws. (a) At each of these powers hecate is faster than each of ep, relayout and fsdp: "
-    "log(theirs / hecate's) lies above 0. (b) The gain grows with skew: log(ep / hecate) at power "
+    "intervals of logarithms of ratios over draws. (a) At each of these powers hecate is faster than each of ep, "
+    "relayout and fsdp: log(theirs / hecate's) lies above 0. (b) The gain grows with skew: log(ep / hecate) at power "
     f"{SKEWED[-1]:g} minus at power {SKEWED[0]:g} lies above 0. (c) At power 0, where nothing is to gain, "
     f"log(ep / hecate) lies above -{SLACK}. Reproduced if all hold. Not reproduced if one of (a) or (b) lies below 0, "
     f"or (c) below -{SLACK}. Not resolved otherwise."
