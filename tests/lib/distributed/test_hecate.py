@@ -117,8 +117,8 @@ def test_copies_stay_within_budget_and_memory_and_never_make_it_slower():
         best = brute(load, mine, budget, memory)
         assert best <= makespan(load, placement) + 1e-9
         ratios.append(makespan(load, placement) / best)
-        one = plan_placement(load, owner, devices, budget, memory, fanout=1) & ~mine
-        assert int(torch.bincount(owner, weights=one.sum(0).double(), minlength=devices).max()) <= 1
+        dear = plan_placement(load, owner, devices, budget, memory, cost=lambda placement: float(placement.sum()))
+        assert torch.equal(dear, mine)
     assert max(ratios) < 1.02  # the best there is in all of them
 
 
@@ -221,13 +221,14 @@ def test_even_loads_are_those_of_expert_parallelism_and_what_is_hidden_costs_not
 
 
 def test_what_is_gathered_again_may_have_the_memory_of_all_layers():
-    skewed = torch.full((3, 2, 8), 10.0)
-    skewed[:, :, 0] = 2000.0
-    made = machine(token_seconds=1e-4, memory=4)
+    skewed = torch.tensor([2000.0, 1500, 900, 500, 50, 40, 30, 20]).repeat(3, 2, 1)
+    made = machine(token_seconds=1e-4, memory=2)
     kept, again = (HecateSim(made, skewed, policy).run()[-1][0] for policy in ("hecate", "remat"))
-    assert kept.copied < again.copied and kept.straggler > again.straggler
-    slow = machine(token_seconds=1e-4, memory=3, chunk_bytes=1e7)  # 1 ms and its start do not hide behind 1 ms
-    assert HecateSim(slow, skewed, "remat").run()[-1][0].copied == 0
+    assert 0 < kept.copied < again.copied and kept.straggler > again.straggler
+    slow = machine(token_seconds=1e-4, memory=4, chunk_bytes=1e9)  # 0.1 s, where all experts take 0.2 s
+    assert HecateSim(slow, skewed, "remat").run()[-1][0].copied < again.copied
+    cheap = machine(token_seconds=1e-7, memory=4, chunk_bytes=1e9)
+    assert HecateSim(cheap, skewed, "remat").run()[-1][0].copied == 0
 
 
 def test_owners_that_move_are_paid_for_once():

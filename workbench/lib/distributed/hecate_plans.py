@@ -6,7 +6,8 @@ the best there is on small cases by the tests. Loads are those that were seen, n
 Tensor letters: L layers, D devices, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -100,40 +101,38 @@ def plan_placement(
     budget: int,
     memory: int,
     origin: Float[Tensor, "devices experts"] | None = None,
-    fanout: int | None = None,
+    cost: Callable[[Tensor], float] | None = None,
 ) -> Bool[Tensor, "devices experts"]:
-    """Which experts are copied where for a step: hot ones, as long as the busiest device gains by it.
+    """Which experts are copied where for a step: hot ones, as long as the cost falls by it.
 
     Args:
         load: tokens of each expert, as predicted.
         budget: chunks that may travel.
         memory: copies that a device may have beside its own.
         origin: tokens of each expert by the device that they come from: of devices that gain alike the one with most.
-        fanout: copies that an owner may send in all, which is what takes long if a hot expert goes to many; None: any
-            number.
+        cost: of a placement, what is to be small; None: `makespan`. With the seconds of a layer, transfers that are not
+            hidden included, a copy is made only where what it saves is more than what it takes.
     """
     if budget < 0 or memory < 0:
         raise InputError(f"budget is {budget} and memory {memory} but both must be at least 0")
     placement = owner == torch.arange(devices)[:, None]
     check_placement(owner, placement)
     origin = torch.zeros(placement.shape) if origin is None else origin
-    now = makespan(load, placement)
+    measured = partial(makespan, load) if cost is None else cost
+    now = measured(placement)
     for _ in range(budget):
         shares = level(load, placement)
         busy = shares.sum(1)
         busiest, extra = busy.argmax(), (placement & (owner != torch.arange(devices)[:, None])).sum(1)
-        sent = torch.bincount(owner, weights=placement.sum(0).double() - 1, minlength=devices)
         found = []
         # only what the busiest device computes can make it less busy, on those that have least to do
         for expert in torch.argsort(shares[busiest], descending=True, stable=True)[:TRIED].tolist():
             if shares[busiest, expert] == 0:
                 break
-            if fanout is not None and sent[owner[expert]] >= fanout:
-                continue
             room = ((~placement[:, expert]) & (extra < memory)).nonzero().flatten()
             for device in room[torch.argsort(busy[room], stable=True)][:TRIED].tolist():
                 placement[device, expert] = True
-                found.append((makespan(load, placement), -float(origin[device, expert]), device, expert))
+                found.append((measured(placement), -float(origin[device, expert]), device, expert))
                 placement[device, expert] = False
         if not found or min(found)[0] >= now:
             break

@@ -5,8 +5,8 @@ Policies, each with all tokens served:
     ep         experts stay where they are
     relayout   every `every` steps owners are planned anew, by the loads of before, and move with their states
     fsdp       every device gathers all experts of a layer, and tokens stay where they are
-    hecate     owners as relayout, by all layers together; before each layer a few copies, as many on each device and
-               from each as what is computed before it hides
+    hecate     owners as relayout, by all layers together; before each layer copies, as long as what they save by the
+               loads of before is more than what of them is not hidden
     remat      as hecate, and copies are gathered again for the backward pass: the memory of all layers is free for each
 
 A layer takes, with n_d the tokens of device d,
@@ -96,12 +96,6 @@ class Machine:
         size = count * self.chunk_bytes
         return max(self.node.seconds(size * (1 - self.far)), self.network.seconds(size * self.far))
 
-    @property
-    def hidden(self) -> int:
-        """Chunks that a device can get while what comes before the experts is computed, at most `memory`."""
-        one = self.chunks(1)
-        return self.memory if one == 0 else min(self.memory, int(self.before_seconds / one))
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -170,10 +164,15 @@ class HecateSim:
         devices = machine.devices
         placement = owner == torch.arange(devices)[:, None]
         if self.policy in ("hecate", "remat") and len(seen):
-            room = machine.hidden
+            load_seen, room = seen[:, layer].mean(0), machine.memory
             if self.policy == "hecate":  # copies stay from the forward pass of a layer to its backward pass
-                room = min(room, machine.memory // self.loads.shape[1])
-            placement = plan_placement(seen[:, layer].mean(0), owner, devices, room * devices, room, fanout=room)
+                room //= self.loads.shape[1]
+
+            def seconds(placement: Tensor) -> float:
+                busiest = float(level(load_seen, placement).sum(1).max())
+                return 3 * machine.token_seconds * busiest + self._copies(owner, placement)
+
+            placement = plan_placement(load_seen, owner, devices, room * devices, room, cost=seconds)
         elif self.policy == "fsdp":
             placement = torch.ones_like(placement)
         shares = level(load, placement)
