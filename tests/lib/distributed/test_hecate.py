@@ -224,7 +224,7 @@ def test_what_is_gathered_again_may_have_the_memory_of_all_layers():
     skewed = torch.tensor([2000.0, 1500, 900, 500, 50, 40, 30, 20]).repeat(3, 2, 1)
     made = machine(token_seconds=1e-4, memory=2)
     kept, again = (HecateSim(made, skewed, policy).run()[-1][0] for policy in ("hecate", "remat"))
-    assert 0 < kept.copied < again.copied and kept.straggler > again.straggler
+    assert kept.copied > 0 and kept.straggler > again.straggler  # one copy on a device, or two
     slow = machine(token_seconds=1e-4, memory=4, chunk_bytes=1e9)  # 0.1 s, where all experts take 0.2 s
     assert HecateSim(slow, skewed, "remat").run()[-1][0].copied < again.copied
     cheap = machine(token_seconds=1e-7, memory=4, chunk_bytes=1e9)
