@@ -16,7 +16,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.lib.distributed.sparse_shards import check_placement
 
-TRIED = 4
+TRIED = 3
 """Experts, and devices for each, that are tried for the next copy."""
 
 
@@ -65,28 +65,31 @@ def level(
     Experts with the fewest holders come first; each fills up its holders from the least loaded on. That is near the
     best, not it: an expert that comes later may have had use for a holder that an earlier one has filled.
     """
-    shares = torch.zeros(placement.shape, dtype=torch.float64)
-    load, holders = load.double(), placement.sum(0)
-    alone = holders == 1
-    shares[:, alone] = load[alone] * placement[:, alone]
-    there = shares.sum(1)
-    for expert in sorted((~alone).nonzero().flatten().tolist(), key=lambda e: (int(holders[e]), -float(load[e]), e)):
-        among = placement[:, expert].nonzero().flatten()
-        given = _fill(there[among], float(load[expert]))
-        shares[among, expert] = given
-        there[among] += given
-    return shares
+    # plain numbers: a plan asks this thousands of times, of a few devices
+    amounts, columns = load.tolist(), placement.T.tolist()
+    holders = [[device for device, has in enumerate(column) if has] for column in columns]
+    shares = [[0.0] * len(holders) for _ in range(len(placement))]
+    there = [0.0] * len(placement)
+    for expert in sorted(range(len(holders)), key=lambda e: (len(holders[e]), -amounts[e], e)):
+        among = holders[expert]
+        for device, given in zip(among, _fill([there[device] for device in among], amounts[expert]), strict=True):
+            shares[device][expert] = given
+            there[device] += given
+    return torch.tensor(shares, dtype=torch.float64)
 
 
-def _fill(there: Float[Tensor, " n"], amount: float) -> Float[Tensor, " n"]:
+def _fill(there: Sequence[float], amount: float) -> list[float]:
     """What each vessel gets of an amount that is poured into all, to one level."""
-    ordered = there.sort().values
-    sums = ordered.cumsum(0)
-    for count in range(len(there), 0, -1):
-        height = (amount + float(sums[count - 1])) / count
-        if height >= float(ordered[count - 1]):
-            return (height - there).clamp(min=0)
-    raise AssertionError("an amount of at least 0 always fills one")
+    if len(there) == 1:
+        return [amount]
+    ordered = sorted(there)
+    total = sum(ordered)
+    for count in range(len(ordered), 0, -1):
+        height = (amount + total) / count
+        if height >= ordered[count - 1]:
+            return [max(0.0, height - level) for level in there]
+        total -= ordered[count - 1]
+    return [0.0] * len(there)
 
 
 def makespan(load: Float[Tensor, " experts"], placement: Bool[Tensor, "devices experts"]) -> float:
