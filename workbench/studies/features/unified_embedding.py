@@ -35,8 +35,8 @@ CONTROLS = (f"{OURS}@0.1, added", f"{THEIRS}@0.1, added")
 
 RULE = (
     "The metric is the area under the ROC curve on the test split; intervals are 95% paired intervals over seeds. (a) "
-    f"At each of {', '.join(f'{share:g}' for share in SHARES)} rows a value, multiplexed minus per_feature lies above 0. "
-    f"(b) The gain grows as the table shrinks: multiplexed minus per_feature at {SHARES[-1]:g} minus the same at "
+    f"At each of {', '.join(f'{share:g}' for share in SHARES)} rows a value, multiplexed minus per_feature lies above "
+    f"0. (b) The gain grows as the table shrinks: multiplexed minus per_feature at {SHARES[-1]:g} minus the same at "
     f"{SHARES[0]:g} lies above 0. Reproduced if all hold. Not reproduced if one lies below 0. Not resolved otherwise. "
     "Beside it, without a part in the verdict: what multiplexing loses to a row for each value, and the same gain "
     "where embeddings are added and fields have no weights of their own."
