@@ -23,7 +23,7 @@ def pictures(
 ) -> go.Figure:
     """A grid of square maps, all drawn at one size; each is coloured by its numbers over its own largest magnitude.
 
-    Zero is the neutral middle, orange is below it and blue above. The numbers themselves show under the pointer.
+    Zero is the neutral middle, blue is below it and orange above. The numbers themselves show under the pointer.
 
     Args:
         maps: a row of pictures for each of `rows`, one for each of `columns`; (side, side), whatever the side.
