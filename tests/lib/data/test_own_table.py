@@ -49,7 +49,10 @@ def test_a_dataframe_will_do():
     ("changes", "arguments", "said"),
     [
         ({}, {"fields": ["shape"]}, "shape"),
-        ({}, {"fields": ["liked"]}, "not the target"),
+        ({}, {"fields": ["liked"]}, "no column twice"),
+        ({}, {"fields": ["size", "day"], "time": "day"}, "no column twice"),
+        ({}, {"fields": ["size"], "time": "liked"}, "no column twice"),
+        ({"liked": [1] * N}, {"fields": ["size"]}, "the same in all rows of train, validation, test"),
         ({}, {"fields": ["day"]}, "'day' is date32"),
         ({}, {"fields": ["size"], "time": "colour"}, "'colour' is string but must be dates or numbers"),
         ({"size": [-1] * N}, {"fields": ["size"]}, "'size' has -1"),
@@ -63,6 +66,20 @@ def test_a_dataframe_will_do():
 def test_what_is_no_table_of_categories_is_refused(changes, arguments, said):
     with pytest.raises(InputError, match=said):
         own_table(pa.table(columns(**changes)), "liked", **arguments)
+
+
+def test_whole_numbers_of_which_some_are_missing_are_whole_numbers():
+    missing = [None if i % 7 == 3 else float(i % 7) for i in range(N)]
+    made = own_table(pa.table(columns(size=missing)), "liked", ["size"])
+    assert made.sizes == (7,)
+
+
+def test_few_rows_and_names_that_are_there_twice_are_refused():
+    with pytest.raises(InputError, match="or there are none"):
+        own_table(pa.table(columns()).slice(0, 5), "liked", ["size"])
+    twice = pa.Table.from_arrays([pa.array([1, 2]), pa.array([1, 0]), pa.array([1, 2])], ["a", "liked", "a"])
+    with pytest.raises(InputError, match="'a' more than once"):
+        own_table(twice, "liked")
 
 
 def test_what_is_no_table_at_all_is_refused():

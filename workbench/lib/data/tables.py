@@ -124,12 +124,17 @@ def own_table(
             missing or no times. The column is named.
     """
     found = _arrow(table)
+    if twice := [column for column in found.column_names if found.column_names.count(column) > 1]:
+        raise InputError(f"table has the column {twice[0]!r} more than once but each must have a name of its own")
     for column in (target, *(fields or ()), *([] if time is None else [time])):
         if column not in found.column_names:
             raise unknown("column", column, found.column_names)
     fields = [column for column in found.column_names if column not in (target, time)] if fields is None else [*fields]
-    if not fields or target in fields or found.num_rows < 3:
-        raise InputError(f"fields are {fields} of {found.num_rows} rows: at least one, not the target, and 3 rows")
+    if not fields or target in fields or time in (target, *fields):
+        raise InputError(
+            f"fields are {fields}, target {target!r}, time {time!r}: at least one field, and no column twice, or what is "
+            "to be told would be among what tells it"
+        )
     place = _places(found, time, name)
     label = _labels(found[target], target)
     ids, sizes = _ids({field: _categories(found[field], field) for field in fields}, place)
@@ -138,6 +143,8 @@ def own_table(
         mine = place == number
         splits[split] = torch.from_numpy(ids[mine]).long(), torch.from_numpy(label[mine])
     rows = {split: len(y) for split, (_, y) in splits.items()}
+    if empty := [split for split, (_, y) in splits.items() if len(y.unique()) < 2]:
+        raise InputError(f"target {target!r} is the same in all rows of {', '.join(empty)}, or there are none")
     manifest = {"source": "of one's own", "licence": "of one's own", "rows": found.num_rows, "splits": rows}
     manifest |= {"by": "random" if time is None else "time", "sizes": sizes}
     return Table(name, tuple(sizes), tuple(sizes.values()), splits, {name: manifest})
@@ -165,8 +172,16 @@ def _categories(column: pa.ChunkedArray, name: str) -> np.ndarray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
-    fits = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
-    if not (fits or pa.types.is_integer(kind)):
+    if pa.types.is_floating(kind):  # pandas makes these of whole numbers where some are missing
+        numbers = column.to_numpy()
+        if not np.all(np.isnan(numbers) | (numbers == np.floor(numbers))):
+            raise InputError(f"column {name!r} is {kind} but a field must be text, whole numbers or booleans")
+        column = pa.chunked_array(
+            [pa.array([None if np.isnan(value) else int(value) for value in numbers], pa.int64())]
+        )
+        kind = column.type
+    fits = any(is_(kind) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    if not (fits or pa.types.is_boolean(kind) or pa.types.is_integer(kind)):
         raise InputError(f"column {name!r} is {kind} but a field must be text, whole numbers or booleans")
     values = column.to_pylist()
     if pa.types.is_integer(kind) and any(value is not None and value < 0 for value in values):

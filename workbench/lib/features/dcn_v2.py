@@ -8,9 +8,9 @@ x_0 (d,) are the embeddings of a row's fields side by side, and its numbers. Lay
     mix        x_{l+1} = sum_i g_i(x_l) x_0 * (U_i a(C_i a(V_i^T x_l)) + b) + x_l       K experts, a = tanh
     v1         x_{l+1} = x_0 (w . x_l) + b + x_l                                        w (d,), of the first DCN
 
-so that L layers are polynomials of degree L + 1 in x_0 (all but mix with a tanh). A gate of mix is a softmax of its
-layer's own input; every expert runs. The bias of mix is each expert's own. Two public libraries share one gate between
-all layers, which is another network.
+so that L layers are a polynomial of degree L + 1 in x_0 (all but mix, for its tanh and its gate). A gate of mix is a
+softmax of its layer's own input; every expert runs. The bias of mix is each expert's own. Two public libraries share one
+gate between all layers, which is another network.
 
 A cross network stands before a perceptron ("stacked") or beside it ("parallel"). Embeddings start small, uniform within
 0.05: x_0 enters cubed.
@@ -62,7 +62,7 @@ def example() -> nn.Module:
 
 
 def _matrix(*shape: int) -> nn.Parameter:
-    """Matrices (..., out, in), each as He et al. start one: a stack's fans would be of all of it."""
+    """Matrices (..., out, in), each with the variance 1 / in, by itself: a stack's fans would be of all of it."""
     return nn.Parameter(torch.randn(shape) * (1.0 / shape[-1]) ** 0.5)
 
 
@@ -146,7 +146,8 @@ class CrossMixLayer(Announcing):
         mapped = torch.einsum("kdr,bkr->bd", self.u, hidden * weight[:, :, None]) + weight @ self.bias
         if self.observed:
             index = torch.arange(self.n_experts, device=x.device).expand(len(x), -1)
-            said = Routing.fixed(index, weight.detach(), self.n_experts, probs=logits.detach().softmax(-1))
+            probs = weight.detach() / weight.detach().sum(-1, keepdim=True)
+            said = Routing.fixed(index, weight.detach(), self.n_experts, probs=probs)
             self.announce(said, Context() if context is None else context)
         return torch.addcmul(x, x0, mapped)
 

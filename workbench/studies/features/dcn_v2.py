@@ -83,7 +83,7 @@ def network(arm: str, kind: str) -> nn.Module:
 
 
 def click_model(arm: str, sizes: tuple[int, ...], settings: Settings) -> nn.Module:
-    """What an arm learns likes by: stacked, two layers, a rank of an eighth of the width."""
+    """What an arm learns likes by: stacked, two layers, a rank of a sixteenth of the width."""
     width, deep = settings["width"], settings["deep"]
     embedding, d = FieldEmbeddings(sizes, width), width * len(sizes)
     if arm == "mlp":  # the parameters of two full layers go into the first hidden layer
