@@ -132,8 +132,8 @@ def own_table(
     fields = [column for column in found.column_names if column not in (target, time)] if fields is None else [*fields]
     if not fields or target in fields or time in (target, *fields):
         raise InputError(
-            f"fields are {fields}, target {target!r}, time {time!r}: at least one field, and no column twice, or what is "
-            "to be told would be among what tells it"
+            f"fields are {fields}, target {target!r}, time {time!r}: at least one field, and no column twice, or what "
+            "is to be told would be among what tells it"
         )
     place = _places(found, time, name)
     label = _labels(found[target], target)

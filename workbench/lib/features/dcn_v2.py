@@ -9,8 +9,8 @@ x_0 (d,) are the embeddings of a row's fields side by side, and its numbers. Lay
     v1         x_{l+1} = x_0 (w . x_l) + b + x_l                                        w (d,), of the first DCN
 
 so that L layers are a polynomial of degree L + 1 in x_0 (all but mix, for its tanh and its gate). A gate of mix is a
-softmax of its layer's own input; every expert runs. The bias of mix is each expert's own. Two public libraries share one
-gate between all layers, which is another network.
+softmax of its layer's own input; every expert runs. The bias of mix is each expert's own. Two public libraries share
+one gate between all layers, which is another network.
 
 A cross network stands before a perceptron ("stacked") or beside it ("parallel"). Embeddings start small, uniform within
 0.05: x_0 enters cubed.
