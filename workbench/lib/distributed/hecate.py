@@ -30,7 +30,7 @@ from workbench.kernels.moe_mlp import moe_mlp
 from workbench.lib.core.distributed.rows import Group, all_to_all, of_each, ranks_of
 from workbench.lib.core.experts import GLUExperts, plan_of, score_of
 from workbench.lib.core.routing import Routing
-from workbench.lib.distributed.hecate_plans import dispatch_plan, even_owners, plan_placement, plan_sharding
+from workbench.lib.distributed.hecate_plans import WINDOW, dispatch_plan, even_owners, plan_placement, plan_sharding
 from workbench.lib.distributed.hecate_sim import HecateSim, simulate
 from workbench.lib.distributed.sparse_shards import (
     held,
@@ -60,7 +60,6 @@ METHOD = Method(
     kind="simulator",
 )  # fmt: skip
 
-WINDOW = 5  # steps of which the mean load is the prediction
 STATES = ("exp_avg", "exp_avg_sq")
 
 

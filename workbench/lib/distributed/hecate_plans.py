@@ -16,6 +16,8 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.lib.distributed.sparse_shards import check_placement
 
+WINDOW = 5
+"""Steps whose mean load is the prediction."""
 TRIED = 3
 """Experts, and devices for each, that are tried for the next copy."""
 

@@ -36,13 +36,12 @@ from workbench.lib.core.simulation.hardware import Hardware
 from workbench.lib.core.simulation.timeline import Event, Timeline
 from workbench.lib.core.simulation.traces import RouterTrace, zipf_markov
 from workbench.lib.core.simulation.workload import Simulation, Workload
-from workbench.lib.distributed.hecate_plans import even_owners, level, plan_placement, plan_sharding
+from workbench.lib.distributed.hecate_plans import WINDOW, even_owners, level, plan_placement, plan_sharding
 from workbench.lib.distributed.sparse_shards import transfers
 
 POLICIES = ("hecate", "remat", "ep", "relayout", "fsdp")
 STATE_FACTOR = 7.0  # of a chunk's bytes in 16 bits, that move with an owner: itself, and 12 bytes a number
 EFFICIENCY = 0.5  # of the peak that products reach
-WINDOW = 5
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
-from workbench.lib.features.dcn_v2 import DCNV2, SMALL, CrossNetwork, FieldEmbeddings
+from workbench.lib.features.dcn_v2 import DCNV2, SMALL, CrossNetwork
 from workbench.lib.features.hashing import hash_rows
 
 METHOD = Method(
@@ -255,9 +255,3 @@ class SharedBehind(nn.Module):
 def click_model(embedding: nn.Module, deep: Sequence[int] = (64, 32), layers: int = 2) -> DCNV2:
     """DCN-V2 behind an embedding, stacked, as the paper has it."""
     return DCNV2(embedding, CrossNetwork(sum(embedding.widths), layers), deep=deep)
-
-
-__all__ = [
-    "METHOD", "FieldEmbeddings", "HashedEmbeddings", "SharedBehind", "UnifiedEmbedding", "click_model",
-    "collision_report", "weight_angles",
-]  # fmt: skip
