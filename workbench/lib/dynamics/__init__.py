@@ -1,0 +1,1 @@
+"""Dynamics: learned time series and signals. One file per system."""

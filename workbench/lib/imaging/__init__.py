@@ -1,0 +1,1 @@
+"""Imaging: experts, subspaces and knobs for images. One file per system."""
