@@ -211,7 +211,12 @@ def test_what_each_of_several_is_told_never_starts_several_again(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("ends", "status", "said"), [(("SIGKILL", "SIGTERM"), 1, "rank 0 of 2 was ended by SIGKILL"), (("2", "2"), 2, "")]
+    ("ends", "status", "said"),
+    [
+        (("SIGKILL", "SIGTERM"), 1, "rank 0 of 2 was ended by SIGKILL"),
+        (("2", "2"), 2, ""),
+        (("2", "waits"), 2, ""),  # as it is where the launcher ends the other before it has ended itself
+    ],
 )
 def test_of_a_rank_0_that_cannot_say_so_itself_the_launcher_says_how_it_ended(
     ends: tuple[str, str], status: int, said: str, capfd: pytest.CaptureFixture

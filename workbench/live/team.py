@@ -369,7 +369,8 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
                 "goes on from its last checkpoint when it is resumed",
                 file=sys.stderr,
             )
-        return 2 if all(failure.exitcode == 2 for failure in error.failures.values()) else 1
+        ended = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}  # whom the launcher ended
+        return 2 if ended == {2} else 1
     finally:
         logging.disable(before)
     return 0
