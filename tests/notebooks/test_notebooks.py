@@ -151,7 +151,8 @@ def test_it_runs_at_smoke_and_its_marked_cells_show_what_is_stored(name, tmp_pat
     marked = [cell for cell in code(content) if MARK in cell.source]
     assert len(marked) >= 2 and all(cell.outputs for cell in marked), "a marked cell without outputs is not compared"
     result = nbval(content, tmp_path)
-    assert result.returncode == 0, result.stdout.partition("= FAILURES =")[2][:6000] or result.stdout[-3000:]  # the first
+    first_failures = result.stdout.partition("= FAILURES =")[2][:6000]
+    assert result.returncode == 0, first_failures or result.stdout[-3000:]
     assert f"{len(code(content))} passed" in result.stdout
     assert int(re.search(r"^figures: (\d+)", result.stdout, re.MULTILINE)[1]) >= 6
 
