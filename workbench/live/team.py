@@ -162,9 +162,7 @@ class Team:
         The interpreter's own end would wait for what gloo still has under way with a process that is gone.
         """
         self.hear_out()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _end(status)
 
     def hear_out(self) -> None:
         """Wait, a while, until rank 0 has said and recorded why the run ends; called there, it has."""
@@ -177,10 +175,14 @@ class Team:
                     break
                 time.sleep(0.05)
 
-    def close(self) -> None:
-        """Leave in order, once all are here."""
+    def close(self) -> NoReturn:
+        """End this process in order, once all are here: nobody closes a connection that another still reads."""
         dist.barrier()
+        with suppress(RuntimeError):  # the store goes with rank 0
+            self._store.set(f"through/{self.rank}", "")
+            self._store.wait([f"through/{rank}" for rank in range(self.world)], timedelta(seconds=LAST_WORDS))
         dist.destroy_process_group()
+        _end(0)
 
 
 class Silent:
@@ -292,6 +294,13 @@ def join(patience: float = PATIENCE) -> Team | None:
     return Team(rank, world, store, patience, device)
 
 
+def _end(status: int) -> NoReturn:
+    """End without what the interpreter and the libraries' threads do to each other at theirs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _is_of_others(error: Exception) -> bool:
     """Whether an error says that another process, or what it wrote, cannot be reached."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
@@ -362,11 +371,12 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     except SignalException:
         return 0
     except ChildFailedError as error:
-        first = error.failures.get(0)
-        if first is not None and first.exitcode < 0:  # else it has said why
+        rank = min(error.failures)
+        if error.failures[rank].exitcode < 0:  # else it, or rank 0 of another, has said why
+            how = error.failures[rank].signal_name()
             print(
-                f"workbench: error: rank 0 of {processes} was ended by {first.signal_name()}; a run that was begun "
-                "goes on from its last checkpoint when it is resumed",
+                f"workbench: error: rank {rank} of {processes} was ended by {how}; a run that was begun goes on from "
+                "its last checkpoint when it is resumed",
                 file=sys.stderr,
             )
         ended = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}  # whom the launcher ended

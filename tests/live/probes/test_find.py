@@ -81,6 +81,13 @@ def test_a_model_without_experts_has_a_group_for_each_layer():
     assert {m.name: m.shape for m in find.matrices(module, [])} == {"0": (4, 4), "2": (2, 4)}
 
 
+def test_of_a_convolution_all_that_a_pixel_sees_is_one_side():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 4, 2))
+    found = {m.name: m for m in find.matrices(module, [])}
+    assert {name: m.shape for name, m in found.items()} == {"0": (8, 27), "2": (8, 16)}
+    assert found["0"].pick(module[0].weight).data_ptr() == module[0].weight.data_ptr()
+
+
 def test_matrices_are_sampled_from_the_first_middle_and_last_layer_and_taken_apart(model):
     module = model(n_layers=5)
     matrices = {matrix.name: matrix for matrix in find.matrices(module, find.blocks(module))}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from workbench.lib.core.low_rank import LowRankExperts, MadeFactors
 from workbench.lib.core.observe import Changing
@@ -126,12 +127,12 @@ LARGEST = 2**24
 def matrices(model: nn.Module, found: list[Block]) -> list[Matrix | LowRank]:
     """A sample of the trained matrices: of each kind, such as "query of a block", the first, the middle and the last.
 
-    Linear layers, embeddings, routers, and of expert banks expert 0; fused weights (query, key and value; gate and up)
-    are split. Of an adapted layer (PEFT's LoRA, `LowRankExperts`, `MadeFactors`) the product of its two factors, for
-    every expert; of PEFT's LoRA on more than 16 packed experts for the first, the middle and the last of them. So of a
-    layer of two factors, which gives them as `watched_factors()`, A (r, I) and B (O, r). A module whose matrices are
-    linear in a parameter of another shape has `made_matrices()`: (name, parameter, what makes the matrix of it), for
-    each.
+    Linear layers, embeddings, routers, convolutions of one group (output channels by all that they see of a patch), and
+    of expert banks expert 0; fused weights (query, key and value; gate and up) are split. Of an adapted layer (PEFT's
+    LoRA, `LowRankExperts`, `MadeFactors`) the product of its two factors, for every expert; of PEFT's LoRA on more than
+    16 packed experts for the first, the middle and the last of them. So of a layer of two factors, which gives them as
+    `watched_factors()`, A (r, I) and B (O, r). A module whose matrices are linear in a parameter of another shape has
+    `made_matrices()`: (name, parameter, what makes the matrix of it), for each.
     """
     kinds: dict[str, list[Matrix | LowRank]] = {}
     for matrix in _all_matrices(model, found):
@@ -169,6 +170,9 @@ def _all_matrices(model: nn.Module, found: list[Block]) -> Iterator[Matrix | Low
             continue
         # a list is of parameters that belong to no layer, as the logits of a mask over the weights of a model
         table = isinstance(module, nn.Linear | nn.Embedding | nn.ParameterList) or id(module) in routers
+        if isinstance(module, _ConvNd) and module.groups == 1 and module.weight.requires_grad:
+            yield Matrix(name, module.weight, lambda kernel: kernel.flatten(1))
+            continue
         rates = getattr(module, "undecayed", ())  # of a state space: a table by which nothing is multiplied
         for key, parameter in module.named_parameters(recurse=False):
             if (
