@@ -5,6 +5,7 @@ A system that can be simulated on a user's own machine has, among its `objects`,
     simulate(hardware: Hardware, workload: Workload) -> Simulation
 
 which asks the machine for the parts it needs (`Hardware.need`) and raises an `InputError` for what cannot be run on it.
+One that trains a dense model says `workload: Training` instead.
 """
 
 import math
@@ -62,6 +63,23 @@ class Workload:
             f"{self.trace.top_k} of {experts} experts of {self.expert_bytes / 1e6:,.3g} MB, in "
             f"{self.budget_bytes / 1e9:,.3g} GB ({self.trace.source})"
         )
+
+
+@dataclass(frozen=True)
+class Training:
+    """A dense model and the ranks that it is trained on.
+
+    Attributes:
+        model: its name; the system says which there are.
+        world: ranks, at least 1; None: as few nodes as it fits on.
+    """
+
+    model: str
+    world: int | None = None
+
+    def __post_init__(self):
+        if self.world is not None and (isinstance(self.world, bool) or self.world < 1):
+            raise InputError(f"world is {self.world!r} but must be a whole number of ranks, at least 1")
 
 
 @dataclass(frozen=True)
