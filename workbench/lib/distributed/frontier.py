@@ -42,8 +42,8 @@ METHOD = Method(
     family="distributed",
     year=2023,
     paper="arXiv:2312.12705",
-    claim="A tuned mix of tensor, pipeline and sharded data parallelism, found by search, keeps throughput high up to a "
-    "trillion parameters.",
+    claim="A tuned mix of tensor, pipeline and sharded data parallelism, found by search, keeps throughput high up to "
+    "a trillion parameters.",
     objects=(
         "ParallelPlan", "Trainer3D", "train_3d", "StepSimulator", "Space", "tune", "importance", "memory",
         "frontier_cluster", "simulate",
@@ -91,13 +91,14 @@ def simulate(hardware: Hardware, workload: Training) -> Simulation:
     if world > per * MOST_NODES:
         raise InputError(f"world is {world} but must be at most {per * MOST_NODES}, {MOST_NODES} nodes")
     space = Space.of(config, world)
-    values = space.all_values(simulator)  # refuses a world on which nothing fits
+    if not space.fits(simulator):
+        enough = _least(config, cluster)
+        raise InputError(f"world is {world} but no plan of {config.name!r} fits on so few; on {enough} one does")
     tuning = tune(space.settings, space.objective(simulator), BUDGET, "forest")
     found = {f"searched, {BUDGET} trials": tuning.best.setting} if tuning.measured else {}
-    for name, kept in _mixes():
-        among = {point: value for point, value in values.items() if kept(dict(zip(space.settings, point, strict=True)))}
-        if among:
-            found[name] = dict(zip(space.settings, max(among, key=among.get), strict=True))
+    for name, among in _mixes():
+        if (best := space.best(simulator, among)) is not None:
+            found[name] = best[0]
     reports = {name: simulator.run(config, space.plan(setting)) for name, setting in found.items()}
     words = f"{config.name}, {config.params / 1e9:,.4g}e9 parameters, on {world:,} devices"
     shown = simulator.run(config, _shown(next(iter(reports.values())).plan))

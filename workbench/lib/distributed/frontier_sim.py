@@ -121,7 +121,7 @@ class Pipe:
     def bubble(self) -> float:
         """The share of the time until the last stage is done that stages stand still."""
         whole = max(self.ends) * self.plan.pp
-        return 1 - sum(self.busy) / whole if whole else 0.0
+        return max(0.0, 1 - sum(self.busy) / whole) if whole else 0.0
 
     def timeline(self, basis: str) -> Timeline:
         """The same by the event engine; stages and links take what is next in the order of each."""

@@ -27,7 +27,7 @@ from workbench.lib.distributed.frontier_sim import StepSimulator
 METHODS = ("random", "grid", "tpe", "forest")
 FIRST = 10
 """Trials of a forest that are drawn, before there is something to learn from."""
-TREES, BOLD = 100, 1.0
+TREES, BOLD = 50, 1.0
 
 Value = int | bool
 Setting = Mapping[str, Value]
@@ -206,7 +206,8 @@ def _forest(points: list[tuple], budget: int, seed: int, tried: Callable[[tuple]
         take(i)
     while len(taken) < budget:
         model = _forest_of(draw.randrange(2**31)).fit(x[taken], np.array(penalised(trials)))
-        said = np.stack([tree.predict(x[left]) for tree in model.estimators_])
+        rest = x[left].astype(np.float32)  # as trees have it, so that it is not looked through for each of them
+        said = np.stack([tree.predict(rest, check_input=False) for tree in model.estimators_])
         worth = said.mean(0) + BOLD * said.std(0)
         take(left[draw.choice(np.flatnonzero(worth >= worth.max() - 1e-12).tolist())])
 
@@ -276,34 +277,40 @@ class Space:
         """Whether any plan does."""
         return bool(self.fitting(simulator))
 
+    def best(
+        self, simulator: StepSimulator, among: Callable[[Setting], bool] | None = None
+    ) -> tuple[dict[str, Value], float] | None:
+        """The setting that has most of all that fit, or of some of them, and its share in %; None where none fits.
+
+        It is exact: plans are simulated by what they cannot exceed, the most first, until no other can have more.
+        """
+        fit = [pair for pair in self.fitting(simulator) if among is None or among(pair[0])]
+        bounds = [simulator.bound(self.config, plan) for _, plan in fit]
+        found = None
+        for i in sorted(range(len(fit)), key=lambda i: -bounds[i]):
+            if found is not None and 100 * bounds[i] <= found[1]:
+                break
+            setting, plan = fit[i]
+            share = 100 * simulator.run(self.config, plan).share
+            if found is None or share > found[1]:
+                found = setting, share
+        return found
+
     def optimum(self, simulator: StepSimulator) -> float:
-        """The most that any plan of the space has, in % of the peak, exactly: plans are simulated by what they cannot
-        exceed, the most first, until no other can have more.
+        """The most that any plan of the space has, in % of the peak.
 
         Raises:
             InputError: no plan fits in memory.
         """
-        plans = [(simulator.bound(self.config, plan), plan) for _, plan in self._some(simulator)]
-        best = 0.0
-        for bound, plan in sorted(plans, key=lambda pair: -pair[0]):
-            if bound <= best:
-                break
-            best = max(best, simulator.run(self.config, plan).share)
-        return 100 * best
+        if (found := self.best(simulator)) is None:
+            raise InputError(f"world is {self.world} but no plan of {self.config.name!r} fits in memory on so few")
+        return found[1]
 
     def objective(self, simulator: StepSimulator) -> Objective:
         return lambda setting: self.value(setting, simulator)
 
     def all_values(self, simulator: StepSimulator) -> dict[tuple[Value, ...], float]:
-        """The values of all plans that fit: the space, enumerated.
-
-        Raises:
-            InputError: there is none.
-        """
+        """The values of all plans that fit: the space, enumerated."""
         run = simulator.run
-        return {tuple(setting.values()): 100 * run(self.config, plan).share for setting, plan in self._some(simulator)}
-
-    def _some(self, simulator: StepSimulator) -> list[tuple[dict[str, Value], ParallelPlan]]:
-        if not (found := self.fitting(simulator)):
-            raise InputError(f"world is {self.world} but no plan of {self.config.name!r} fits in memory on so many")
-        return found
+        fit = self.fitting(simulator)
+        return {tuple(setting.values()): 100 * run(self.config, plan).share for setting, plan in fit}

@@ -103,8 +103,8 @@ def frontier_cluster(efficiency: float = sum(EFFICIENCY) / 2) -> Cluster:
 
 
 def drawn(seed: int) -> Cluster:
-    """Around Frontier: what is not sure is drawn, the efficiency and what memory and links reach; the peak and the bytes
-    of memory are specified."""
+    """Around Frontier: what is not sure is drawn, the efficiency and what memory and links reach; the peak and the
+    bytes of memory are specified."""
     draw, machine = random.Random(f"frontier {seed}"), Hardware.named("frontier-gcd")
 
     def about(value: float, spread: float) -> float:
