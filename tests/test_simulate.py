@@ -23,7 +23,15 @@ MACHINE = {
     "link": {"bandwidth": 1e9, "latency_seconds": 0},
     "disk": {"bandwidth": 1e9, "latency_seconds": 1e-4},
 }
+CLUSTER = MACHINE | {
+    "device": {"flops": 2e14, "memory_bytes": 6.4e10, "memory_bandwidth": 1.6e12},
+    "node": {"bandwidth": 5e10, "latency_seconds": 5e-6},
+    "network": {"bandwidth": 1e10, "latency_seconds": 1e-5},
+    "devices_per_node": 8,
+}
 SYSTEMS = [row.slug for row in catalogue.methods() if row.simulates]
+DENSE = ["frontier"]
+"""Those of them that train a dense model."""
 
 
 @pytest.fixture
@@ -37,10 +45,14 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def shell(capsys: pytest.CaptureFixture, files: dict[str, Path]):
-    """Call the command: (exit status, stdout, stderr). Later flags win, so that one of them can be put wrong."""
+    """Call the command: (exit status, stdout, stderr). Later flags win, so that one of them can be put wrong. Routers
+    and experts are given to those that have some; see `DENSE`."""
 
     def call(slug: str, *argv: object) -> tuple[int, str, str]:
-        given = ["--hardware", files["hardware"], "--trace", files["trace"], "--expert-bytes", "1e6", *argv]
+        given = ["--hardware", files["hardware"]]
+        if slug not in DENSE:
+            given += ["--trace", files["trace"], "--expert-bytes", "1e6"]
+        given += argv
         status = main(["simulate", slug, *map(str, given)])
         return status, *capsys.readouterr()
 
@@ -48,8 +60,11 @@ def shell(capsys: pytest.CaptureFixture, files: dict[str, Path]):
 
 
 @pytest.mark.parametrize("slug", SYSTEMS)
-def test_every_system_that_can_says_what_it_rests_on(shell, slug: str):
-    status, out, err = shell(slug, "--budget", "2e7", "--json")
+def test_every_system_that_can_says_what_it_rests_on(shell, files, slug: str):
+    given = ["--json"] if slug in DENSE else ["--budget", "2e7", "--json"]
+    if slug in DENSE:
+        files["hardware"].write_text(json.dumps(CLUSTER))
+    status, out, err = shell(slug, *given)
     assert status == 0, err
     found = json.loads(out)
     assert found["slug"] == slug
@@ -57,7 +72,7 @@ def test_every_system_that_can_says_what_it_rests_on(shell, slug: str):
     timeline = Timeline.from_dict(found["timeline"])
     assert timeline.events and timeline.overlaps() == []
     assert len({tuple(row) for row in found["rows"]}) == 1 and found["rows"]
-    assert shell(slug, "--budget", "2e7", "--json")[1] == out
+    assert shell(slug, *given)[1] == out
 
 
 def test_the_table_and_the_picture_are_labelled_as_simulated(shell, tmp_path: Path):
@@ -113,6 +128,45 @@ def test_a_machine_by_its_public_name_and_a_synthetic_trace(shell, monkeypatch):
 def test_what_is_wrong_is_one_line(shell, words: str, message: str):
     status, out, err = shell(*words.split())
     assert status == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "frontier --world 12",
+            "world is 12 but must be 1, 2, 4, 8, or a multiple of 8: whole nodes, or an equal part",
+        ),
+        ("frontier --model 1T --world 8", "world is 8 but no plan of '1T' fits on so few; on 512 one does"),
+        ("frontier --world -8", "--world is '-8' but must be a whole number of devices, at least 1"),
+        ("frontier --world 0", "world is 0 but must be a whole number of ranks, at least 1"),
+        ("frontier --model 23B", "model '23B' is unknown; did you mean '22B'"),
+        ("frontier --model=", "model '' is unknown"),
+        ("frontier --trace synthetic", "--trace is not for 'frontier', which takes --model, --world"),
+        ("hybrimoe --world 8", "--world is not for 'hybrimoe', which takes --trace, --budget, --expert-bytes"),
+    ],
+)
+def test_devices_and_models_that_do_not_fit_are_refused_with_those_that_do(shell, files, words: str, message: str):
+    files["hardware"].write_text(json.dumps(CLUSTER))
+    status, out, err = shell(*words.split())
+    assert status == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"node": CLUSTER["node"] | {"bandwidth": -1}}, "node: bandwidth is -1 but must be from 1 to 1e+24"),
+        ({"network": {"bandwidth": 1e10}}, "network: key 'latency_seconds' is missing"),
+        ({"devices_per_node": 0}, "devices_per_node is 0 but must be from 1"),
+        ({"devices_per_node": 2.5}, "devices_per_node is 2.5 but must be a whole number"),
+        ({"device": CLUSTER["device"] | {"memory_bytes": 1e3}}, "model is '22B' but no plan of it fits in"),
+    ],
+)
+def test_a_cluster_of_bad_numbers_is_refused(shell, files, part: dict, message: str, monkeypatch):
+    monkeypatch.setattr("workbench.lib.distributed.frontier.MOST_NODES", 2)
+    files["hardware"].write_text(json.dumps(CLUSTER | part))
+    status, _, err = shell("frontier")
+    assert status == 2 and err.count("\n") == 1 and message in err
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ METHOD = Method(
     kind="simulator",
 )  # fmt: skip
 
-BUDGET = 60
+BUDGET = 30
 """Trials of `simulate`."""
 
 MOST_NODES = 2**14

@@ -106,6 +106,8 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     shares = "; ".join(f"{size} {interval}" for size, interval in predicted.items())
     reason = f"Simulated: of the best share of the space, {settings['budget']} trials of a forest reach {gain} points "
     reason += "more than as many drawn ones."
+    fitting = rows.minus("forest", "fitting")
+    reason += f" Than draws among the plans whose memory is known to suffice, which are not judged, it is {fitting}."
     if falls:
         reason += f" Best shares fall by {told} points; calibrated by 22B they are off the published ones by {shares}."
 
