@@ -205,7 +205,7 @@ class BlockSupernet(nn.Module):
         return sorted({last.d_out(path[-1]) for path in self.paths})
 
     def draw(self, n_paths: int, generator: torch.Generator | None = None) -> list[Path]:
-        """Paths for one step: fair ones where every choice is legal, else `n_paths` different ones of the legal list."""
+        """Paths for a step: fair ones where every choice is legal, else `n_paths` different ones of the legal list."""
         sizes = {layer.n_ops for layer in self.layers}
         if self.free and sizes == {n_paths}:
             return [tuple(row) for row in fair_paths(n_paths, len(self.layers), generator).tolist()]
@@ -299,7 +299,7 @@ class EnsembleBootstrap(nn.Module):
     """One block in training: views (B, 2, ...) of a batch -> the loss of each path (P,).
 
     In training the paths are drawn from torch's global generator; in evaluation they are those of a generator of seed
-    0. `follow` moves the target; `after_update` of the training loop calls it (see `Following`).
+    0. `follow` moves the target; a hook of the training calls it after each step (`bossnas_search.Following`).
 
     Args:
         online: what is trained. The target starts as a copy of it.

@@ -20,7 +20,6 @@ from workbench.lib.core.cells.inverted_residual import recalibrate
 from workbench.lib.core.modes import evaluating
 from workbench.lib.core.task import Batch, Classification
 from workbench.lib.core.train import Hook, State, TrainConfig, train
-from workbench.lib.data.types import Arrays
 from workbench.lib.search.bossnas import (
     BlockSupernet,
     EnsembleBootstrap,
@@ -37,7 +36,7 @@ SHIFT, SPREAD, NOISE, CUT = 8, 0.2, 0.1, 6
 
 
 def signal_views(x: Float[Tensor, "batch length"], generator: torch.Generator) -> Float[Tensor, "batch 2 length"]:
-    """Two views of each signal: moved around by up to 8 places, scaled by 0.8 to 1.2, noise of 0.1, 6 places cut out."""
+    """Two views of each: moved around by up to 8 places, scaled by 0.8 to 1.2, noise of 0.1, 6 places cut out."""
     found = []
     for _ in range(2):
         n, length = x.shape
@@ -52,12 +51,9 @@ def signal_views(x: Float[Tensor, "batch length"], generator: torch.Generator) -
 
 
 class TwoViews(Classification):
-    """Signals without their labels: inputs are two views of each, the loss is the mean of what a model says of paths."""
+    """Signals without labels: inputs are two views of each, the loss is the mean of what a model says of paths."""
 
     metric, unit, higher_is_better = "alignment", "of the loss", False
-
-    def __init__(self, data: Arrays):
-        super().__init__(data)
 
     def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
         found = super().batch(split, size, generator, domain)
