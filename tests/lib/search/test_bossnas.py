@@ -83,10 +83,8 @@ def test_one_path_is_byol(ensemble: bool):
     first, second = x.unbind(1)
     expected = 0.0
     for one, other in ((first, second), (second, first)):
-        q, z = (
-            F.normalize(model.predict(model.online(one, path)), dim=-1),
-            F.normalize(model.target(other, path), dim=-1),
-        )
+        q = F.normalize(model.predict(model.online(one, path)), dim=-1)
+        z = F.normalize(model.target(other, path), dim=-1)
         expected = expected + (q - z).square().sum(-1).mean() - 2  # BYOL's loss but for a constant
     torch.testing.assert_close(model(x, None, [path])[0], expected, atol=1e-5, rtol=0)
 

@@ -47,7 +47,7 @@ def test_a_block_is_trained_on_paths_of_the_legal_list():
 def test_wrong_spaces_are_refused():
     with pytest.raises(InputError, match="n_scales is 5 but must be from 1 to 4"):
         legal_paths(5)
-    with pytest.raises(InputError, match="unknown kind"):
+    with pytest.raises(InputError, match="kind 'some' is unknown"):
         legal_paths(2, kind="some")
     with pytest.raises(InputError, match="layers is 0"):
         legal_paths(2, 0)
