@@ -27,14 +27,14 @@ from workbench.lib.search.bossnas import (
 )
 from workbench.lib.search.bossnas_search import (
     BlockRatings,
+    Blockwise,
     BlockwiseConfig,
-    TwoViews,
     rate_all,
     rate_architecture,
     rate_paths,
     search_blockwise,
-    signal_views,
 )
+from workbench.lib.search.bossnas_views import TwoViews, image_views, signal_views
 
 SPACE = WidthSpace(1, 24, 5, (2, 3, 4), (2, 1, 2), (2, 1), kernel=3)
 NECK = (4, 8, 6)
@@ -44,7 +44,7 @@ def made(seed: int = 0, n_paths: int = 3, ensemble: bool = True) -> EnsembleBoot
     """The second block behind a path of the first."""
     torch.manual_seed(seed)
     first, second = width_blocks(SPACE)
-    return EnsembleBootstrap(PathTower([(first, (1, 2))], second, NECK, 1), n_paths, 8, None, ensemble)
+    return EnsembleBootstrap(PathTower([(first, (1, 2))], second, NECK), n_paths, 8, None, ensemble)
 
 
 def views(n: int = 16, seed: int = 1) -> torch.Tensor:
@@ -164,16 +164,27 @@ def test_the_best_architecture_is_the_best_path_of_each_block():
 
 
 def test_the_frozen_prefix_stays_as_it_is():
-    blocks = width_blocks(SPACE)
     torch.manual_seed(0)
-    search_blockwise(blocks[:1], task(), CONFIG)
-    assert not any(p.grad is None for p in blocks[0].parameters())
-    model = made()
-    kept = copy.deepcopy(dict(model.online.prefix.named_parameters()))
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    model(views()).sum().backward()
-    model.follow(0.5)
-    assert all(torch.equal(p, kept[name]) for name, p in model.online.prefix.named_parameters())
+    first, second = width_blocks(SPACE)
+    search = Blockwise(task(), CONFIG)
+    search.add(first)
+    kept = copy.deepcopy(dict(first.named_parameters()))
+    search.add(second)
+    assert all(torch.equal(p, kept[name]) for name, p in first.named_parameters())
+    assert first.layers[0].weight.grad is not None  # it was trained before
+
+
+def test_both_nets_are_rated_behind_the_prefix_of_the_target():
+    torch.manual_seed(3)
+    model, (other, _) = made(), width_blocks(SPACE)
+    second = copy.deepcopy(model.online)
+    second.prefix[0] = other
+    behind = EnsembleBootstrap(model.online, 3, 8, [other])
+    behind.predict = model.predict
+    alike = EnsembleBootstrap(second, 3, 8)
+    alike.predict = model.predict
+    assert rate_paths(behind, views(), views(seed=2)) == rate_paths(alike, views(), views(seed=2))
+    assert rate_paths(behind, views(), views(seed=2)) != rate_paths(model, views(), views(seed=2))
 
 
 def test_paths_are_announced_as_a_router_announces_experts():
@@ -202,13 +213,21 @@ def test_parameters_and_multiplications(space: WidthSpace):
         assert counter.get_total_flops() == 2 * space.macs(arch)
 
 
-def test_views_move_and_spoil_and_need_no_labels():
-    x = torch.randn(3, 24)
-    two = signal_views(x, torch.Generator().manual_seed(0))
-    assert two.shape == (3, 2, 24) and not torch.equal(two[:, 0], two[:, 1])
-    assert torch.equal(two, signal_views(x, torch.Generator().manual_seed(0)))
+@pytest.mark.parametrize(("x", "spoil"), [(torch.ones(3, 24), signal_views), (torch.ones(3, 2, 8, 8), image_views)])
+def test_views_move_and_spoil(x: torch.Tensor, spoil):
+    two = spoil(x, torch.Generator().manual_seed(0))
+    assert two.shape == (3, 2, *x.shape[1:]) and not torch.equal(two[:, 0], two[:, 1])
+    assert torch.equal(two, spoil(x, torch.Generator().manual_seed(0)))
+    cut = (two == 0).flatten(2).sum(2)
+    assert (cut == (6 if x.ndim == 2 else 2 * 2 * 2)).all()
+
+
+def test_inputs_have_two_views_and_no_label():
     batch = task().batch("train", 4, torch.Generator().manual_seed(0))
     assert batch.inputs.shape == (4, 2, 24) and not batch.targets.any()
+    assert not any(batch.targets.any() for batch in task().batches("test", 16))
+    with pytest.raises(InputError, match=r"data has inputs of shape \[5\] but"):
+        TwoViews(Arrays("short", {"train": (torch.zeros(4, 5), torch.arange(4) % 2)}, tuple("ab"), {}))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from workbench.errors import InputError
+from workbench.lib.core.train import TrainConfig
+from workbench.lib.data.types import Arrays
 from workbench.lib.search.bossnas import EnsembleBootstrap, PathTower
-from workbench.lib.search.bossnas_hytra import SCALE_OF, FabricLayer, fabric_block, legal_paths, scales_left
+from workbench.lib.search.bossnas_hytra import (
+    SCALE_OF,
+    FabricLayer,
+    fabric_block,
+    legal_paths,
+    scales_left,
+    search_fabric,
+)
+from workbench.lib.search.bossnas_search import BlockwiseConfig
+from workbench.lib.search.bossnas_views import TwoViews
 
 
 @pytest.mark.parametrize(("n_scales", "every", "restricted"), [(4, 131, 51), (3, 115, 99), (2, 80, 80), (1, 16, 16)])
@@ -37,11 +48,26 @@ def test_a_block_runs_every_path_and_halves_maps_where_the_scale_falls():
 def test_a_block_is_trained_on_paths_of_the_legal_list():
     torch.manual_seed(0)
     block = fabric_block((16, 8), layers=2)
-    model = EnsembleBootstrap(PathTower([], block, (8, 16, 8), 2), 4, 16)
+    model = EnsembleBootstrap(PathTower([], block, (8, 16, 8)), 4, 16)
     losses = model(torch.randn(4, 2, 8, 8, 8))
     losses.sum().backward()
     drawn = block.draw(4)
     assert losses.shape == (4,) and len({*drawn}) == 4 and {*drawn} <= {*block.paths}
+
+
+def test_a_search_goes_on_with_the_scales_that_are_left():
+    images = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    task = TwoViews(Arrays("noise", {"train": (images, torch.arange(24) % 2)}, tuple("ab"), {}))
+    config = BlockwiseConfig(TrainConfig(2, 8, eval_every=None), 0.9, (8, 16, 8), 16, rated=8)
+    torch.manual_seed(0)
+    ratings, blocks = search_fabric(task, config, (16, 8), (2, 1, 1))
+    scales = [SCALE_OF[op] for op in itertools.chain(*ratings.best)]
+    assert all(a - b in (0, 1) for a, b in itertools.pairwise([1, *scales]))  # one legal path through all blocks
+    for before, block in zip(ratings.best, blocks[1:], strict=False):
+        assert block.paths == legal_paths(scales_left(before), 1, "restricted")
+    assert ratings.count == sum(len(block.paths) for block in blocks)
+    torch.manual_seed(0)
+    assert search_fabric(task, config, (16, 8), (2, 1, 1))[0] == ratings
 
 
 def test_wrong_spaces_are_refused():

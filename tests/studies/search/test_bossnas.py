@@ -13,7 +13,7 @@ from workbench.lib.measures.ranks import spearman
 from workbench.live.arm import Arm
 from workbench.studies.core import load_study
 from workbench.studies.rows import Row, Rows
-from workbench.studies.search.bossnas import ARMS, PRESETS, SharedNet, correlations, judge, run
+from workbench.studies.search.bossnas import ARMS, PRESETS, SharedNet, correlations, judge, over_architectures, run
 from workbench.studies.verdicts import NOT_REPRODUCED, NOT_RESOLVED, REPRODUCED
 
 REACHED = np.array([truth.accuracy for truth in table()])
@@ -47,6 +47,18 @@ def test_not_reproduced_if_one_part_is_the_other_way(noise: dict[str, float]):
 @pytest.mark.parametrize("noise", [{"per_path": 0.021}, {"bossnas": 0.11, "per_path": 0.4}])
 def test_not_resolved_in_between(noise: dict[str, float]):
     assert judged(**noise).verdict == NOT_RESOLVED
+
+
+def test_the_interval_over_architectures_is_around_the_mean_over_seeds():
+    generator = np.random.default_rng(1)
+    mine, other = (
+        [(REACHED + spread * generator.normal(size=len(REACHED))).tolist() for _ in range(3)] for spread in (0.05, 0.3)
+    )
+    found = over_architectures(mine, other, table())
+    expected = [np.mean([spearman(one, REACHED) for one in of]) for of in (mine, other)]
+    assert found.estimate == pytest.approx(expected[0] - expected[1]) and found.n == 36
+    assert found.low < found.estimate < found.high
+    assert over_architectures([[1.0] * 36], None, table()).estimate == 0  # what ranks nothing
 
 
 def test_the_number_of_parameters_says_nothing_beyond_itself():

@@ -34,7 +34,7 @@ def test_the_same_command_goes_on(home, capsys):
     ("words", "said"),
     [
         (["nease"], "nease"),
-        (["rmoe"], "system that searches 'rmoe' is unknown. Allowed: neas"),
+        (["rmoe"], "system that searches 'rmoe' is unknown. Allowed: "),
         (["neas", "--max-macs", "5"], "max_macs is 5 but no ensemble of 2 paths meets it"),
         (["neas", "--budget", "0"], "must be a number of minutes above 0"),
         (["neas", "--html", "x.txt"], "--html is 'x.txt'"),

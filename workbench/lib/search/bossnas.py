@@ -14,8 +14,9 @@ architecture's rating is the sum of those of its blocks, so blocks are searched 
 The space here is one of widths, as the paper's on NATS-Bench: every layer is a convolution of which a path uses the
 first so many channels. `bossnas_hytra` has the fabric of convolutions and attention.
 
-Not the paper's: AdamW in the place of LARS; the frozen prefix is detached (the released code lets the online one adapt
-on); the target's adapters follow as everything else does (there they stay as they began).
+Not the paper's: AdamW in the place of LARS; one pair of views for all paths of a step (HyTra draws a pair for each);
+the frozen prefix is detached (the released code lets the online one adapt on); the target's adapters follow as
+everything else does (there they stay as they began).
 
 Tensor letters: B batch, P paths, L layers of a block.
 """
@@ -49,6 +50,8 @@ METHOD = Method(
     kind="images",
 )
 Path = tuple[int, ...]
+DRAWN = 4
+"""Paths of a step of a block that has a list of legal ones."""
 
 
 def example() -> nn.Module:
@@ -177,13 +180,14 @@ class BlockSupernet(nn.Module):
     """All operators of the layers of one block: `forward(x, path)` takes one in each layer.
 
     Args:
-        layers: modules with `n_ops`, `d_out(op)`, the channels behind an operator, and `forward(x, op)`.
+        layers: modules with `n_ops`, `d_out(op)`, the channels behind an operator, `dims` and `forward(x, op)`.
         paths: the legal ones; by default every choice in every layer.
+        stem: what all paths go through first.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], paths: Sequence[Path] | None = None):
+    def __init__(self, layers: Sequence[nn.Module], paths: Sequence[Path] | None = None, stem: nn.Module | None = None):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.stem, self.layers, self.dims = stem or nn.Identity(), nn.ModuleList(layers), layers[0].dims
         every = list(itertools.product(*(range(layer.n_ops) for layer in layers)))
         self.free = paths is None
         self.paths: list[Path] = every if paths is None else list(paths)
@@ -195,9 +199,15 @@ class BlockSupernet(nn.Module):
     def forward(self, x: Float[Tensor, "batch dim *size"], path: Path) -> Float[Tensor, "batch out *smaller"]:
         if path not in self.paths:
             raise InputError(f"path is {path} but must be one of the {len(self.paths)} legal ones of this block")
+        x = self.stem(x)
         for layer, op in zip(self.layers, path, strict=True):
             x = layer(x, op)
         return x
+
+    @property
+    def n_paths(self) -> int:
+        """Paths of a step: as many as a layer has operators where every choice is legal, else 4 (or all)."""
+        return self.layers[0].n_ops if self.free else min(DRAWN, len(self.paths))
 
     def d_outs(self) -> list[int]:
         """The channels that may come out."""
@@ -243,11 +253,9 @@ class PathTower(nn.Module):
         neck: widths of the adapter, inside, and of the projection.
     """
 
-    def __init__(
-        self, prefix: Sequence[tuple[BlockSupernet, Path]], block: BlockSupernet, neck: tuple[int, int, int], dims: int
-    ):
+    def __init__(self, prefix: Sequence[tuple[BlockSupernet, Path]], block: BlockSupernet, neck: tuple[int, int, int]):
         super().__init__()
-        adapted, hidden, out = neck
+        (adapted, hidden, out), dims = neck, block.dims
         self.prefix, self.prefix_paths = nn.ModuleList(block for block, _ in prefix), [path for _, path in prefix]
         self.block, self.dims = block, dims
         self.adapters = nn.ModuleDict(

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from workbench.errors import InputError, unknown
 from workbench.lib.core.cells import CELLS
+from workbench.lib.core.cells.inverted_residual import convolution
 from workbench.lib.search.bossnas import BlockSupernet, Path
+from workbench.lib.search.bossnas_search import BlockRatings, Blockwise, BlockwiseConfig
+from workbench.lib.search.bossnas_views import TwoViews
 
 SCALE_OF = (0, 0, 1, 1, 2, 3)
 """Of each operator."""
@@ -65,7 +68,7 @@ class FabricLayer(nn.Module):
         super().__init__()
         if not 1 <= len(widths) <= SCALES or len({*widths}) < len(widths):
             raise InputError(f"widths is {tuple(widths)} but must be 1 to {SCALES} different numbers, one a scale")
-        self.widths = tuple(widths)
+        self.widths, self.dims = tuple(widths), 2
         self.n_ops = sum(scale < len(widths) for scale in SCALE_OF)
         self.same, self.down = nn.ModuleDict(), nn.ModuleDict()
         for op in range(self.n_ops):
@@ -82,6 +85,31 @@ class FabricLayer(nn.Module):
         return (self.same if kept else self.down)[str(op)](x)
 
 
-def fabric_block(widths: Sequence[int], layers: int = 4) -> BlockSupernet:
-    """A block of the fabric whose maps come in at the largest of its scales: its legal, restricted paths."""
-    return BlockSupernet([FabricLayer(widths) for _ in range(layers)], legal_paths(len(widths), layers, "restricted"))
+def fabric_block(widths: Sequence[int], layers: int = 4, channels: int | None = None) -> BlockSupernet:
+    """A block of the fabric whose maps come in at the largest of its scales: its legal, restricted paths.
+
+    Args:
+        channels: of images that come in as they are; a 3 x 3 convolution brings them to the largest scale. None where
+            another block comes before.
+    """
+    stem = None if channels is None else nn.Sequential(*convolution(channels, widths[-1], 3, dims=2), nn.ReLU())
+    made = [FabricLayer(widths) for _ in range(layers)]
+    return BlockSupernet(made, legal_paths(len(widths), layers, "restricted"), stem)
+
+
+def search_fabric(
+    task: TwoViews, config: BlockwiseConfig, widths: Sequence[int], layers: Sequence[int]
+) -> tuple[BlockRatings, list[BlockSupernet]]:
+    """HyTra, searched block after block: each may use the scales that the best path before it has left.
+
+    Args:
+        task: of images; their sides are those of the largest scale.
+        widths: channels at each scale, from scale 0 on.
+        layers: of each block.
+    """
+    search, blocks, left = Blockwise(task, config), [], len(widths)
+    channels = task.data.splits["train"][0].shape[1]
+    for place, depth in enumerate(layers):
+        blocks.append(fabric_block(widths[:left], depth, channels if place == 0 else None))
+        left = scales_left(search.add(blocks[-1]))
+    return search.ratings, blocks

@@ -8,7 +8,7 @@ the centre of the population. The rating of an architecture is the sum over bloc
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from workbench.errors import InputError
 from workbench.lib.core.cells.inverted_residual import recalibrate
 from workbench.lib.core.modes import evaluating
-from workbench.lib.core.task import Batch, Classification
 from workbench.lib.core.train import Hook, State, TrainConfig, train
 from workbench.lib.search.bossnas import (
     BlockSupernet,
@@ -29,46 +28,10 @@ from workbench.lib.search.bossnas import (
     alignment,
     momentum_at,
 )
+from workbench.lib.search.bossnas_views import TwoViews
 
 LEAST = -4.0
 """Of a loss, where everything points the same way."""
-SHIFT, SPREAD, NOISE, CUT = 8, 0.2, 0.1, 6
-
-
-def signal_views(x: Float[Tensor, "batch length"], generator: torch.Generator) -> Float[Tensor, "batch 2 length"]:
-    """Two views of each: moved around by up to 8 places, scaled by 0.8 to 1.2, noise of 0.1, 6 places cut out."""
-    found = []
-    for _ in range(2):
-        n, length = x.shape
-        by = torch.randint(-SHIFT, SHIFT + 1, (n, 1), generator=generator)
-        moved = x.gather(1, (torch.arange(length) - by) % length)
-        scale = 1 + SPREAD * (2 * torch.rand(n, 1, generator=generator) - 1)
-        noisy = moved * scale + NOISE * torch.randn(n, length, generator=generator)
-        start = torch.randint(length - CUT + 1, (n, 1), generator=generator)
-        places = torch.arange(length)
-        found.append(noisy.masked_fill((places >= start) & (places < start + CUT), 0.0))
-    return torch.stack(found, 1)
-
-
-class TwoViews(Classification):
-    """Signals without labels: inputs are two views of each, the loss is the mean of what a model says of paths."""
-
-    metric, unit, higher_is_better = "alignment", "of the loss", False
-
-    def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
-        found = super().batch(split, size, generator, domain)
-        return Batch(signal_views(found.inputs, generator), torch.zeros_like(found.targets), found.domain)
-
-    def batches(self, split: str, size: int):
-        for number, found in enumerate(super().batches(split, size)):
-            views = signal_views(found.inputs, torch.Generator().manual_seed(number))
-            yield Batch(views, torch.zeros_like(found.targets), found.domain)
-
-    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return outputs.mean()
-
-    def value(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return outputs.mean()
 
 
 class Following(Hook):
@@ -177,25 +140,39 @@ def rate_paths(
     return scores
 
 
-def search_blockwise(blocks: Sequence[BlockSupernet], task: TwoViews, config: BlockwiseConfig) -> BlockRatings:
-    """Train and rate block after block; the blocks hold the trained weights afterwards.
+class Blockwise:
+    """A search that goes from block to block: each is trained behind the best paths of those before it, and rated.
 
-    A neck is made anew for each block, from torch's global generator.
+    A neck is made anew for each block, from torch's global generator. The blocks hold the trained weights afterwards.
     """
-    found, prefix, target_prefix = [], [], []
-    dims = task.data.splits["train"][0].ndim - 1
-    generator = torch.Generator().manual_seed(config.train.seed)
-    drawn = [task.batch("train", config.rated, generator).inputs for _ in range(2)]
+
+    def __init__(self, task: TwoViews, config: BlockwiseConfig):
+        self.task, self.config, self.ratings = task, config, BlockRatings([])
+        self._prefix, self._target_prefix = [], []
+        generator = torch.Generator().manual_seed(config.train.seed)
+        self._rated, self._calibration = (task.batch("train", config.rated, generator).inputs for _ in range(2))
+
+    def add(self, block: BlockSupernet, hooks: Iterable[Hook] = ()) -> Path:
+        """Train and rate the next block; returns its best path, which is frozen from here on."""
+        config = self.config
+        tower = PathTower(self._prefix, block, config.neck)
+        model = EnsembleBootstrap(tower, block.n_paths, config.predictor, self._target_prefix, config.ensemble)
+        train(model, self.task, config.train, [Following(config.momentum), *hooks])
+        self.ratings.scores.append(rate_paths(model, self._rated, self._calibration, config.recalibrated))
+        best = self.ratings.best[-1]
+        self._prefix.append((block, best))
+        self._target_prefix.append(model.target.block)
+        return best
+
+
+def search_blockwise(
+    blocks: Sequence[BlockSupernet], task: TwoViews, config: BlockwiseConfig, hooks: Iterable[Hook] = ()
+) -> BlockRatings:
+    """Train and rate block after block."""
+    search = Blockwise(task, config)
     for block in blocks:
-        n_paths = block.layers[0].n_ops if block.free else min(4, len(block.paths))
-        tower = PathTower(prefix, block, config.neck, dims)
-        model = EnsembleBootstrap(tower, n_paths, config.predictor, target_prefix, config.ensemble)
-        train(model, task, config.train, [Following(config.momentum)])
-        found.append(rate_paths(model, *drawn, config.recalibrated))
-        best = BlockRatings(found).best[-1]
-        prefix.append((block, best))
-        target_prefix.append(model.target.block)
-    return BlockRatings(found)
+        search.add(block, hooks)
+    return search.ratings
 
 
 def rate_all(space: WidthSpace, ratings: BlockRatings, archs: Sequence[Path]) -> list[float]:

@@ -37,7 +37,8 @@ from workbench.lib.core.train import TrainConfig, train
 from workbench.lib.measures.ranks import kendall, partial_spearman, pearson, spearman
 from workbench.lib.measures.statistics import Interval
 from workbench.lib.search.bossnas import METHOD, BlockSupernet, EnsembleBootstrap, Path, PathTower, width_blocks
-from workbench.lib.search.bossnas_search import BlockwiseConfig, TwoViews, rate_all, search_blockwise
+from workbench.lib.search.bossnas_search import BlockwiseConfig, rate_all, search_blockwise
+from workbench.lib.search.bossnas_views import TwoViews
 from workbench.studies.core import Power, Settings, Study
 from workbench.studies.rows import Row, Rows, training_budget
 from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, decide
@@ -154,8 +155,8 @@ def blockwise_flops(
     """Of one step of each block, the prefixes and the targets among them."""
     total = 0
     for place, block in enumerate(blocks):
-        tower = PathTower(list(zip(blocks[:place], best[:place], strict=True)), block, config.neck, SPACE.dims)
-        model = EnsembleBootstrap(tower, block.layers[0].n_ops, config.predictor, None, config.ensemble)
+        tower = PathTower(list(zip(blocks[:place], best[:place], strict=True)), block, config.neck)
+        model = EnsembleBootstrap(tower, block.n_paths, config.predictor, None, config.ensemble)
         total += training_budget(model, task, config.train.batch_size, config.train.seed).flops
     return total
 
