@@ -61,7 +61,7 @@ def test_the_interval_over_architectures_is_around_the_mean_over_seeds():
     assert over_architectures([[1.0] * 36], None, table()).estimate == 0  # what ranks nothing
 
 
-def test_the_number_of_parameters_says_nothing_beyond_itself():
+def test_twelve_of_the_table_have_about_as_many_parameters():
     params = [float(truth.params) for truth in table()]
     alike = [truth.params for truth in table() if truth.alike]
     assert max(alike) / min(alike) < 1.11 and len(alike) == 12
