@@ -39,7 +39,9 @@ KILLER = Path(__file__).parent / "kill_and_resume.py"
 SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny", "maestro")
 READY = [row.slug for row in catalogue.methods(status="ready")]
 #: No arm trains.
-STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging"} | {"parallel-folding", "hecate", "hybrimoe", "moe-lens"}
+STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging", "parallel-folding", "hecate", "hybrimoe"} | {
+    *("moe-lens", "ofdm-isac"),
+}
 #: Families and systems that send no token anywhere.
 UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "features"} | {
     *("shallow-again", "stable-rps", "streaming-diloco", "ascan", "wavemix"),

@@ -13,7 +13,6 @@ Tensor letters: R realisations, L samples, K lags.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float64, Int64
@@ -23,12 +22,6 @@ from workbench.errors import InputError
 
 Structure = Callable[[Tensor], Tensor]
 """Lags (K,), whole samples of either sign -> E[(phi[n] - phi[n + lag])^2], (K,)."""
-
-
-class PhaseNoise(Protocol):
-    def draw(self, batch: int, length: int, fs: float, generator: torch.Generator) -> Float64[Tensor, "R L"]: ...
-
-    def structure(self, lags: Int64[Tensor, " K"], fs: float, length: int) -> Float64[Tensor, " K"]: ...
 
 
 @dataclass(frozen=True)
@@ -138,6 +131,9 @@ class PoleZero(Coloured):
         return density
 
 
+PhaseNoise = Wiener | White | Coloured
+
+
 def increments(noise: PhaseNoise, fs: float, length: int, shared: bool, delay: int) -> Structure:
     """The structure of phi[n] = theta[n - delay] - theta'[n], theta' being theta itself (`shared`) or another like it.
 
@@ -155,7 +151,9 @@ def increments(noise: PhaseNoise, fs: float, length: int, shared: bool, delay: i
     return of
 
 
-def seen_density(density: Float64[Tensor, " F"], f: Float64[Tensor, " F"], delay_seconds: float | None):
+def seen_density(
+    density: Float64[Tensor, "*R F"], f: Float64[Tensor, " F"], delay_seconds: float | None
+) -> Float64[Tensor, "*R F"]:
     """The density of the phase that is seen: 4 sin^2(pi f delay) S(f) of one oscillator, 2 S(f) of two (delay None).
 
     One oscillator is quieter where |f| delay < 1/4, and up to 3 dB noisier above.

@@ -93,7 +93,7 @@ def main_lobe(centre: float, half: float, bins: int, pad: int) -> Bool[Tensor, "
 
 def image_measures(
     image: Complex128[Tensor, "R pM pN"],
-    reference: Complex128[Tensor, "R pM pN"],
+    reference: Complex128[Tensor, "..."],
     places: Sequence[Place],
     range_window: str = "rect",
     doppler_window: str = "rect",
