@@ -43,12 +43,7 @@ def doppler_cut(config: "OFDMConfig", structure: Structure, order: int) -> Float
     of = coherence(config, structure)
     weighted = of * (config.n_sym - torch.arange(config.n_sym)).double() / config.n_sym**2
     smeared = 2 * torch.fft.fft(weighted).real - weighted[0]
-    return smeared + leaked(config, structure, order)
-
-
-def leaked(config: "OFDMConfig", structure: Structure, order: int) -> float:
-    """E[power] of a cell of the image that only interference reaches."""
-    return kappa(order) * symbol_interference(config, structure) / (config.n_sub * config.n_sym)
+    return smeared + kappa(order) * (1 - of[0]) / (config.n_sub * config.n_sym)
 
 
 def residual_sir(config: "OFDMConfig", interference: float, order: int) -> float:
