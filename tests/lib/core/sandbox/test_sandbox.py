@@ -1,0 +1,301 @@
+"""Harmless programs that each try one forbidden thing: all are stopped, and named for what they tried.
+
+What they would do if nothing stopped them: make an empty file in a folder of the test, ask for a socket, count.
+"""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import below
+from workbench.errors import InputError
+from workbench.lib.core.sandbox import KINDS, Limits, Sandbox, confine, inside
+from workbench.lib.core.sandbox.source import refusal
+
+TRIAL = "workbench.lib.search.fsap_trial"
+PROGRAM = """
+import torch
+import torch.nn as nn
+{head}
+
+def supported_hyperparameters():
+    return {{"lr"}}
+
+
+class Net(nn.Module):
+    def __init__(self, in_shape, out_shape, prm, device):
+        super().__init__()
+        self.first = nn.Conv2d(in_shape[1], {width}, 3)
+        self.last = nn.Linear({width}, out_shape[0])
+
+    def forward(self, x):
+        {forward}
+        return self.last(self.first(x).relu().mean((2, 3)))
+
+    def train_setup(self, prm):
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=prm["lr"])
+
+    def learn(self, train_data):
+        for images, labels in train_data:
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self(images), labels).backward()
+            self.optimizer.step()
+"""
+JOB = {
+    "channels": 1, "height": 8, "width": 8, "classes": 3, "prm": {"lr": 0.1}, "most_params": 5000, "most_macs": 500_000,
+    "seed": 0, "batch": 4, "epochs": 1,
+}  # fmt: skip
+HERE = "the folder of the test"
+
+THERE = """
+    def there(self, d):
+        try:
+            return torch.os.lseek(d, 0, 1) >= 0
+        except OSError as error:
+            return error.errno != 9
+"""  # whether a descriptor is open: 9 says that it is not
+
+#: What is tried in the middle of a forward pass -> the kind that it is stopped as.
+TRIED = {
+    "loops": ("while True: pass", "time"),
+    "waits": ("torch.sys.modules['time'].sleep(100)", "time"),
+    "writes by Python": (f"torch.sys.modules['io'].FileIO('{HERE}/made', 'w')", "write"),
+    "writes by the system": (f"torch.os.open('{HERE}/made', 65)", "write"),
+    "writes a model": (f"torch.save(x, '{HERE}/made')", "write"),
+    "writes by C++, unannounced": (f"torch.from_file('{HERE}/made', shared=True, size=4)", "write"),
+    "shares memory, unannounced": ("x.share_memory_()", "write"),
+    "removes": (f"torch.os.remove('{HERE}/there')", "write"),
+    "renames": (f"torch.os.rename('{HERE}/there', '{HERE}/made')", "write"),
+    "makes a folder": (f"torch.os.mkdir('{HERE}/made')", "write"),
+    "a pipe with a name, unannounced": (f"torch.os.mkfifo('{HERE}/made')", "write"),
+    "reads": (f"torch.sys.modules['io'].open('{HERE}/there')", "read"),
+    "loads a model": (f"torch.load('{HERE}/there')", "read"),
+    "lists": (f"torch.os.listdir('{HERE}')", "read"),
+    "forks": ("torch.os.fork()", "process"),
+    "starts a shell": ("torch.os.system('true')", "process"),
+    "starts a program": ("torch.os.posix_spawn('/bin/true', ['true'], {})", "process"),
+    "starts a thread": ("torch.sys.modules['threading'].Thread(target=print).start()", "process"),
+    "starts threads by C++, unannounced": ("torch.set_num_threads(3); torch.mm(*torch.randn(2, 999, 999))", "process"),
+    "kills its parent": ("torch.os.kill(torch.os.getppid(), 0)", "process"),
+    "leaves its session, unannounced": ("torch.os.setsid()", "process"),
+    "asks for a socket": ("torch.sys.modules['socket'].socket()", "network"),
+    "asks for a host": ("torch.sys.modules['socket'].getaddrinfo('localhost', 80)", "network"),
+    "two sockets, unannounced": ("torch.sys.modules['_socket'].socketpair()", "network"),
+    "loads machine code": ("torch.sys.modules['ctypes'].CDLL(None)", "native code"),
+    "becomes somebody else, unannounced": ("torch.os.setuid(1)", "system call"),
+    "duplicates, unannounced": ("torch.os.dup(1)", "system call"),
+    "imports by the importer itself": ("torch.sys.modules['importlib'].import_module('wave')", "read"),
+    "makes torch import": ("torch.compile(self.first)(x)", "import"),
+    "allocates tensors": ("torch.empty(1 << 30).fill_(1)", "memory"),
+    "allocates bytes": ("bytearray(1 << 32)", "memory"),
+    "ends": ("raise SystemExit", "exit"),
+    "ends without a word": ("torch.os._exit(0)", "crash"),
+    "aborts": ("torch.os.abort()", "crash"),
+    "raises": ("1 / 0", "error"),
+    "wrong shape": ("return x", "shape"),
+    "no tensor": ("return None", "shape"),
+    "no finite numbers": ("x = x / 0", "not finite"),
+}  # fmt: skip
+#: What is seen by reading -> the kind.
+READ = {
+    "unclosed": ("(", "syntax"),
+    "imports os": ("import os", "import"),
+    "imports from": ("from subprocess import run", "import"),
+    "imports a module of torch": ("from torch import utils", "import"),
+    "imports all": ("from torch import *", "import"),
+    "relative": ("from . import x", "import"),
+    "imports by a name": ("__import__('os')", "name"),
+    "evaluates": ("eval('1')", "name"),
+    "executes": ("exec('1')", "name"),
+    "opens": ("open('x')", "name"),
+    "climbs": ("().__class__.__bases__", "name"),
+    "takes the builtins": ("__builtins__", "name"),
+    "deep": ("x = " + "(" * 80 + "1" + ",)" * 80, "syntax"),
+    "long": ("x = '" + "a" * 70_000 + "'", "syntax"),
+}
+
+
+def program(forward: str = "pass", head: str = "", width: int = 4) -> str:
+    return PROGRAM.format(forward=forward, head=head, width=width)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    os.environ["WORKBENCH_TEST_SECRET"] = "not to be seen"
+    with Sandbox(TRIAL, Limits(seconds=3)) as sandbox:
+        yield sandbox
+    del os.environ["WORKBENCH_TEST_SECRET"]
+
+
+@pytest.fixture
+def images():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 1, 8, 8, generator=draw)
+    return {"x": x, "y": torch.arange(8) % 3, "asked": x[:5]}
+
+
+def test_a_program_that_does_nothing_forbidden_is_tried_and_alike_each_time(sandbox, images):
+    assert sandbox.isolation["filter"]
+    first, again = (sandbox.run(program(), JOB, images) for _ in range(2))
+    assert first.ok and first.value == again.value and len(first.value["predicted"]) == 5
+    assert first.value["params"] == 4 * 10 + 4 * 3 + 3 and first.value["macs"] == 36 * 36 + 12
+    assert first.seconds < 3 and first.memory > 0
+
+
+@pytest.mark.parametrize("what", TRIED)
+def test_each_forbidden_thing_is_stopped_and_named(what: str, sandbox, images, tmp_path: Path):
+    (tmp_path / "there").write_text("here")
+    forward, kind = TRIED[what]
+    outcome = sandbox.run(program(forward.replace(HERE, str(tmp_path))), JOB, images)
+    assert outcome.kind == kind and outcome.detail.isprintable(), outcome
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and outcome.value is None
+    assert below(sandbox._server.pid) == set(), "nothing is left of it"
+    if "unannounced" in what:
+        assert outcome.detail.startswith("system call "), "Python says nothing of it, the kernel stops it"
+
+
+@pytest.mark.parametrize("what", READ)
+def test_what_reading_shows_is_named_before_it_runs(what: str, sandbox, images):
+    outcome = sandbox.run(program(head=READ[what][0]), JOB, images)
+    assert outcome.kind == READ[what][1] and outcome.seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"Net(nn.Module)": "Not(nn.Module)"}, "contract"),
+        ({"def learn": "def teach"}, "contract"),
+        ({"nn.Module": "object", "super().__init__()": "pass"}, "contract"),
+        ({'{"lr"}': '{"decay"}'}, "contract"),
+        ({"self.first(x)": "self.first(x[:, :, :1])"}, "error"),
+        ({"self.optimizer.step()": "self.last.weight.data.fill_(float('nan'))"}, "not finite"),
+    ],
+)
+def test_what_the_trial_refuses_has_kinds_of_its_own(change, kind, sandbox, images):
+    code = program()
+    for old, new in change.items():
+        code = code.replace(old, new)
+    assert sandbox.run(code, JOB, images).kind == kind
+
+
+def test_limits_of_parameters_and_of_multiplications(sandbox, images):
+    assert sandbox.run(program(width=2000), JOB, images).kind == "parameters"
+    assert sandbox.run(program(), JOB | {"most_macs": 1000}, images).kind == "macs"
+
+
+def test_a_refusal_cannot_be_caught_away(sandbox, images):
+    caught = "try: torch.sys.modules['socket'].socket()\n        except BaseException: pass"
+    assert sandbox.run(program(caught), JOB, images).kind == "network"
+    caught = caught.replace("torch.sys.modules['socket'].socket()", "torch.sys.modules['_socket'].socketpair()")
+    assert sandbox.run(program(caught), JOB, images).kind == "network"
+
+
+def test_nothing_of_the_caller_is_there(sandbox, images):
+    seen = "raise ValueError(repr(sorted(torch.os.environ)) + repr(torch.os.environ.get('WORKBENCH_TEST_SECRET')))"
+    detail = sandbox.run(program(seen), JOB, images).detail
+    assert "WORKBENCH" not in detail and "None" in detail
+    files = "raise ValueError(repr([d for d in range(3, 64) if self.there(d)]))"
+    outcome = sandbox.run(program(files).replace("    def train_setup", THERE + "\n    def train_setup"), JOB, images)
+    assert outcome.kind == "error" and outcome.detail.count(",") == 0, "one descriptor is open: the answer's"
+
+
+def test_an_answer_that_was_forged_stays_an_answer(sandbox, images):
+    """A program can write the answer itself: what it says is bounded and plain, and no more than what it says."""
+    write = "[torch.os.write(d, {text}) for d in range(3, 64) if self.there(d)]; torch.os._exit(0)"
+
+    def forged(text: str):
+        code = program(write.replace("{text}", text)).replace("    def train_setup", THERE + "\n    def train_setup")
+        return sandbox.run(code, JOB, images)
+
+    assert forged('b\'{"kind": "ok", "value": {"predicted": 7}}\'').value == {"predicted": 7}
+    assert forged("b'{\"kind\": 5}'").kind == "answer" and forged("b'[]'").kind == "answer"
+    assert forged('b\'{"kind": "ok", "value": NaN}\'').kind == "answer"
+    assert forged("b'[' * 50000").kind == "answer"
+    assert forged('b\'{"kind": "\\\\u001b[31m", "detail": "\' + b\'a\' * 9000 + b\'"}\'').detail == "a" * 300
+    assert len(sandbox.run(program("raise ValueError('x' * 9999)"), JOB, images).detail) == 300
+    assert sandbox.run(program(), JOB, images).ok, "and the next one is tried as ever"
+
+
+def test_the_filter_is_what_it_says():
+    """The instructions, run by hand: allowed calls, such as ask, writing and reading, another machine, unknown ones."""
+    code = [struct.unpack("=HBBI", confine.program(77)[at : at + 8]) for at in range(0, len(confine.program(77)), 8)]
+
+    def answer(number: int, *arguments: int, machine: int = confine.X86_64) -> int:
+        words = {0: number, 4: machine}
+        for place in range(6):
+            value = arguments[place] if place < len(arguments) else 0
+            words |= {16 + 8 * place: value & 0xFFFFFFFF, 20 + 8 * place: value >> 32}
+        at = held = 0
+        while True:
+            kind, yes, no, value = code[at]
+            at += 1
+            if kind == 0x20:
+                held = words[value]
+            elif kind == 0x06:
+                return value
+            else:
+                at += yes if (held == value if kind == 0x15 else held & value) else no
+
+    assert all(answer(number) == confine.ALLOW for number in confine.ALLOWED.values())
+    assert all(answer(number) == confine.ERRNO | confine.EACCES for number in confine.ASKS.values())
+    refused = set(confine.NAMES) - {confine.OPEN, confine.OPENAT, confine.IOCTL, confine.PRLIMIT, confine.TGKILL}
+    assert all(answer(number) == confine.NOTIFY for number in refused)
+    assert {answer(number) for number in (500, 9999, 0x40000001)} == {confine.NOTIFY}, "new calls, and those of x32"
+    assert answer(0, machine=0x40000003) == confine.KILL
+    for flags, action in ((0, confine.ERRNO | confine.EACCES), (os.O_WRONLY | os.O_CREAT, confine.NOTIFY)):
+        assert answer(confine.OPENAT, 0, 0, flags) == answer(confine.OPEN, 0, flags) == action
+    assert answer(confine.OPENAT, 0, 0, os.O_TMPFILE | os.O_RDWR) == confine.NOTIFY
+    assert answer(confine.TGKILL, 77) == confine.ALLOW and answer(confine.TGKILL, 78) == confine.NOTIFY
+    assert answer(confine.PRLIMIT, 0, 1, 0) == confine.ALLOW
+    assert {answer(confine.PRLIMIT, 0, 1, new) for new in (1, 1 << 32)} == {confine.NOTIFY}
+    assert answer(confine.IOCTL) == confine.ERRNO | confine.ENOTTY
+    assert not set(confine.ALLOWED.values()) & refused and len(confine.NAMES) == sum(map(len, confine.REFUSED.values()))
+
+
+def test_where_the_filter_is_missing_it_is_refused_unless_that_is_said(monkeypatch, images):
+    monkeypatch.setattr(confine.platform, "machine", lambda: "riscv64")
+    with pytest.raises(InputError, match="written for x86-64 and this is riscv64"):
+        Sandbox(TRIAL).__enter__()
+    monkeypatch.setattr(confine.sys, "platform", "darwin")
+    with pytest.raises(InputError, match="it needs Linux and this is darwin"):
+        Sandbox(TRIAL, allow_weaker=True).__enter__()
+
+
+def test_without_the_filter_limits_and_what_python_announces_are_left(images, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(inside.confine, "missing", lambda: None)
+    tensors = dict(images)
+
+    def trial(load, job, tensors):
+        load()
+        return 1
+
+    def tried(body: str) -> str:
+        limits = {"seconds": 2.0, "memory": 1 << 28, "modules": ["torch"]}
+        return inside.run(f"import torch\n{body}", trial, {}, tensors, limits, walled=False)["kind"]
+
+    kinds = {
+        "pass": "ok", "while True: pass": "time", "torch.os.system('true')": "process", "bytearray(1 << 32)": "memory",
+        "torch.sys.modules['socket'].socket()": "network", f"torch.os.mkdir('{tmp_path}/made')": "write",
+    }  # fmt: skip
+    assert {body: tried(body) for body in kinds} == kinds and not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_is_refused(sandbox, images):
+    with pytest.raises(InputError, match="seconds is 0"):
+        Limits(seconds=0)
+    with pytest.raises(InputError, match="memory is 5"):
+        Limits(memory=5)
+    with pytest.raises(InputError, match="the sandbox is closed"):
+        Sandbox(TRIAL).run(program())
+    with pytest.raises(RuntimeError, match=r"(?s)is lost.*No module named 'workbench.nothing'"):
+        Sandbox("workbench.nothing").__enter__()
+
+
+def test_kinds_are_said():
+    assert {kind for _, kind in (TRIED | READ).values()} - {"shape", "not finite"} <= KINDS.keys()
+    assert refusal("import torch", ["torch"]) is None
+    json.dumps(KINDS)
