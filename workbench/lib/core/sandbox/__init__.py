@@ -9,7 +9,8 @@ a filter of system calls that knows what is allowed: no file is opened, no socke
 What is refused ends the program and is reported by kind (`KINDS`). The filter is tried before the first program; where
 it is missing or does not hold (anything but Linux on x86-64, some containers), `Sandbox` refuses, unless it is told
 `allow_weaker=True`. Then limits, namespaces, and what Python itself announces are all there is: enough against
-accidents, not against intent.
+accidents, not against intent. `Sandbox.isolation` says which walls stand; namespaces are a second one behind the
+filter, which many containers do not permit.
 
 What it does not protect from:
 
@@ -121,9 +122,11 @@ class Sandbox:
     Args:
         trial: name of the module that tries them, see above.
         limits: of each.
-        allow_weaker: run them also where the filter of system calls is missing. See above what is left then.
+        allow_weaker: run them also where the filter of system calls is missing. See above what is left then. The limit
+            of the number of processes is nothing to a superuser, and files are then open to whoever runs this.
 
     Attributes:
+        limits: of the next program; they may be replaced between two.
         isolation: what there is of "filter" and "namespaces", once it is entered.
 
     Raises:
@@ -143,7 +146,7 @@ class Sandbox:
             raise InputError(_weaker(problem))
         self._errors = tempfile.TemporaryFile()
         self._server = subprocess.Popen(
-            [sys.executable, "-I", "-B", "-c", _START],
+            [sys.executable, "-I", "-B", "-c", _start()],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd="/", env=_environment(),
             start_new_session=True,
         )  # fmt: skip
@@ -212,10 +215,10 @@ class Sandbox:
         return json.loads(line)
 
 
-_START = (
-    f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); "
-    "from workbench.lib.core.sandbox.server import main; main()"
-)
+def _start() -> str:
+    """What the server runs: libraries are looked for where the caller has them, and never where it happens to stand."""
+    paths = [str(PACKAGE.parent), *(path for path in sys.path if os.path.isabs(path))]
+    return f"import sys; sys.path[:] = {paths!r}; from workbench.lib.core.sandbox.server import main; main()"
 
 
 def _environment() -> dict[str, str]:

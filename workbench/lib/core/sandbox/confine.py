@@ -111,8 +111,11 @@ def limit(seconds: float, memory: int) -> None:
         resource.setrlimit(what, (most, most))
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent ends, and end now if it has ended before this could be asked for."""
     _libc.prctl(DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def install() -> int:

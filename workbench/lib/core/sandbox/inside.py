@@ -59,12 +59,12 @@ def run(
     """Run a program in a process of its own and say what came of it, see `workbench.lib.core.sandbox.Outcome`."""
     answers, answer = os.pipe()
     ours, theirs = socket.socketpair()
-    began = time.monotonic()
+    began, here = time.monotonic(), os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
             os.closerange(0, min(answer, theirs.fileno()))
-            _become(answer, theirs, limits, walled)
+            _become(here, answer, theirs, limits, walled)
             _answer(answer, code, trial, job, tensors, limits["modules"])
         except BaseException:  # whatever it is, this process never returns into the server
             os._exit(1)
@@ -78,9 +78,10 @@ def run(
         ours.close()
 
 
-def _become(answer: int, theirs: socket.socket, limits: Mapping[str, Any], walled: bool) -> None:
+def _become(parent: int, answer: int, theirs: socket.socket, limits: Mapping[str, Any], walled: bool) -> None:
     """Of a fork of the server, a process that can compute and answer and nothing else."""
-    confine.die_with_parent()
+    confine.die_with_parent(parent)
+    os.setsid()  # a group of its own, which is killed as one
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
@@ -159,6 +160,8 @@ def _kind_of(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "bad_alloc" in text:
         return "memory"
+    if text.startswith("Parent directory "):  # torch looks for the folder before it writes a model, and sees none
+        return WRITES
     return "exit" if isinstance(error, SystemExit | KeyboardInterrupt) else "error"
 
 
@@ -201,6 +204,8 @@ def _watch(pid: int, answers: int, ours: socket.socket, end: float, walled: bool
     finally:
         if found is not None:
             os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # nobody is left of its group, or it came to be none
+            os.killpg(pid, signal.SIGKILL)
         _, status, used = os.wait4(pid, 0)
         os.close(process)
         if listener is not None:

@@ -40,7 +40,7 @@ def _tensors(data: bytes) -> dict[str, Any]:
 
 def _stands() -> bool:
     """Whether the filter does what it is for: a process behind it that asks for a socket is stopped, and named."""
-    limits = {"seconds": 20.0, "memory": 1 << 28, "modules": []}
+    limits = {"seconds": 120.0, "memory": 1 << 28, "modules": []}
     try:
         said = inside.run("", lambda load, job, tensors: confine.ask_for_socket(), {}, {}, limits, True)
     except OSError:
