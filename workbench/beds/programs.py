@@ -5,6 +5,7 @@ examples: means over `FOLDS` folds that no study uses, kept in `lib/search/fsap_
 """
 
 import argparse
+import atexit
 import json
 import statistics
 
@@ -21,6 +22,21 @@ SETS = ("digit", "rotation", "permuted")
 """Which digit it is; by how much it is turned; which digit, with the pixels in another order."""
 TRAIN, ASKED = 600, 300
 FOLDS = range(1000, 1003)
+PATIENCE = 600.0
+"""Seconds for a program of the package's own rules, which none of them needs: a busy machine is to change no row."""
+
+_open: list[Sandbox] = []
+
+
+def own_sandbox() -> Sandbox:
+    """The sandbox of this process for programs that the package's own rules have written, started once.
+
+    For these alone it is content with less than the filter of system calls. It is no place for programs of others.
+    """
+    if not _open or not _open[0].entered:
+        _open[:] = [Sandbox(TRIAL, Limits(seconds=PATIENCE), allow_weaker=True).__enter__()]
+        atexit.register(_open[0].close)
+    return _open[0]
 
 
 def images(name: str, fold: int, train: int = TRAIN, asked: int = ASKED) -> Images:
@@ -39,15 +55,15 @@ def images(name: str, fold: int, train: int = TRAIN, asked: int = ASKED) -> Imag
 def measure() -> dict[str, dict[str, float]]:
     """Data set -> example -> its accuracy after one epoch."""
     table: dict[str, dict[str, float]] = {}
-    with Sandbox(TRIAL, Limits(seconds=120)) as sandbox:
-        for name in SETS:
-            folds = [images(name, fold) for fold in FOLDS]
-            table[name] = {}
-            for example, plan in PLANS.items():
-                tried = [evaluate(write(plan), found, sandbox, fold) for fold, found in zip(FOLDS, folds, strict=True)]
-                if wrong := [outcome for outcome, _ in tried if not outcome.ok]:
-                    raise RuntimeError(f"example {example} on {name}: {wrong[0].kind}, {wrong[0].detail}")
-                table[name][example] = round(statistics.fmean(accuracy for _, accuracy in tried), 4)
+    for name in SETS:
+        folds = [images(name, fold) for fold in FOLDS]
+        table[name] = {}
+        for example, plan in PLANS.items():
+            pairs = zip(FOLDS, folds, strict=True)
+            tried = [evaluate(write(plan), found, own_sandbox(), fold) for fold, found in pairs]
+            if wrong := [outcome for outcome, _ in tried if not outcome.ok]:
+                raise RuntimeError(f"example {example} on {name}: {wrong[0].kind}, {wrong[0].detail}")
+            table[name][example] = round(statistics.fmean(accuracy for _, accuracy in tried), 4)
     return table
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from workbench.catalogue import Method
 from workbench.errors import InputError
 from workbench.lib.core.sandbox import Outcome, Sandbox
+from workbench.lib.core.sandbox.source import refusal
 from workbench.lib.search.fsap_duplicates import Dedup, ws_hash
 from workbench.lib.search.fsap_generators import (
     Generator,
@@ -157,15 +158,21 @@ def source_problem(code: str) -> str | None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     said -= {ast.get_docstring(defined["supported_hyperparameters"], clean=False)}
-    used = {
-        node.slice.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "prm"
-        if isinstance(node.slice, ast.Constant)
-    }
+    used = {key.value for node in ast.walk(tree) if isinstance(key := _read_of_prm(node), ast.Constant)}
     if said != used:
         return f"declares the hyper-parameters {_listed(said)} and reads {_listed(used)}"
     return None
+
+
+def _read_of_prm(node: ast.AST) -> ast.AST | None:
+    """The key of prm["key"], prm.get("key"), and of the same of self.prm."""
+    if isinstance(node, ast.Subscript):
+        held, key = node.value, node.slice
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get" and node.args:
+        held, key = node.func.value, node.args[0]
+    else:
+        return None
+    return key if "prm" in (getattr(held, "id", None), getattr(held, "attr", None)) else None
 
 
 def evaluate(
@@ -185,8 +192,6 @@ def evaluate(
     """
     if epochs < 1:
         raise InputError(f"epochs is {epochs} but must be at least 1")
-    from workbench.lib.core.sandbox.source import refusal
-
     if refusal(code, sandbox.limits.modules) is None and (problem := source_problem(code)) is not None:
         return Outcome("contract", problem), float("nan")
     channels, height, width = images.x.shape[1:]

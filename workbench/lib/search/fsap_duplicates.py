@@ -5,7 +5,7 @@
 It is the same for all layouts of one text. It sees a comment and a renamed variable, which a comparison of syntax trees
 (`tree_key`) sees in part: not the comment. And it does not see what whitespace means: two programs that differ in the
 level of an indentation, or in the spaces of a string, have one hash. `Dedup(strict=True)` confirms a hit by the tokens
-(`token_key`), which know of both.
+(`token_key`), which know of both. What a program is called inside matters to neither network nor `name_key`.
 """
 
 import ast
@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from workbench.errors import InputError
@@ -56,6 +56,35 @@ def tree_key(code: str) -> str:
     except (SyntaxError, ValueError) as error:
         raise InputError(f"code does not parse: {error}") from None
     return hashlib.md5(dumped.encode(), usedforsecurity=False).hexdigest()
+
+
+def name_key(code: str) -> str:
+    """A digest of the syntax tree in which names are numbers, by first appearance: equal for renamed copies too.
+
+    Raises:
+        InputError: it does not parse.
+    """
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"code does not parse: {error}") from None
+    numbers: dict[str, str] = {}
+    for node in ast.walk(tree):
+        for field in ("id", "arg", "name", "attr"):
+            if isinstance(name := getattr(node, field, None), str):
+                setattr(node, field, numbers.setdefault(name, str(len(numbers))))
+    return hashlib.md5(ast.dump(tree).encode(), usedforsecurity=False).hexdigest()
+
+
+def text_key(code: str) -> str:
+    """md5 of the text as it is."""
+    return hashlib.md5(code.encode(), usedforsecurity=False).hexdigest()
+
+
+KEYS: dict[str, Callable[[str], str]] = {
+    "text": text_key, "whitespace": ws_hash, "tokens": token_key, "tree": tree_key, "names": name_key,
+}  # fmt: skip
+"""What two programs can be compared by; "whitespace" is the method's."""
 
 
 class Dedup:

@@ -4,6 +4,7 @@ A generator is called with a prompt and returns text; `.info` says its kind, its
 """
 
 import hashlib
+import http.client
 import json
 import os
 import random
@@ -189,7 +190,7 @@ class HTTPGenerator:
     """A language model behind an address that takes OpenAI's chat completions, such as vLLM's or llama.cpp's server.
 
     Nothing is asked before it is called. The key is read from the environment at each call, goes into one header of a
-    request to this address, and into no message: redirections are not followed.
+    request to this address, and into no message: redirections are not followed, and no proxy is asked for this machine.
 
     Args:
         base_url: such as "http://localhost:8000/v1"; https, but for this machine.
@@ -200,20 +201,22 @@ class HTTPGenerator:
     """
 
     def __init__(self, base_url: str, model: str, key_env: str | None = None, seconds: float = 600.0, **sampling: Any):
-        parts = urlsplit(base_url)
-        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        if parts.username or parts.password or parts.query:
+        try:
+            parts = urlsplit(base_url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            raise InputError("base_url is no address") from None
+        if parts.username or parts.password or parts.query or parts.fragment:
             raise InputError("base_url must have no user, password or query: a key belongs into the environment")
-        if not parts.hostname or parts.scheme not in (("http", "https") if local else ("https",)):
+        self.local = host in ("localhost", "127.0.0.1", "::1")
+        if not host or parts.scheme not in (("http", "https") if self.local else ("https",)):
             raise InputError(f"base_url is {base_url!r} but must begin with https://, or http://localhost")
+        if not 0 < seconds <= 24 * 3600:
+            raise InputError(f"seconds is {seconds} but must be above 0, at most a day")
         if strange := sorted(sampling.keys() - (SAMPLING.keys() - {"top_k"})):
             raise InputError(f"sampling has {strange[0]!r} but may have temperature, top_p, max_new_tokens")
-        self.url, self.model, self.key_env, self.seconds = (
-            base_url.rstrip("/") + "/chat/completions",
-            model,
-            key_env,
-            seconds,
-        )
+        self.url, self.model = base_url.rstrip("/") + "/chat/completions", model
+        self.key_env, self.seconds = key_env, seconds
         self.sampling = SAMPLING | sampling
         self.info = Info("http", model, True)
 
@@ -230,15 +233,16 @@ class HTTPGenerator:
         body |= {"temperature": self.sampling["temperature"], "top_p": self.sampling["top_p"]}
         body["max_tokens"] = self.sampling["max_new_tokens"]
         asked = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
+        proxies = [urllib.request.ProxyHandler({})] if self.local else []
         try:
-            with urllib.request.build_opener(_NoRedirect).open(asked, timeout=self.seconds) as reply:
+            with urllib.request.build_opener(_NoRedirect, *proxies).open(asked, timeout=self.seconds) as reply:
                 text = reply.read(LONGEST_REPLY + 1)
             if len(text) > LONGEST_REPLY:
                 raise InputError(f"{self.model} answered with more than {LONGEST_REPLY} bytes")
             found = json.loads(text)["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             raise InputError(f"{self.model} was not reached: the server answered {error.code}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise InputError(f"{self.model} was not reached: {type(error).__name__}") from None
         except (ValueError, KeyError, IndexError, TypeError):
             raise InputError(f"{self.model} answered with what is no chat completion") from None

@@ -164,6 +164,10 @@ class Sandbox:
     ) -> None:
         self.close()
 
+    @property
+    def entered(self) -> bool:
+        return self._server is not None
+
     def run(
         self, code: str, job: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
     ) -> Outcome:
@@ -173,7 +177,7 @@ class Sandbox:
             job: what the trial is told, as JSON has it.
             tensors: and given.
         """
-        if self._server is None:
+        if not self.entered:
             raise InputError("the sandbox is closed: use it in a with statement")
         if found := refusal(code, self.limits.modules):
             return Outcome(*found)
