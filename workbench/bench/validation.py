@@ -2,7 +2,7 @@
 
 What travels with the package and the study of `fsap` reads is made by `python -m workbench.bench.validation --keep`:
 
-- times of the keys of `fsap_duplicates` on Python files of torch, taken by turns in one process, one thread;
+- processor time of the keys of `fsap_duplicates` on Python files of torch, by turns in one process, one thread;
 - duplicates among the methods of networks, as torch and transformers have them: methods of at least `LEAST` lines in
   classes that derive from a Module or a PreTrainedModel, in the order of the files. A method is a duplicate by a key if
   one before it has the same.
@@ -17,6 +17,7 @@ import json
 import platform
 import re
 import textwrap
+import time
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -62,7 +63,7 @@ def by_lines() -> dict[Path, int]:
 def times(path: Path, rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds of each contestant on a file, and "tree_ratio" and "parse_ratio", theirs over the hash's."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    seconds = measure({name: partial(key, text) for name, key in CONTESTANTS.items()}, rounds)
+    seconds = measure({name: partial(key, text) for name, key in CONTESTANTS.items()}, rounds, time.thread_time)
     found = {name: sorted(spent)[len(spent) // 2] for name, spent in seconds.items()}
     ratios = {f"{name}_ratio": median_ratio(seconds[name], seconds["whitespace"]) for name in ("tree", "parse")}
     return found | ratios | {"lines": text.count("\n")}
