@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from workbench.errors import InputError
@@ -44,7 +44,10 @@ class Info:
     is_llm: bool
 
 
+@runtime_checkable
 class Generator(Protocol):
+    """What writes programs: text for a prompt."""
+
     info: Info
 
     def __call__(self, prompt: str) -> str: ...
@@ -240,6 +243,8 @@ class HTTPGenerator:
             if len(text) > LONGEST_REPLY:
                 raise InputError(f"{self.model} answered with more than {LONGEST_REPLY} bytes")
             found = json.loads(text)["choices"][0]["message"]["content"]
+        except InputError:
+            raise
         except urllib.error.HTTPError as error:
             raise InputError(f"{self.model} was not reached: the server answered {error.code}") from None
         except (OSError, http.client.HTTPException) as error:

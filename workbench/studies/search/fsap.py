@@ -112,7 +112,8 @@ def judge(rows: Rows, settings: Settings, record: Mapping[str, Any] | None = Non
     )
     reason = (
         f"The hash takes {1000 * seconds:.2f} ms for about 350 lines; a comparison of trees takes "
-        f"{_times(compared)} as long, and parsing alone {_times(parsed)}. Of {known['codes']} methods of real networks "
+        f"{_times(compared)} as long, and parsing alone {_times(parsed)}; called again and again, "
+        f"{_times(record['tree_again'])} and {_times(record['parse_again'])}. Of {known['codes']} methods of real networks "
         f"the trees find {known['tree']} to be there already, and the hash {share:.1%} of these; it refuses "
         f"{known['merged']} that the trees do not. It finds {'every' if every else 'not every'} other layout, and "
         f"takes {'no' if none else 'a'} changed network for another. The effect is the comparison's ratio. What n "
