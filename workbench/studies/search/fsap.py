@@ -98,7 +98,7 @@ def judge(rows: Rows, settings: Settings, record: Mapping[str, Any] | None = Non
     """Apply `RULE`; `record` in the place of the one that travels."""
     record = measured() if record is None else record
     seconds, compared, parsed = record["seconds"]["whitespace"], record["tree_ratio"], record["parse_ratio"]
-    known = record["methods"]
+    known, sized = record["methods"], record["sized"]
     share = known["both"] / known["tree"]
     table = {
         kind: {key: statistics.fmean(row.extra[f"{kind}/{key}"] for row in rows) for key in KEYS}
@@ -113,8 +113,8 @@ def judge(rows: Rows, settings: Settings, record: Mapping[str, Any] | None = Non
     reason = (
         f"The hash takes {1000 * seconds:.2f} ms for about 350 lines; a comparison of trees takes "
         f"{_times(compared)} as long, and parsing alone {_times(parsed)}; called again and again, "
-        f"{_times(record['tree_again'])} and {_times(record['parse_again'])}. Of {known['codes']} methods of real networks "
-        f"the trees find {known['tree']} to be there already, and the hash {share:.1%} of these; it refuses "
+        f"{_times(record['tree_again'])} and {_times(record['parse_again'])}. Of {known['codes']} methods of real "
+        f"networks the trees find {known['tree']} to be there already, and the hash {share:.1%} of these; it refuses "
         f"{known['merged']} that the trees do not. It finds {'every' if every else 'not every'} other layout, and "
         f"takes {'no' if none else 'a'} changed network for another. The effect is the comparison's ratio. What n "
         "examples do to a language model is not testable here."
@@ -136,6 +136,7 @@ def judge(rows: Rows, settings: Settings, record: Mapping[str, Any] | None = Non
         "found_again": table,
         "methods": dict(known),
         "milliseconds": {name: 1000 * spent for name, spent in record["seconds"].items()},
+        "by_lines": {str(one["lines"]): {name: 1000 * one[name] for name in record["seconds"]} for one in sized},
         "few_shot": "not testable here: it needs language models that write programs",
     }
     effect = compared["mean"], tuple(compared["ci95"])
