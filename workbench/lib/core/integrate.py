@@ -25,15 +25,15 @@ class DivergedError(FloatingPointError):
 
     Attributes:
         where: its indices in the dimensions before the last.
-        point: the first point of the grid at which it had.
+        point, time: the first of the grid at which it had.
     """
 
-    def __init__(self, where: tuple[int, ...], point: int, time: float):
+    def __init__(self, where: tuple[int, ...], point: int, time: float, name: str | None = None):
         super().__init__(
-            f"trajectory {list(where)} leaves the finite numbers by point {point} (time {time:.3g}): the system is "
-            "too stiff for the step, or its field too steep; take more substeps"
+            f"{name or f'trajectory {list(where)}'} leaves the finite numbers by point {point} (time {time:.3g}): the "
+            "system is too stiff for the step, or its field too steep; take more substeps"
         )
-        self.where, self.point = where, point
+        self.where, self.point, self.time = where, point, time
 
 
 def rk4(
