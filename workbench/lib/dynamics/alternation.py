@@ -91,7 +91,7 @@ def adapt(
     if steps < 1:
         raise InputError(f"steps is {steps} but must be at least 1")
     environment = torch.arange(len(trajectories))
-    xi = torch.zeros(len(trajectories), field.d_xi, requires_grad=True)
+    xi = trajectories.new_zeros(len(trajectories), field.d_xi).requires_grad_()
     optimizer = torch.optim.Adam([xi], lr=lr)
     with quiet(field):
         for _ in range(steps):

@@ -66,7 +66,9 @@ class ContextGate(nn.Module):
         self.register_buffer("centroids", torch.full((n_experts, d_xi), torch.nan))  # of the last fit that held
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))  # fits, of them skipped, of them masked
 
-    def forward(self, xi: Float[Tensor, "environments context"], environment: Int64[Tensor, " environments"]) -> Routing:
+    def forward(
+        self, xi: Float[Tensor, "environments context"], environment: Int64[Tensor, " environments"]
+    ) -> Routing:
         probs = (ones(xi.detach()) @ self.weight).softmax(-1)
         expert = probs.argmax(-1, keepdim=True)
         return Routing.fixed(expert, torch.ones_like(expert, dtype=xi.dtype), self.n_experts, probs=probs)
@@ -128,7 +130,9 @@ class SoftmaxGate(nn.Module):
         bound = (d_xi + 1) ** -0.5
         self.weight = nn.Parameter(torch.empty(d_xi + 1, n_experts).uniform_(-bound, bound))
 
-    def forward(self, xi: Float[Tensor, "environments context"], environment: Int64[Tensor, " environments"]) -> Routing:
+    def forward(
+        self, xi: Float[Tensor, "environments context"], environment: Int64[Tensor, " environments"]
+    ) -> Routing:
         probs = (ones(xi) @ self.weight).softmax(-1)
         weight, expert = probs.max(-1, keepdim=True)
         mean = probs.mean(0)
@@ -144,7 +148,9 @@ class OracleGate(nn.Module):
         self.n_experts = n_experts
         self.register_buffer("expert", expert)
 
-    def forward(self, xi: Float[Tensor, "environments context"], environment: Int64[Tensor, " environments"]) -> Routing:
+    def forward(
+        self, xi: Float[Tensor, "environments context"], environment: Int64[Tensor, " environments"]
+    ) -> Routing:
         expert = self.expert[environment][:, None]
         return Routing.fixed(expert, torch.ones_like(expert, dtype=xi.dtype), self.n_experts)
 

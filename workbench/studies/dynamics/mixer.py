@@ -46,12 +46,21 @@ RULE = (
     f"lies above 0, the index lies below {FOUND}, or the difference on one family lies below 0. Not resolved otherwise."
 )
 
-COMMON = {"experts": 4, "context": 2, "depth": 2, "starts": 4, "lr": 1e-2, "beta": 1.0, "turn": 5, "refit_every": 5}
+COMMON = {"experts": 4, "context": 2, "depth": 2, "starts": 8, "lr": 2e-2, "beta": 0.1, "turn": 5, "refit_every": 5}
 PRESETS = {
     "smoke": COMMON
     | {"seeds": 2, "steps": 20, "width": 8, "environments": 4, "points": 4, "new": 1, "adapt_steps": 3, "curve": 2},
     "small": COMMON
-    | {"seeds": 12, "steps": 400, "width": 32, "environments": 5, "points": 10, "new": 2, "adapt_steps": 60, "curve": 10},
+    | {
+        "seeds": 12,
+        "steps": 600,
+        "width": 32,
+        "environments": 5,
+        "points": 6,
+        "new": 2,
+        "adapt_steps": 60,
+        "curve": 10,
+    },
     "full": COMMON
     | {"seeds": 12, "steps": 6000, "width": 64, "environments": 9, "points": 20, "new": 4, "adapt_steps": 500}
     | {"curve": 100},
