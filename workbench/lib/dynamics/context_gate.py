@@ -1,7 +1,7 @@
-"""Gates over environments that see only the context: one that is refitted and never learns, one that learns, an oracle.
+"""Gates over environments that see only the context: one that is refitted, one that learns, an oracle.
 
-The refitted gate is G = softmax(W^T [xi; 1]), and its largest entry takes all. No gradient reaches W. It is made anew of
-the contexts and of the losses L (environments, experts) that each expert has alone:
+The refitted gate is G = softmax(W^T [xi; 1]), and its largest entry takes all. No gradient reaches W. It is made anew
+of the contexts and of the losses L (environments, experts) that each expert has alone:
 
     clusters    K-means of the contexts by the L1 distance, from the centroids of the last time
     S[j, m]     the median of L over the environments of cluster j
@@ -163,8 +163,8 @@ def ones(xi: Tensor) -> Tensor:
 def check_fit(xi: Tensor, losses: Tensor, d_xi: int, n_experts: int, assignment: str) -> None:
     if xi.shape[1] != d_xi or losses.shape != (len(xi), n_experts):
         raise InputError(
-            f"xi is {tuple(xi.shape)} and expert_losses is {tuple(losses.shape)} but they must be (environments, {d_xi}) "
-            f"and (environments, {n_experts})"
+            f"xi is {tuple(xi.shape)} and expert_losses is {tuple(losses.shape)} but they must be "
+            f"(environments, {d_xi}) and (environments, {n_experts})"
         )
     if len(xi) < n_experts:
         raise InputError(f"xi has {len(xi)} environments but must have at least one for each of {n_experts} experts")

@@ -1,4 +1,4 @@
-"""MixER: a mixture of meta-learners of dynamical systems, behind a gate that is refitted and never trained (2502.05335).
+"""MixER: a mixture of meta-learners of dynamical systems, behind a gate that is refitted, not trained (2502.05335).
 
 An environment is one value of a system's parameters. It has a few trajectories and a vector xi that is learned with
 them, its context; a meta-learner maps a state and a context to the rates of the state. One such learner holds together
@@ -47,13 +47,13 @@ __all__ = [
 
 METHOD = Method(
     slug="mixer",
-    title="MixER: Towards Foundational Models for Dynamical System Reconstruction: Hierarchical Meta-Learning via Mixture "
-    "of Experts",
+    title="MixER: Towards Foundational Models for Dynamical System Reconstruction: Hierarchical Meta-Learning via "
+    "Mixture of Experts",
     family="dynamics",
     year=2025,
     paper="arXiv:2502.05335",
-    claim="A gate refitted by clustering and least squares learns several families of systems where one meta-learner or "
-    "a softmax gate fails.",
+    claim="A gate refitted by clustering and least squares learns several families of systems where one meta-learner "
+    "or a softmax gate fails.",
     objects=("MetaLearner", "MixERField", "ContextGate", "GateFit", "GEPSBank", "Alternation", "adapt", "SoftmaxGate"),
     example=None,
     kind=None,

@@ -40,10 +40,11 @@ FOUND, GAIN = 0.9, 0.1
 RULE = (
     "The metric is the decimal logarithm of the mean square error of forecasts from held-out starts, in units of the "
     "family's variance, mean over the families; intervals are 95% paired intervals over seeds. Reproduced if on four "
-    "families MixER minus the plain mixture and MixER minus the single learner both lie below 0, the adjusted Rand index "
-    f"of its gate and the families at the end of training lies above {FOUND}, and on one family MixER minus the single "
-    f"learner lies above -{GAIN}: it gains nothing there. Not reproduced if one of the two differences on four families "
-    f"lies above 0, the index lies below {FOUND}, or the difference on one family lies below 0. Not resolved otherwise."
+    "families MixER minus the plain mixture and MixER minus the single learner both lie below 0, the adjusted Rand "
+    f"index of its gate and the families at the end of training lies above {FOUND}, and on one family MixER minus the "
+    f"single learner lies above -{GAIN}: it gains nothing there. Not reproduced if one of the two differences on four "
+    f"families lies above 0, the index lies below {FOUND}, or the difference on one family lies below 0. Not resolved "
+    "otherwise."
 )
 
 COMMON = {"experts": 4, "context": 2, "depth": 2, "starts": 8, "lr": 2e-2, "beta": 0.1, "turn": 5, "refit_every": 5}
@@ -205,8 +206,8 @@ STUDY = Study(
     arms=ARMS,
     run=run,
     judge=judge,
-    tested="On four families the refitted gate finds them, and the error is below that of a mixture that learns its gate "
-    "and of one learner of as many parameters; on one family it is not.",
+    tested="On four families the refitted gate finds them, and the error is below that of a mixture that learns its "
+    "gate and of one learner of as many parameters; on one family it is not.",
     power=Power(RIVALS, effect=0.2),
     main="mixer",
 )
