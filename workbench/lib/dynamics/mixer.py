@@ -138,8 +138,13 @@ class MetaLearner(nn.Module):
                 f"n_environments is {n_environments} but must be at least the {field.n_experts} experts, one each"
             )
         self.field, self.substeps, self.names = field, substeps, names
-        self.contexts = nn.Parameter(torch.zeros(n_environments, field.d_xi))
+        self.table = nn.Embedding.from_pretrained(torch.zeros(n_environments, field.d_xi), freeze=False)
         self.register_buffer("anchor", torch.zeros(sum(p.numel() for p in self.parameters())))
+
+    @property
+    def contexts(self) -> nn.Parameter:
+        """(environments, d_xi), zero before training."""
+        return self.table.weight
 
     def forward(
         self,
