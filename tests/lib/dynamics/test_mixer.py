@@ -252,6 +252,17 @@ def test_adaptation_changes_contexts_alone_and_lowers_the_error():
 # -- what may not be given
 
 
+def test_a_training_that_leaves_the_finite_numbers_stops_before_its_weights_change():
+    torch.manual_seed(0)
+    model = MetaLearner(MixERField(GEPSBank(2), ContextGate(4, 2)), 6)
+    with torch.no_grad():
+        model.contexts[4] = 1e30
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(DivergedError, match="environment 4, start 0"):
+        trained(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_who_leaves_the_finite_numbers_is_named():
     model = learner(names=[f"pendulum {i}" for i in range(5)])
     with torch.no_grad():
@@ -276,11 +287,19 @@ def test_who_leaves_the_finite_numbers_is_named():
         (lambda: Alternation(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2), on_weights=0), "on_weights is 0"),
         (lambda: Alternation(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2), beta=-1.0), "beta is -1.0"),
         (lambda: adapt(bank_field(), torch.zeros(1, 1, 2, 2), torch.zeros(1, 2), 0), "steps is 0"),
+        (lambda: adapt(bank_field(), torch.zeros(3, 1, 1, 2), torch.zeros(3, 1), 1), "trajectories has 1 point but"),
+        (lambda: alternation(3, 2), r"times is \(3, 2\) but trajectories has 2 environments of 2 points"),
+        (lambda: alternation(2, 3), r"times is \(2, 3\) but trajectories has 2 environments of 2 points"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named(make, said):
     with pytest.raises(InputError, match=said):
         make()
+
+
+def alternation(*grids: int) -> Alternation:
+    """Of two environments with two points, and such grids."""
+    return Alternation(torch.zeros(2, 1, 2, 2), torch.zeros(grids))
 
 
 def bank_field() -> MixERField:

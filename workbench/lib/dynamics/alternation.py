@@ -34,7 +34,7 @@ class Alternation(Hook):
     def __init__(
         self,
         trajectories: Float[Tensor, "environments starts points n"],
-        times: Float[Tensor, "environments points"],
+        times: Float[Tensor, "grids times"],
         on_contexts: int = 5,
         on_weights: int = 5,
         beta: float = 10.0,
@@ -46,6 +46,7 @@ class Alternation(Hook):
                 raise InputError(f"{name} is {value} but must be at least 1")
         if beta < 0:
             raise InputError(f"beta is {beta} but must be at least 0")
+        check_trajectories(trajectories, times)
         self.trajectories, self.times = trajectories, times
         self.on_contexts, self.on_weights, self.beta = on_contexts, on_weights, beta
         self.refit_every, self.assignment = refit_every, assignment
@@ -75,10 +76,19 @@ class Alternation(Hook):
             self.last_fit = gate.fit(state.model.contexts.detach(), losses, self.assignment)
 
 
+def check_trajectories(trajectories: Tensor, times: Tensor) -> None:
+    """Raise `InputError` unless there is a grid for each environment, with a time for each point, of two or more."""
+    if trajectories.shape[::2][:2] != times.shape:
+        found = f"{len(trajectories)} environments of {trajectories.shape[2]} points"
+        raise InputError(f"times is {tuple(times.shape)} but trajectories has {found}")
+    if times.shape[1] < 2:
+        raise InputError("trajectories has 1 point but must have at least 2")
+
+
 def adapt(
     field: nn.Module,
     trajectories: Float[Tensor, "environments starts points n"],
-    times: Float[Tensor, "environments points"],
+    times: Float[Tensor, "grids times"],
     steps: int,
     lr: float = 1e-2,
     substeps: int = 1,
@@ -90,6 +100,7 @@ def adapt(
     """
     if steps < 1:
         raise InputError(f"steps is {steps} but must be at least 1")
+    check_trajectories(trajectories, times)
     environment = torch.arange(len(trajectories))
     xi = trajectories.new_zeros(len(trajectories), field.d_xi).requires_grad_()
     optimizer = torch.optim.Adam([xi], lr=lr)
