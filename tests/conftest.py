@@ -71,6 +71,18 @@ def group(nodeid: str) -> str:
     return f"{file} {name}" if file in SPLIT else file
 
 
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch):
+    """The row of a system that does not stand yet, in the catalogue of this test: all real ones may stand."""
+    from workbench import catalogue
+
+    plain = {"slug": "not-yet", "title": "A system", "family": "merging", "year": 2024, "paper": "ICLR 2024"}
+    row = catalogue.Method(**plain, claim="It will be better.", status="planned", kind=None, example=None)
+    rows = (*catalogue._rows(), row)
+    monkeypatch.setattr(catalogue, "_rows", lambda: rows)
+    return row
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """`--dist loadgroup` by the groups above, in the order of the collection.

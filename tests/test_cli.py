@@ -92,7 +92,7 @@ def test_no_command_is_missing_from_the_help(shell):
         ("methods --state ready", "unrecognized arguments: --state ready"),
         ("method remx", "slug 'remx' is unknown; did you mean 'remix'"),
         ("study remx", "slug 'remx' is unknown; did you mean 'remix'"),
-        ("study mixer", "slug 'mixer' is planned: it has no study yet"),
+        ("study not-yet", "slug 'not-yet' is planned: it has no study yet"),
         ("study rmoe --preset smal", "preset 'smal' is unknown; did you mean 'small'"),
         ("study rmoe --seed -1", "--seed: is '-1' but must be a whole number from 0 to 2147483647"),
         ("study rmoe --seeds none", "--seeds: is 'none' but must be a whole number of at least 1"),
@@ -132,7 +132,7 @@ def test_no_command_is_missing_from_the_help(shell):
         ("where aps", "what 'aps' is unknown; did you mean 'apps'"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(shell, two_runs: Path, argv: str, message: str):
+def test_wrong_input_is_one_line_and_status_2(shell, planned, two_runs: Path, argv: str, message: str):
     status, out, err = shell(*argv.split())
     assert (status, out) == (2, "")
     assert err.startswith("workbench: error: ") and err.count("\n") == 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from workbench.beds import dynamics
+from workbench.beds.dynamics import MIXED, forecasts
 from workbench.errors import InputError
 from workbench.lib import data
 
@@ -56,3 +57,53 @@ def test_persistence_repeats_the_last_point(task):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         dynamics.make(**options)
+
+
+def test_forecasts_are_whole_trajectories_of_each_environment_in_units_of_its_family():
+    task = forecasts(environments=3, starts=5, points=6, new=2)
+    states = task.trajectories
+    assert task.domains == MIXED and states.shape == (12, 5, 6, 2) and task.times.shape == (4, 6)
+    for family in range(4):
+        mine = states[task.family == family].flatten(0, 2)
+        torch.testing.assert_close(mine.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(mine.std(0), torch.ones(2), atol=1e-5, rtol=0)
+    found = data.load("dynamics", families=MIXED)
+    assert task.times[1].equal(found.times["pendulum"][:6]) and not task.times[0].equal(task.times[1])
+    assert task.splits["test"]["pendulum"][1].shape == (3, 6, 6, 2)
+    assert task.new["adapt"].shape == (8, 4, 6, 2) and task.new["adapted"].shape == (8, 28, 6, 2)
+    assert task.new_family.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_whole_batch_of_forecasts_has_every_environment_once():
+    task = forecasts(environments=3, starts=2, points=4)
+    batch = task.batch("train", 12, torch.Generator())
+    assert batch.inputs.tolist() == list(range(12)) and torch.equal(batch.targets, task.trajectories)
+    fewer = task.batch("train", 5, torch.Generator().manual_seed(0))
+    assert len(fewer) == 5 and torch.equal(task.family[fewer.inputs], fewer.domain)
+
+
+def test_what_a_forecast_is_off_is_the_mean_square_of_all_points_but_the_first():
+    task = forecasts(("pendulum",), environments=2, starts=2, points=3)
+    trajectories = task.splits["test"]["pendulum"][1]
+
+    class Says(torch.nn.Module):
+        def forward(self, environment, x0, times, context=None):
+            assert torch.equal(x0, trajectories[:, :, 0]) and times.shape == (2, 3)
+            return trajectories + torch.tensor([9.0, 1.0, 2.0])[:, None]
+
+    assert task.evaluate(Says(), "test")["mse"] == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"points": 1}, "points is 1 but must be between 2 and 40"),
+        ({"environments": 10}, "environments is 10 but must be between 1 and 9"),
+        ({"starts": 23}, "starts is 23 but must be between 1 and 22"),
+        ({"new": 5}, "new is 5 but must be between 1 and 4"),
+        ({"families": ("lorenz", "pendulum")}, "must all have the same number"),
+    ],
+)
+def test_forecasts_that_have_no_place_are_named(options, said):
+    with pytest.raises(InputError, match=said):
+        forecasts(**options)

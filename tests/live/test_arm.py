@@ -195,7 +195,7 @@ def test_settings_of_another_version_are_refused(tmp_path: Path):
     ("values", "said"),
     [
         ({"study": "mixlra"}, "'mixlra' is unknown; did you mean 'mixlora'"),
-        ({"study": "mixer"}, "'mixer' is planned"),
+        ({"study": "not-yet"}, "'not-yet' is planned"),
         ({"study": "mixlora", "arm": "mixlor"}, "'mixlor' is unknown; did you mean 'mixlora'"),
         ({"study": "mixlora", "preset": "smal"}, "preset 'smal' is unknown; did you mean 'small'"),
         ({"study": "mixlora", "seed": -1}, "seed is -1 but must be"),
@@ -205,7 +205,7 @@ def test_settings_of_another_version_are_refused(tmp_path: Path):
         ({"study": "mole-diffusion", "arm": "merged"}, "LoRAs that are trained once and kept are added"),
     ],
 )
-def test_what_cannot_be_watched_says_why(values: dict, said: str):
+def test_what_cannot_be_watched_says_why(planned, values: dict, said: str):
     with pytest.raises(InputError, match=said):
         read_recipe(values)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from workbench.catalogue import Method, method, methods
+from workbench.catalogue import Method, method
 from workbench.engines import Workers
 from workbench.errors import InputError
 from workbench.studies.core import Study, load_study
@@ -94,7 +94,7 @@ def test_arms_may_depend_on_the_settings():
     assert study.arms_of({"steps": 3}) == ["method at 3"] * 2 and STUDY.arms_of({}) == ["method", "baseline"]
 
 
-def test_wrong_input_is_named():
+def test_wrong_input_is_named(planned):
     with pytest.raises(InputError, match="preset 'smal' is unknown; did you mean 'small'"):
         STUDY.execute("smal")
     with pytest.raises(InputError, match="seed is -1"):
@@ -102,4 +102,4 @@ def test_wrong_input_is_named():
     with pytest.raises(InputError, match="jobs is 0"):
         STUDY.execute("smoke", workers=Workers(0))
     with pytest.raises(InputError, match="no study yet"):
-        load_study(methods(status="planned")[0].slug)
+        load_study(planned.slug)

@@ -8,6 +8,8 @@ are kept for adaptation ("adapt": a few of their trajectories, "adapted": the ot
 The error is in units of the variance. To say that the last point stays is 0.84 off. One perceptron for all five planar
 families is 0.09 off in environments that it has seen and 0.10 in new ones, and could be 0: three points say nearly all.
 
+For fields that are learned themselves (`forecasts`), the same trajectories are whole: from the first point all others.
+
     lotka-volterra, pendulum, duffing, van-der-pol, glycolysis    two variables
     lorenz                                                         three, so it does not go with the others
 
@@ -17,18 +19,21 @@ Made here (`lib/data/dynamics.py`).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from workbench.beds.baseline import MLP, Measured, seeded
 from workbench.errors import InputError
 from workbench.lib import data
 from workbench.lib.core.routing import Context
-from workbench.lib.core.task import Regression
+from workbench.lib.core.task import ArrayTask, Batch, Regression, device_of, mean_by_domain
 from workbench.lib.core.train import TrainConfig, train
 
 NEEDS = ()
 PLANAR = ("lotka-volterra", "pendulum", "duffing", "van-der-pol", "glycolysis")
+MIXED = ("lotka-volterra", "pendulum", "duffing", "van-der-pol")
+"""Four families that differ in kind: a cycle about a centre, a damped well, two of them, and a limit cycle."""
 TRAINED = 9
 """Environments of each family that are trained on."""
 SPLITS = {"train": slice(0, 22), "validation": slice(22, 26), "test": slice(26, 32)}
@@ -66,6 +71,109 @@ def make(families: Sequence[str] = PLANAR, seen: int = 3, ahead: int = 5) -> Reg
             splits.setdefault(split, {})[family] = rows[:, :seen].contiguous(), rows[:, seen:].contiguous()
     manifest = {family: row | {"seen": seen, "ahead": ahead} for family, row in found.manifest.items()}
     return Regression("dynamics", splits, manifest)
+
+
+class Forecasts(ArrayTask):
+    """Trajectories from their first points; a row is an environment with all its trajectories.
+
+    Inputs are the numbers of the environments, targets their trajectories (B, starts, points, dim). A model is called
+    as model(environment (B,), first points (B, starts, dim), times (B, points), context), and says (B, starts, points,
+    dim). Metric and loss: the mean square error of all points but the first, in units of the family's variance.
+
+    Attributes:
+        times: (families, points); a family has its own grid.
+        family: (environments,) of each environment that is trained on.
+        new: "adapt" and "adapted" -> trajectories (environments, starts, points, dim) of environments that are not.
+        new_family: of those.
+    """
+
+    metric, unit, higher_is_better = "mse", "of the variance", False
+
+    def __init__(
+        self,
+        splits: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+        manifest: dict,
+        times: Float[Tensor, "families points"],
+        new: Mapping[str, Float[Tensor, "environments starts points dim"]],
+        new_family: Int64[Tensor, " environments"],
+    ):
+        super().__init__("dynamics", splits, manifest)
+        self.times, self.new, self.new_family = times, new, new_family
+        counts = torch.tensor([len(numbers) for numbers, _ in self._split("train")])
+        self.family = torch.arange(len(counts)).repeat_interleave(counts)
+
+    @property
+    def trajectories(self) -> Float[Tensor, "environments starts points dim"]:
+        """All that is trained on."""
+        return torch.cat([states for _, states in self._split("train")])
+
+    def batch(self, split: str, size: int, generator: torch.Generator, domain: int | None = None) -> Batch:
+        """Each environment once, in their order, where there are no more than `size`; otherwise as drawn."""
+        if domain is None and len(self.family) <= size:
+            numbers, states = (torch.cat(part) for part in zip(*self._split(split), strict=True))
+            return Batch(numbers, states, self.family)
+        return super().batch(split, size, generator, domain)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Context]:
+        context = self.context(batch := batch.to(device_of(model)))
+        return self.criterion(self._say(model, batch, context), batch), context
+
+    def evaluate(self, model: nn.Module, split: str = "validation", max_batches: int | None = None) -> dict[str, float]:
+        def value(batch: Batch) -> Tensor:
+            return self.loss(model, batch)[0].double()
+
+        mean = mean_by_domain(self, model, split, max_batches, value)
+        return {self.metric: sum(mean.values()) / len(mean)} | {f"{self.metric}/{d}": v for d, v in mean.items()}
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return (outputs - batch.targets)[:, :, 1:].square().mean()
+
+    def _say(self, model: nn.Module, batch: Batch, context: Context) -> Tensor:
+        times = self.times.to(batch.targets.device)[batch.domain]
+        return model(batch.inputs, batch.targets[:, :, 0], times, context)
+
+
+def forecasts(
+    families: Sequence[str] = MIXED, environments: int = 5, starts: int = 4, points: int = 10, new: int = 2
+) -> Forecasts:
+    """The first points of the trajectories of these families, in the first environments of each, and in `new` ones.
+
+    The domains are the families. "train" has so many starts, "validation" and "test" those of `SPLITS`; states have
+    mean 0 and deviation 1 in what is trained on, for each family and variable.
+
+    Raises:
+        InputError: a family is unknown, families differ in the number of variables, or a number has no place.
+    """
+    found = data.load("dynamics", families=tuple(families))
+    dims = {family: states.shape[-1] for family, states in found.states.items()}
+    if len(set(dims.values())) > 1:
+        raise InputError(f"families have {dims} variables but must all have the same number")
+    here, _, grid, _ = next(iter(found.states.values())).shape
+    for name, value, least, most in (
+        ("environments", environments, 1, TRAINED),
+        ("starts", starts, 1, SPLITS["train"].stop),
+        ("points", points, 2, grid),
+        ("new", new, 1, here - TRAINED),
+    ):
+        if not least <= value <= most:
+            raise InputError(f"{name} is {value} but must be between {least} and {most}")
+    splits: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    adaptation: dict[str, list[Tensor]] = {"adapt": [], "adapted": []}
+    for index, (family, states) in enumerate(found.states.items()):
+        states = states[:, :, :points]
+        learned = states[:environments, :starts].flatten(0, 2)
+        states = (states - learned.mean(0)) / learned.std(0)
+        numbers = torch.arange(environments) + index * environments
+        for split, part in (SPLITS | {"train": slice(starts)}).items():
+            splits.setdefault(split, {})[family] = numbers, states[:environments, part].contiguous()
+        for split, part in ADAPTATION.items():
+            adaptation[split].append(states[TRAINED : TRAINED + new, part])
+    times = torch.stack([found.times[family][:points] for family in found.states])
+    kept = {split: torch.cat(parts) for split, parts in adaptation.items()}
+    new_family = torch.arange(len(times)).repeat_interleave(new)
+    sizes = {"environments": environments, "starts": starts, "points": points}
+    manifest = {family: row | sizes for family, row in found.manifest.items()}
+    return Forecasts(splits, manifest, times, kept, new_family)
 
 
 class Persistence(nn.Module):

@@ -18,6 +18,7 @@ BENCHES = {
     "serving": "workbench.bench.serving",
     "distributed": "workbench.bench.distributed",
     "layouts": "workbench.bench.layouts",
+    "dynamics": "workbench.bench.dynamics",
 }
 
 
