@@ -25,8 +25,8 @@ def test_crops_are_of_photographs_of_their_split_alone(task):
     for split, parts in task.splits.items():
         own, others = (photos[at] for at in (split, "test" if split == "train" else "train"))
         for crop in (parts["noise"][1][:6, 0] * 255).round().numpy():
-            assert any(holds(image[0], crop) for image in restoration._pool(own, 1).values())
-            assert not any(holds(image[0], crop) for image in restoration._pool(others, 1).values())
+            assert any(holds(image[0], crop) for image in restoration.pool(own, 1).values())
+            assert not any(holds(image[0], crop) for image in restoration.pool(others, 1).values())
 
 
 def holds(image, crop):

@@ -20,6 +20,15 @@ def test_every_picture_has_its_place_and_its_own_scale():
     assert list(figure.layout.yaxis.ticktext) == ["a", "b"]
 
 
+def test_images_have_one_scale_from_black_to_white():
+    figure = pictures([[np.full((2, 2), 0.5), np.eye(2)]], ["a"], ["x", "y"], title="t", grey=(0, 1))
+    for tile, value in zip(figure.data, (0.5, 1), strict=True):
+        assert (tile.zmin, tile.zmax) == (0, 1) and np.asarray(tile.z).max() == value
+        assert [colour for _, colour in tile.colorscale] == ["black", "white"]
+    with pytest.raises(InputError, match="white must be above black"):
+        pictures([[np.eye(2)]], ["a"], ["x"], title="t", grey=(1, 1))
+
+
 @pytest.mark.parametrize(
     ("maps", "said"),
     [

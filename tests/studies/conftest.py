@@ -8,7 +8,12 @@ import pytest
 from workbench.lib import data
 from workbench.studies.core import StudyResult, load_study
 
-NEEDS = {"merging": ("mnist-5k",), "modality": ("mnist-5k", "speech"), "features": ("movielens-100k",)}
+NEEDS = {
+    "merging": ("mnist-5k",),
+    "modality": ("mnist-5k", "speech"),
+    "features": ("movielens-100k",),
+    "imaging": ("photos",),
+}
 """Family -> data sets of its studies that come through pip's index."""
 
 

@@ -139,8 +139,8 @@ def make(crops: int, size: int = 32, channels: int = 1, ways: Sequence[str] = tu
         def build(way: str = way) -> Parsed:
             parts = {}
             for split, count in counts.items():
-                pool = _pool(photos.splits[split], channels)
-                pairs = [_pair(pool, size, way, f"restoration/{split}/{way}/{number}") for number in range(count)]
+                images = pool(photos.splits[split], channels)
+                pairs = [_pair(images, size, way, f"restoration/{split}/{way}/{number}") for number in range(count)]
                 parts[f"{split}/spoiled"], parts[f"{split}/clean"] = (torch.stack(x) for x in zip(*pairs, strict=True))
             return parts, {
                 "sha256": sha256(b"".join(parts[key].numpy().tobytes() for key in sorted(parts))).hexdigest()
@@ -152,7 +152,7 @@ def make(crops: int, size: int = 32, channels: int = 1, ways: Sequence[str] = tu
     return Restoration("restoration", splits, photos.manifest | {"crops": about | {"splits": counts} | drawn})
 
 
-def _pool(photos: Mapping[str, UInt8[Tensor, "channels height width"]], channels: int) -> dict[str, np.ndarray]:
+def pool(photos: Mapping[str, UInt8[Tensor, "channels height width"]], channels: int) -> dict[str, np.ndarray]:
     """The photographs that have, or can be given, so many channels: float64 whole numbers (channels, height, width)."""
     pool = {}
     for name, pixels in photos.items():

@@ -1,4 +1,4 @@
-"""Pictures side by side: rows and columns of small maps of numbers, such as the sub-bands of an image."""
+"""Pictures side by side: rows and columns of small maps of numbers, such as images, or the sub-bands of one."""
 
 from collections.abc import Sequence
 
@@ -19,6 +19,7 @@ def pictures(
     *,
     title: str,
     subtitle: str = "",
+    grey: tuple[float, float] | None = None,
     theme: str = "light",
 ) -> go.Figure:
     """A grid of square maps, all drawn at one size; each is coloured by its numbers over its own largest magnitude.
@@ -27,10 +28,13 @@ def pictures(
 
     Args:
         maps: a row of pictures for each of `rows`, one for each of `columns`; (side, side), whatever the side.
+        grey: what is black and what is white, for images; all have the one scale.
 
     Raises:
-        InputError: the grid has another shape than its names, or a map is not square.
+        InputError: the grid has another shape than its names, a map is not square, or white is not above black.
     """
+    if grey is not None and not grey[0] < grey[1]:
+        raise InputError(f"grey is {grey} but white must be above black")
     if len(maps) != len(rows) or any(len(row) != len(columns) for row in maps) or not (rows and columns):
         raise InputError(
             f"maps has rows of {[len(row) for row in maps]} pictures but must have {len(rows)} rows of {len(columns)}, "
@@ -41,7 +45,7 @@ def pictures(
         if one.ndim != 2 or one.shape[0] != one.shape[1] or not one.size:
             raise InputError(f"maps has a picture of {one.shape} but all must be square")
     traces = [
-        _tile(one, i, j, rows[i], columns[j], theme, first=i == j == 0)
+        _tile(one, i, j, rows[i], columns[j], theme, grey, first=i == j == 0)
         for i, row in enumerate(values)
         for j, one in enumerate(row)
     ]
@@ -61,19 +65,27 @@ def pictures(
     return figure
 
 
-def _tile(one: np.ndarray, i: int, j: int, row: str, column: str, theme: str, first: bool) -> go.Heatmap:
+def _tile(one: np.ndarray, i: int, j: int, row: str, column: str, theme: str, grey, first: bool) -> go.Heatmap:
     side, step = len(one), (1 - GAP) / len(one)
     largest = np.abs(one).max()
+    if grey is None:
+        z, (low, high) = one / largest if largest > 0 else one, (-1, 1)
+        scale = {
+            "colorscale": diverging(theme, -1, 0, 1),
+            "colorbar": colour_bar({-1: "−1", 0: "0", 1: "1"}, unit="of its largest"),
+        }
+    else:
+        z, (low, high) = one, grey
+        scale = {"colorscale": ["black", "white"], "colorbar": colour_bar({low: f"{low:g}", high: f"{high:g}"})}
     places = (np.arange(side) + 0.5) * step - (1 - GAP) / 2
     return go.Heatmap(
         x=j + places,
         y=i + places,
-        z=one / largest if largest > 0 else one,
+        z=z,
         customdata=one,
-        zmin=-1,
-        zmax=1,
-        colorscale=diverging(theme, -1, 0, 1),
+        zmin=low,
+        zmax=high,
         showscale=first,
-        colorbar=colour_bar({-1: "−1", 0: "0", 1: "1"}, unit="of its largest"),
         hovertemplate=f"{text(row)}, {text(column)}<br>%{{customdata:.4g}}<extra></extra>",
+        **scale,
     )
