@@ -162,7 +162,8 @@ def test_activations_are_those_that_autograd_keeps(width: int, flash: bool):
     x = torch.randn(3, 32, 64, dtype=DTYPES[width], requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x)
-    assert layer_activations(config, plan) == pytest.approx(sum(n for _, n in kept.values()), rel=0.1)
+    unfused = 2 * 3 * 32 * 64 * width  # the norms of the CPU keep their rows before the weight too
+    assert layer_activations(config, plan) + unfused == pytest.approx(sum(n for _, n in kept.values()), rel=0.02)
 
 
 def test_memory_shrinks_by_what_is_split_and_by_nothing_else():

@@ -1,7 +1,9 @@
 """What a rank holds and what it sends in a step, counted: parameters, states, activations, and bytes of messages.
 
 The counts are those of `frontier_train`, number for number; tests hold the one to the other. Activations are those that
-autograd keeps of `frontier_train`'s layer. Bytes sent are by the formula of each collective, as `wire.counted` has it.
+autograd keeps of `frontier_train`'s layer, where its norms are fused: the one of the CPU, which is made of several
+operators, keeps its rows once more before its weight is applied. Bytes sent are by the formula of each collective, as
+`wire.counted` has it.
 """
 
 from dataclasses import dataclass
@@ -55,9 +57,8 @@ def layer_activations(config: DenseConfig, plan: ParallelPlan) -> float:
     """Bytes that a layer keeps of a micro-batch for its backward pass.
 
     Whole on each rank of tp: two inputs of norms, and two outputs. Split: queries, keys, values and what attention
-    makes of them, and the 4 D units before and after their GELU. Without flash: the scores after softmax, and queries,
-    keys, values once more, in the order that products want. A norm keeps 4 bytes a row, flash attention 4 a row and
-    head.
+    makes of them, and the 4 D units before and after their GELU. Without flash: the scores after softmax. A norm keeps
+    4 bytes a row, flash attention 4 a row and head.
     """
     rows = config.time * plan.micro_batch
     kept = config.width * rows * config.dim * (4 + 12 / plan.tp) + 8 * rows
@@ -65,7 +66,7 @@ def layer_activations(config: DenseConfig, plan: ParallelPlan) -> float:
     kept += 2 * rows * (small - 4)  # statistics of float64 are float64
     if plan.flash:
         return kept + small * rows * heads
-    return kept + config.width * rows * (heads * config.time + 4 * config.dim / plan.tp)
+    return kept + config.width * rows * heads * config.time
 
 
 def activations(config: DenseConfig, plan: ParallelPlan, stage: int) -> float:
