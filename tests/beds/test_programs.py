@@ -1,13 +1,13 @@
 """The small tasks of images that programs are tried on, the record of the examples, and the sandbox for the rules'."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 from workbench.beds import programs
 from workbench.errors import InputError
+from workbench.lib.core.sandbox import Sandbox
 from workbench.lib.search.fsap import corpus
 from workbench.lib.search.fsap_programs import PLANS, RECORD
 
@@ -34,7 +34,18 @@ def test_the_record_has_every_example_on_every_set():
 
 
 def test_the_sandbox_of_the_process_is_one_and_comes_back(monkeypatch):
+    made = []
+
+    class Stub(Sandbox):
+        entered = True
+
+        def __enter__(self):
+            made.append(self)
+            return self
+
+    monkeypatch.setattr(programs, "Sandbox", Stub)
+    monkeypatch.setattr(programs, "_open", [])
     first = programs.own_sandbox()
-    assert programs.own_sandbox() is first and first.limits == replace(first.limits, seconds=programs.PATIENCE)
-    first.close()
-    assert programs.own_sandbox() is not first and programs.own_sandbox().entered
+    assert programs.own_sandbox() is first and first.limits.seconds == programs.PATIENCE and first.allow_weaker
+    first.entered = False
+    assert programs.own_sandbox() is not first and len(made) == 2

@@ -46,7 +46,7 @@ def test_duplicates_are_counted_by_key():
 
 
 def test_a_small_record_has_what_is_kept():
-    found = validation.record(timed=2, rounds=1, code={"torch": "nn/modules/linear.py"})
+    found = validation.record(timed=2, rounds=1, code={"torch": "nn/modules/linear.py"}, pattern="nn/**/*.py")
     assert found["files"] == 2 and set(found["seconds"]) == {*KEYS, "pattern", "parse"}
     assert all(value > 0 for value in found["seconds"].values()) and len(found["sized"]) == len(validation.SIZES)
     assert found["methods"]["codes"] > 3 and "torch" in found["where"]

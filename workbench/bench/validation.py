@@ -52,10 +52,10 @@ def sources(package: str, pattern: str) -> list[Path]:
     return [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob(pattern))
 
 
-def by_lines() -> dict[Path, int]:
-    """Files of torch that parse, and how many lines they have."""
+def by_lines(pattern: str) -> dict[Path, int]:
+    """Files of torch, and how many lines they have: none very short or long."""
     found = {}
-    for path in sources("torch", "**/*.py"):
+    for path in sources("torch", pattern):
         text = path.read_text(encoding="utf-8", errors="replace")
         if 40 <= text.count("\n") <= 2000:
             found[path] = text.count("\n")
@@ -119,9 +119,11 @@ def duplicates(codes: list[str]) -> dict[str, int]:
     return found | {"codes": len(codes)}
 
 
-def record(timed: int = TIMED, rounds: int = ROUNDS, code: dict[str, str] | None = None) -> dict:
-    """All that is kept."""
-    files = by_lines()
+def record(
+    timed: int = TIMED, rounds: int = ROUNDS, code: dict[str, str] | None = None, pattern: str = "**/*.py"
+) -> dict:
+    """All that is kept: of files of torch by the pattern, and of the methods in `code`, by default `CODE`."""
+    files = by_lines(pattern)
     alike = [path for path, lines in files.items() if LINES[0] <= lines <= LINES[1]]
     alike = alike[:: max(1, len(alike) // timed)][:timed]
     near = [min(files, key=lambda path, size=size: (abs(files[path] - size), path)) for size in SIZES]

@@ -60,7 +60,9 @@ def run(
     answers, answer = os.pipe()
     ours, theirs = socket.socketpair()
     began, here = time.monotonic(), os.getpid()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the server starts none, and a fork has one
+        pid = os.fork()
     if pid == 0:
         try:
             os.closerange(0, min(answer, theirs.fileno()))
