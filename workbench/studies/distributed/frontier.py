@@ -77,7 +77,7 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     failures = {size: found[size].failures for size in sizes}
     extra = {"best": {size: round(best[size], 6) for size in sizes}, "reached": reached, "failures": failures}
     params = max(GPT[size].params for size in sizes)
-    return Row(arm, seed, params, params, 0, settings["budget"] * len(sizes), metric, extra)
+    return Row(arm, seed, params, params, 0, 0, metric, extra)
 
 
 def judge(rows: Rows, settings: Settings) -> Judgement:
