@@ -203,7 +203,7 @@ def test_a_stronger_proximal_term_lets_a_turn_go_less_far():
             model.contexts.grad = torch.full_like(model.contexts, 2.0)
             hook.before_update(state)
             with torch.no_grad():
-                model.contexts -= 0.5 / beta * model.contexts.grad
+                model.contexts.sub_(model.contexts.grad, alpha=0.5 / beta)
         gone.append(model.contexts.detach().abs().max().item())
     assert gone == pytest.approx([2e-1, 2e-3, 2e-5], rel=1e-3)
 
