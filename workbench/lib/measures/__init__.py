@@ -8,6 +8,7 @@
 - `conflict`: gradients of several tasks against each other, from Gramians of two half batches
 - `spectra`: singular values and the measures of a spectrum; `operators`: norms and alignments of matrices
 - `random_matrix`: what an i.i.d. matrix of the same shape gives; `power_law`: the tail exponent
+- `images`: PSNR and SSIM of images against the true ones
 - `meters`: counts collected over many batches, mergeable by addition
 - `statistics`: intervals, equivalence tests, effect sizes and corrections for comparisons over seeds
 
