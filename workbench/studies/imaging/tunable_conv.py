@@ -64,7 +64,7 @@ RULE = (
 COMMON = {"batch_size": 16, "rate": 4e-3, "depth": 5}
 PRESETS = {
     "smoke": COMMON | {"crops": 16, "size": 24, "width": 8, "steps": 4, "seeds": 2},
-    "small": COMMON | {"crops": 800, "size": 24, "width": 16, "steps": 300, "seeds": 12},
+    "small": COMMON | {"crops": 800, "size": 24, "width": 16, "steps": 200, "seeds": 12},
     "full": COMMON | {"crops": 8000, "size": 48, "width": 48, "depth": 8, "steps": 20_000, "seeds": 12},
 }
 
