@@ -19,6 +19,7 @@ BENCHES = {
     "distributed": "workbench.bench.distributed",
     "layouts": "workbench.bench.layouts",
     "dynamics": "workbench.bench.dynamics",
+    "imaging": "workbench.bench.imaging",
 }
 
 
