@@ -2,8 +2,8 @@
 
 The bound is the plain convolution: what torch makes of one kernel for all images. "one setting" mixes the kernels of P
 knobs first; "a setting an image" makes a kernel for each image and is one grouped convolution. Its rivals compute the
-same: "torch/loop" one convolution after the other, "torch/all kernels" convolves with every kernel and mixes outputs, as
-an implementation without mixed kernels does, and "torch/fused" is the layer after `fuse`, a plain convolution again.
+same: "torch/loop" one convolution after the other, "torch/all kernels" convolves with every kernel and mixes outputs,
+as an implementation without mixed kernels does, and "torch/fused" is the layer after `fuse`, plain again.
 
 `ratio_to_limit` is what knobs cost, the median over the rounds of the time over that of the plain convolution. With an
 objective's gradient ("forward+backward") come the gradients of images, of all kernels and of all biases.

@@ -219,7 +219,7 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
             REPRODUCED,
             all(gap.high < math.log1p(FEW) for gap in beyond(0.9))
             and all(gap(0.95).high < 0 for gap in against.values())
-            and all(value == -1 for value in follows),
+            and all(value < -0.999 for value in follows),
         ),
     )
     effect = rows.minus("tunable", "film")
