@@ -43,7 +43,7 @@ METHOD = Method(
     title="Tunable Convolutions with Parametric Multi-Loss Optimization",
     family="imaging",
     year=2023,
-    paper="arXiv:2304.00898",
+    paper="CVPR 2023",
     claim="Kernels mixed by the same knobs that weight the losses give reliable control over all compromises, better "
     "than other ways of control and at virtually no extra cost.",
     objects=("make_tunable", "knobs", "fuse", "tuned", "TunableConv2d", "TunableLinear", "MultiLoss", "sample_knobs"),
