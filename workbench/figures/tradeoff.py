@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 from workbench.errors import InputError
-from workbench.figures.basic import LEGEND
 from workbench.figures.theme import blank, text, theme_named
 
 Curve = Sequence[tuple[float, float]]
@@ -65,5 +64,5 @@ def trade_off(
             marker={"size": 15, "symbol": "circle-open", "color": colours.accent, "line": {"width": 3}},
             name="here",
         )
-    figure.update_layout(showlegend=True, legend=LEGEND)
+    figure.update_layout(showlegend=True)
     return figure
