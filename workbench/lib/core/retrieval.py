@@ -2,8 +2,8 @@
 
 Only the search normalises; what a model is conditioned on are the embeddings as they were given. Three backends:
 
-    exact         similarities in float64, all of them; of equal ones the lower id comes first. Equal rows are equal to
-                  the last bit, whatever a product of matrices makes of their places
+    exact         similarities in float64, all of them; of equal ones the lower id comes first. Equal rows are equally
+                  similar to the last bit, whatever a product of matrices makes of their places
     faiss-flat    the same in float32 by faiss; of equal ones at the k-th place any may be returned
     faiss-ivfpq   approximate: cells and product codes find `REORDER` k candidates, whose true similarities decide
 

@@ -7,7 +7,7 @@ exchanged after training.
 
     loss       E |e - e_theta(x_t, t, r(x))|^2, with r replaced by one trained null vector with probability p_uncond
     guidance   e_null + w (e_r - e_null)
-    drawing    an item q of D from `TopMProposal`, r = the k nearest of q in D, q first; then DDIM (`lib.core.diffusion`)
+    drawing    an item q of D from `TopMProposal`, r = the k nearest of q in D, q first; then DDIM
 
 The null vector is trained, where the paper's code has a fixed random one and trains without it; a model that never saw
 it (p_uncond = 0) refuses guidance. The paper's denoiser is a U-Net on latents of an autoencoder; this one is a residual
@@ -196,9 +196,8 @@ class TopMProposal:
         if not neighbour_ids.numel():
             raise InputError(f"neighbour_ids is {tuple(neighbour_ids.shape)} but must have at least one id")
         if int(neighbour_ids.min()) < 0 or int(neighbour_ids.max()) >= n_db:
-            raise InputError(
-                f"neighbour_ids are {int(neighbour_ids.min())} to {int(neighbour_ids.max())} but must be 0 to {n_db - 1}"
-            )
+            ends = f"{int(neighbour_ids.min())} to {int(neighbour_ids.max())}"
+            raise InputError(f"neighbour_ids are {ends} but must be 0 to {n_db - 1}")
         return cls(neighbour_ids.flatten().bincount(minlength=n_db))
 
     def weights(self, m: float = 0.01, weighted: bool = True) -> Float[Tensor, " items"]:

@@ -1,5 +1,5 @@
-"""Is a small generator that is shown retrieved neighbours as good as larger ones, and does a swap of its database change
-what it draws? (Blattmann et al., NeurIPS 2022)
+"""Does a small generator beside retrieved neighbours rival larger ones, and does a swap of its database change what it
+draws? (Blattmann et al., NeurIPS 2022)
 
 Digits of 8 x 8 (`beds.retrieved_digits`): about 500 to train on, as many others in the database, an embedder fitted on
 250 more. All arms but "large" are the same network to the last weight; what differs is what it is shown:
@@ -57,26 +57,27 @@ from workbench.studies.verdicts import NOT_REPRODUCED, REPRODUCED, Judgement, de
 OURS = "semi-parametric"
 ARMS = (OURS, "unconditional", "class", "random", "large", "unseen", "unseen-random")
 UNSEEN = (8, 9)
-MARGIN = 0.005  # of the squared MMD, by which a larger model may be better
+MARGIN = 0.01  # of the squared MMD, by which a larger model may be better
 SWAPPED, COPIED = 0.5, 0.5
 
 RULE = (
-    "The metric is the squared MMD between drawn images and held-out ones, lower is better; intervals are 95% intervals "
-    "over seeds, paired where arms are compared. Four parts. Neighbours help: MMD, retrieved minus unconditional and "
-    "retrieved minus random neighbours, at the same parameters, both lie below 0. It rivals the larger model: retrieved "
-    f"minus the unconditional one of five times the parameters lies below {MARGIN:g}. A swap changes the domain: of what "
-    "is drawn after the database became unseen 8s and 9s, the share that an independent classifier reads as 8 or 9 lies "
-    f"above {SWAPPED:g}, and above that of a model trained beside random neighbours. It does not paste: the distance of "
-    f"drawn images from the nearest of the database, over that of held-out images, lies above {COPIED:g}. Reproduced if "
-    "all four hold. Not reproduced if retrieved minus unconditional or minus random lies above 0, if retrieved minus "
-    f"the larger model lies above {MARGIN:g}, or if the share or the ratio lies below {SWAPPED:g}. Not resolved "
-    "otherwise. The effect is retrieved minus unconditional. The class-conditional model is reported and not judged."
+    "The metric is the squared MMD between drawn images and held-out ones, lower is better; intervals are of 95% over "
+    "seeds, paired where arms are compared. Four parts. Neighbours help: MMD, retrieved minus unconditional and "
+    "retrieved minus random neighbours, at the same parameters, both lie below 0. It rivals the larger model: "
+    f"retrieved minus the unconditional one of five times the parameters lies below {MARGIN:g}. A swap changes the "
+    "domain: of what is drawn after the database became unseen 8s and 9s, the share that an independent classifier "
+    f"reads as 8 or 9 lies above {SWAPPED:g}, and above that of a model trained beside random neighbours. It does not "
+    "paste: the mean distance of drawn images from the nearest of the database, over that of held-out images, lies "
+    f"above {COPIED:g}. Reproduced if all four hold. Not reproduced if retrieved minus unconditional or minus random "
+    f"lies above 0, if retrieved minus the larger model lies above {MARGIN:g}, if the share lies below {SWAPPED:g} or "
+    f"the ratio below {COPIED:g}. Not resolved otherwise. The effect is retrieved minus unconditional. The "
+    "class-conditional model is reported and not judged."
 )
 
-COMMON = {"k": 4, "p_uncond": 0.1, "draw_steps": 50, "rate": 2e-3, "batch_size": 64}
+COMMON = {"k": 4, "p_uncond": 0.1, "draw_steps": 50, "rate": 5e-3, "batch_size": 64}
 PRESETS = {
     "smoke": COMMON | {"seeds": 2, "steps": 3, "draw_steps": 2, "batch_size": 8, "dim": 16, "large": (24, 3)},
-    "small": COMMON | {"seeds": 12, "steps": 1500, "dim": 64, "large": (128, 3)},
+    "small": COMMON | {"seeds": 12, "steps": 1000, "dim": 64, "large": (128, 3)},
     "full": COMMON | {"seeds": 12, "steps": 10_000, "dim": 128, "large": (256, 4)},
 }
 
@@ -106,11 +107,12 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
     state = train(model, task, config)
     budget = training_budget(model, task, size, seed)
 
-    def draw(beside: Tensor | None, **options) -> Tensor:
-        generator, many = torch.Generator().manual_seed(seed + 1), len(found["test"].images) if beside is None else None
-        return sample(model, beside, schedule, generator, steps=settings["draw_steps"], n=many, **options)
-
     real = found["test"].images
+
+    def draw(beside: Tensor | None, weight: float) -> Tensor:
+        generator, many = torch.Generator().manual_seed(seed + 1), len(real) if beside is None else None
+        return sample(model, beside, schedule, generator, weight, settings["draw_steps"], n=many)
+
     if arm.startswith("unseen"):
         base.swap(database(kept_back, embedder))
         items = torch.randint(len(base), (len(real),), generator=torch.Generator().manual_seed(seed))
@@ -123,7 +125,7 @@ def run(arm: str, seed: int, settings: Settings) -> Row:
         if arm == "class":
             drawn_as = torch.randint(len(shown["train"]), (len(real),), generator=torch.Generator().manual_seed(seed))
             beside = shown["train"][drawn_as]
-    drawn = draw(beside, weight=1.0)
+    drawn = draw(beside, 1.0)
     right = torch.isin(reader(together(found, "embedder", "validation", "test"))(drawn), torch.tensor(UNSEEN))
     extra: dict[str, Any] = {"noise_error": state.metrics["noise_error"], "unseen": float(right.double().mean())}
     if not arm.startswith("unseen"):
@@ -141,7 +143,7 @@ def together(found: dict[str, Part], *names: str) -> Part:
 def look_up(
     arm: str, part: Part, base: RetrievalDatabase, embedder: Embedder, k: int, number: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is shown beside each image of a part: ids of the database where it is from there, and what the model sees."""
+    """What is shown beside each image of a part: ids of the database, where it is from there, and what is seen."""
     if arm in ("unconditional", "large"):
         return None, None
     if arm == "class":
@@ -184,7 +186,7 @@ def swept(model, ids, base: RetrievalDatabase, draw, real: Tensor, settings: Set
 
     def measured(k: int, m: float, weight: float) -> list[float]:
         items = proposal.sample(n, torch.Generator().manual_seed(0), m=m)
-        drawn = draw(neighbours(base, items, k)[1], weight=weight)
+        drawn = draw(neighbours(base, items, k)[1], weight)
         return [mmd(drawn, real), *precision_recall(drawn, real)]
 
     return {
@@ -219,9 +221,10 @@ def judge(rows: Rows, settings: Settings) -> Judgement:
     )
     shown = ", ".join(f"{arm} {gain.estimate:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]" for arm, gain in gains.items())
     reason = (
-        f"Squared MMD, retrieved minus: {shown}. After the swap {share.estimate:.2f} [{share.low:.2f}, {share.high:.2f}] "
-        f"are read as 8 or 9, {rows.mean('unseen-random', 'unseen'):.2f} beside random neighbours. Drawn images are "
-        f"{ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as far from the database as held-out ones. "
+        f"Squared MMD, retrieved minus: {shown}. After the swap {share.estimate:.2f} "
+        f"[{share.low:.2f}, {share.high:.2f}] are read as 8 or 9, beside random neighbours "
+        f"{rows.mean('unseen-random', 'unseen'):.2f}. Drawn images are {ratio.estimate:.2f} "
+        f"[{ratio.low:.2f}, {ratio.high:.2f}] times as far from the database as held-out ones. "
         f"Holds: {', '.join(name for name, held in holds.items() if held) or 'nothing'}."
     )
     drawn = [arm for arm in rows.arms if not arm.startswith("unseen")]
@@ -261,5 +264,5 @@ STUDY = Study(
     main=OURS,
     tested="Beside retrieved neighbours a small denoiser draws digits nearer to held-out ones than alone or beside "
     "random ones, no worse than one of five times its size, and digits it never saw once its database holds them.",
-    power=Power(("unconditional", "random"), effect=0.005),
+    power=Power(("unconditional", "random"), effect=0.01),
 )
