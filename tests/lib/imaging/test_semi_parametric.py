@@ -149,7 +149,7 @@ def refused(**options):
 @pytest.mark.parametrize(
     ("act", "said"),
     [
-        (lambda: NeighborConditionedDenoiser((8, 8), 16), "shape, d_embedding"),
+        (lambda: NeighborConditionedDenoiser((0, 8, 8), 16), "shape, d_embedding"),
         (lambda: NeighborConditionedDenoiser(SHAPE, 16, dim=30), "n_heads a divisor of dim"),
         (lambda: NeighborConditionedDenoiser(SHAPE, 16, p_uncond=1.5), "p_uncond is 1.5"),
         (lambda: refused(x=torch.zeros(5, 1, 8, 9)), r"x has images of \(1, 8, 9\)"),

@@ -68,7 +68,7 @@ class RetrievalDatabase:
         return self.raw.shape[1]
 
     def search(
-        self, queries: Float[Tensor, "batch width"], k: int, exclude_ids: Int64[Tensor, "batch most"] | None = None
+        self, queries: Float[Tensor, "batch width"], k: int, exclude_ids: Int64[Tensor, "rows most"] | None = None
     ) -> tuple[Int64[Tensor, "batch k"], Float64[Tensor, "batch k"]]:
         """The ids of the k nearest items of each query, nearest first, and their cosines.
 

@@ -120,7 +120,7 @@ class NeighborConditionedDenoiser(nn.Module):
         self,
         x: Float[Tensor, "batch channels height width"],
         t: Tensor,
-        shown: Float[Tensor, "batch k width"] | None,
+        shown: Float[Tensor, "batch k embedding"] | None,
         mask: Bool[Tensor, "batch k"] | None = None,
         dropped: Bool[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
@@ -170,7 +170,7 @@ def _waves(t: Tensor) -> Tensor:
 
 def neighbours(
     database: RetrievalDatabase, items: Int64[Tensor, " batch"], k: int
-) -> tuple[Int64[Tensor, "batch k"], Float[Tensor, "batch k width"]]:
+) -> tuple[Int64[Tensor, "batch k"], Float[Tensor, "batch k embedding"]]:
     """What is shown to draw "like" items of the database: each of them and its k - 1 nearest, ids and embeddings."""
     if k == 1:
         ids = items[:, None]
@@ -225,7 +225,7 @@ class TopMProposal:
 
 def sample(
     model: NeighborConditionedDenoiser,
-    shown: Float[Tensor, "batch k width"] | None,
+    shown: Float[Tensor, "batch k embedding"] | None,
     schedule: Schedule,
     generator: torch.Generator,
     weight: float = 2.0,
