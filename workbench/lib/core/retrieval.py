@@ -27,6 +27,7 @@ BACKENDS = ("exact", "faiss-flat", "faiss-ivfpq")
 FORMAT = "workbench-retrieval-1"
 REORDER = 8
 LEAST = 256  # items from which product codes can be learned
+LEARNED, ROUNDS = 10_000, 10  # items to learn cells and codes from (fewer than twice as many), rounds of k-means
 
 
 class RetrievalDatabase:
@@ -174,11 +175,12 @@ def _faiss_index(unit: Tensor, backend: str):
     else:
         cells = max(1, round(math.sqrt(n)))
         parts = next(parts for parts in range(min(width, 16), 0, -1) if width % parts == 0)
-        bits = 8 if n >= 39 * 256 else 4  # faiss asks for 39 items a code
+        bits = 8 if n >= LEARNED else 4  # faiss asks for 39 items a code
         index = faiss.IndexIVFPQ(faiss.IndexFlatIP(width), width, cells, parts, bits, faiss.METRIC_INNER_PRODUCT)
         index.nprobe = max(1, cells // 4)
         index.cp.min_points_per_centroid = 1  # so small a database is meant
+        index.cp.niter = index.pq.cp.niter = ROUNDS
     rows = unit.float().numpy()
-    index.train(rows)
+    index.train(rows[:: max(1, n // LEARNED)])
     index.add(rows)
     return index
