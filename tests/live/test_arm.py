@@ -44,7 +44,7 @@ STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging", "parallel-folding"
 }
 #: Families and systems that send no token anywhere.
 UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "features"} | {
-    *("shallow-again", "stable-rps", "streaming-diloco", "ascan", "wavemix", "tunable-conv"),
+    *("shallow-again", "stable-rps", "streaming-diloco", "ascan", "wavemix", "tunable-conv", "semi-parametric"),
 }
 
 
