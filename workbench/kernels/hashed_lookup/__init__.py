@@ -115,6 +115,8 @@ def hashed_lookup(
     if not tables:
         raise InputError("tables are none but must be at least one")
     device, dtype = tables[0].device, tables[0].dtype
+    if backend is None and dtype == torch.float64:
+        backend = "reference"
     chosen = dispatch.choose("hashed_lookup", backend, device, BACKENDS, dtype, NATIVE)
     if lr is None:
         return _lookup(tables, ids, lookups.flat(), mean, chosen)[0]
