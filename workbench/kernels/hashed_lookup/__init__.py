@@ -115,6 +115,8 @@ def hashed_lookup(
     if not tables:
         raise InputError("tables are none but must be at least one")
     device, dtype = tables[0].device, tables[0].dtype
+    if ids.device != device:
+        raise InputError(f"ids are on {ids.device} but must be on {device}, as tables are")
     if backend is None and dtype == torch.float64:
         backend = "reference"
     chosen = dispatch.choose("hashed_lookup", backend, device, BACKENDS, dtype, NATIVE)
