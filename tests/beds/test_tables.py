@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
 from workbench.beds import tables
@@ -81,3 +82,33 @@ def test_the_area_under_the_curve_is_over_the_whole_split():
     assert task.evaluate(First())["auc"] == 1  # in batches of 4,096 one alone has no no, and another no yes
     flipped = tables.YesOrNo(Table("steps", ("at",), (10_000,), {s: (ids, 1 - y) for s in table.splits}, {}))
     assert flipped.evaluate(First())["auc"] == 0
+
+
+class Scores(nn.Module):
+    """A logit for each id of the first field."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, ids, context=None):
+        return self.logits[ids[:, 0]]
+
+
+@pytest.mark.parametrize("kind", ["drawn", "many equal", "all equal"])
+def test_scikit_learn_measures_the_same(kind):
+    """Area and log-loss, of probabilities; ties count half, as the share of pairs that are in order says too."""
+    draw, n = torch.Generator().manual_seed(0), 5000
+    logits = {
+        "drawn": 2 * torch.randn(n, generator=draw, dtype=torch.float64),
+        "many equal": torch.randint(-3, 4, (n,), generator=draw).double(),
+        "all equal": torch.full((n,), -1.0, dtype=torch.float64),
+    }[kind]
+    y = (torch.rand(n, generator=draw, dtype=torch.float64) < logits.sigmoid()).float()
+    ids = torch.arange(n)[:, None]
+    task = tables.YesOrNo(Table("scores", ("at",), (n,), dict.fromkeys(("train", "validation", "test"), (ids, y)), {}))
+    found, probabilities = task.evaluate(Scores(logits)), logits.sigmoid().numpy()
+    assert found["auc"] == pytest.approx(roc_auc_score(y.numpy(), probabilities), abs=1e-12)
+    assert found["log_loss"] == pytest.approx(log_loss(y.numpy(), probabilities), rel=1e-6)
+    ahead = logits[y == 1][:, None] - logits[y == 0]
+    assert found["auc"] == pytest.approx(float((ahead.sign() + 1).mean() / 2), abs=1e-9)

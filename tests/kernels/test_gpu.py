@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels import (
+    Lookups,
     RoutePlan,
     block_sparse_attention,
     column_topk,
@@ -17,6 +18,7 @@ from workbench.kernels import (
     gather_sum,
     haar_dwt2,
     haar_idwt2,
+    hashed_lookup,
     magnitude_threshold,
     moe_mlp,
     newton_schulz,
@@ -208,6 +210,27 @@ def test_haar(size):
     check("haar", lambda backend, x: haar_dwt2(x, backend=backend), draw(2, 3, *size))
     assert torch.equal(haar_dwt2(wide).cpu(), bands)
     assert torch.equal(haar_idwt2(bands.cuda()).cpu(), haar_idwt2(bands, backend="reference"))
+
+
+@pytest.mark.parametrize("dim", [5, 16, 200])
+def test_hashed_lookup(dim):
+    fields = (0, 1, 2)
+    lookups = Lookups((0, 1, 0), (0, 0, 3), (700, 90, 600), (0, 5, 2**40), fields, (0, 0, 1))
+    ids = torch.randint(2**62, (301, 3), generator=torch.Generator().manual_seed(0)).cuda()
+    tables = draw(700, dim), draw(90, dim, seed=1)
+
+    def function(backend, *given):
+        return hashed_lookup(given, ids, lookups, mean=True, backend=backend)
+
+    check("hashed_lookup", function, *tables)
+    wide = [table.float() for table in tables]
+    assert torch.equal(function(None, *wide), function("reference", *wide))
+    moved = [table.clone().requires_grad_() for table in wide]
+    hashed_lookup(moved, ids, lookups, mean=True, lr=0.5).sum().backward()
+    own = [table.clone().requires_grad_() for table in wide]
+    function("reference", *own).sum().backward()
+    for after, before in zip(moved, own, strict=True):
+        torch.testing.assert_close(after.detach(), (before - 0.5 * before.grad).detach())
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (100, 100), (3, 129, 500), (700, 260)])

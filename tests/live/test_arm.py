@@ -260,3 +260,17 @@ def test_every_view_that_applies_to_a_study_is_fed(slug: str, tmp_path: Path):
     ranks = [history(readings, matrix).measure("effective_rank") for matrix in recorded]
     assert any(np.isfinite(values).any() for rank in ranks for _, values in rank.values())
     run.close()
+
+
+@pytest.mark.study
+def test_gates_of_a_mixture_of_crosses_are_watched(tmp_path: Path):
+    """The main arm routes nothing; the low-rank mixture has a gate in each layer, to all experts, and views show it."""
+    data.get("movielens-100k")
+    train_run(Arm("dcn-v2", "mix", preset="smoke"), tmp_path / "run")
+    run = Run(tmp_path / "run")
+    layers = run.meta["model"]["layers"]
+    assert [layer["name"] for layer in layers] == ["cross.layers.0", "cross.layers.1"]
+    assert all(layer["n_experts"] == layer["top_k"] == 2 for layer in layers)
+    imbalance, together = filled(run, ImbalanceView), filled(run, CoactivationView)
+    assert all(imbalance[name] for name in ("load", "balance", "layers", "support")) and together["matrix"]
+    run.close()

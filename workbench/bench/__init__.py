@@ -20,6 +20,7 @@ BENCHES = {
     "layouts": "workbench.bench.layouts",
     "dynamics": "workbench.bench.dynamics",
     "imaging": "workbench.bench.imaging",
+    "features": "workbench.bench.features",
 }
 
 

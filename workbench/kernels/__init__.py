@@ -15,6 +15,7 @@ from workbench.kernels.dct import dct2_rows, dct3_rows, dct_basis
 from workbench.kernels.e3m0 import e3m0_pack, e3m0_unpack
 from workbench.kernels.gather_sum import gather_sum
 from workbench.kernels.haar import haar_dwt2, haar_idwt2
+from workbench.kernels.hashed_lookup import Lookups, hashed_lookup
 from workbench.kernels.low_rank import low_rank
 from workbench.kernels.moe_mlp import moe_mlp
 from workbench.kernels.newton_schulz import newton_schulz
@@ -31,6 +32,7 @@ from workbench.kernels.trim_elect_merge import magnitude_threshold, trim_elect_m
 from workbench.kernels.walsh_hadamard import walsh_hadamard
 
 __all__ = [
+    "Lookups",
     "RoutePlan",
     "block_gate_topk",
     "block_sparse_attention",
@@ -46,6 +48,7 @@ __all__ = [
     "gather_sum",
     "haar_dwt2",
     "haar_idwt2",
+    "hashed_lookup",
     "low_rank",
     "magnitude_threshold",
     "moe_mlp",

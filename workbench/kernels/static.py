@@ -36,6 +36,7 @@ OPERATORS = (
     "pcb_merge",
     "walsh_hadamard",
     "haar",
+    "hashed_lookup",
     "newton_schulz",
     "dct",
     "column_topk",

@@ -1,5 +1,9 @@
 """DCN-V2: degree, forms that are one another, parameters, and what its models refuse."""
 
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
@@ -196,3 +200,79 @@ def test_block_norms_find_the_cross_that_is_there():
 def test_what_does_not_fit_is_refused(build, said: str):
     with pytest.raises(InputError, match=said):
         build()
+
+
+# -- the same weights in public libraries, skipped where they are not installed
+
+
+def cross_file(package: str, path: str) -> ModuleType:
+    """A package's file by itself: the packages as a whole want what no cross layer needs."""
+    found = find_spec(package)
+    if found is None:
+        pytest.skip(f"{package} is not installed")
+    spec = spec_from_file_location(f"{package}_crosses", Path(found.submodule_search_locations[0]) / path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tied(layers: int = 3, rank: int = 2, n_experts: int = 3) -> CrossNetwork:
+    """A mixture as two libraries have it: one gate for all layers, and one bias for a layer's experts."""
+    made = network("mix", layers, rank=rank, n_experts=n_experts)
+    with torch.no_grad():
+        for layer in made.layers:
+            layer.bias.copy_(layer.bias[:1].expand_as(layer.bias))
+            layer.gates.weight.copy_(made.layers[0].gates.weight)
+    return made
+
+
+@torch.no_grad()
+def test_torchrec_makes_the_same_crosses():
+    """torchrec 1.9.2."""
+    peer, x = cross_file("torchrec", "modules/crossnet.py"), rows()
+    full, ours = peer.CrossNet(D, 3).double(), network("full", 3)
+    for i, layer in enumerate(ours.layers):
+        full.kernels[i].copy_(layer.weight), full.bias[i].copy_(layer.bias[:, None])
+    assert torch.allclose(full(x), ours(x), rtol=1e-10, atol=1e-12)
+    low, ours = peer.LowRankCrossNet(D, 3, low_rank=2).double(), network("low_rank", 3, rank=2)
+    for i, layer in enumerate(ours.layers):
+        low.W_kernels[i].copy_(layer.u), low.V_kernels[i].copy_(layer.v), low.bias[i].copy_(layer.bias)
+    assert torch.allclose(low(x), ours(x), rtol=1e-10, atol=1e-12)
+    vector, ours = peer.VectorCrossNet(D, 3).double(), network("v1", 3)
+    for i, layer in enumerate(ours.layers):
+        vector.kernels[i].copy_(layer.weight.T), vector.bias[i].copy_(layer.bias[:, None])
+    assert torch.allclose(vector(x), ours(x), rtol=1e-10, atol=1e-12)
+    mix = peer.LowRankMixtureCrossNet(D, 3, num_experts=3, low_rank=2, activation=torch.tanh).double()
+    ours = tied()
+    for i, layer in enumerate(ours.layers):
+        mix.U_kernels[i].copy_(layer.u), mix.V_kernels[i].copy_(layer.v), mix.C_kernels[i].copy_(layer.c)
+        mix.bias[i].copy_(layer.bias[0][:, None])
+    for k, gate in enumerate(mix.gates):
+        gate.weight.copy_(ours.layers[0].gates.weight[k : k + 1])
+        if gate.bias is not None:
+            gate.bias.zero_()
+    assert torch.allclose(mix(x), ours(x), rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_fuxictr_makes_the_same_crosses():
+    """FuxiCTR 2.3.10; of a batch of one its mixture loses the first dimension, ours does not."""
+    peer, x = cross_file("fuxictr", "pytorch/layers/interactions/cross_net.py"), rows()
+    full, ours = peer.CrossNetV2(D, 3).double(), network("full", 3)
+    for theirs, layer in zip(full.cross_layers, ours.layers, strict=True):
+        theirs.weight.copy_(layer.weight), theirs.bias.copy_(layer.bias)
+    assert torch.allclose(full(x), ours(x), rtol=1e-10, atol=1e-12)
+    mix, ours = peer.CrossNetMix(D, 3, low_rank=2, num_experts=3).double(), tied()
+    for i, layer in enumerate(ours.layers):
+        mix.U_list[i].copy_(layer.u), mix.V_list[i].copy_(layer.v.transpose(1, 2)), mix.C_list[i].copy_(layer.c)
+        mix.bias[i].copy_(layer.bias[0][:, None])
+    for k, gate in enumerate(mix.gating):
+        gate.weight.copy_(ours.layers[0].gates.weight[k : k + 1])
+    assert torch.allclose(mix(x), ours(x), rtol=1e-10, atol=1e-12)
+    assert ours(x[:1]).shape == (1, D)
+
+
+def test_a_mixture_with_gates_of_its_own_is_another_network():
+    """What the libraries tie makes a difference: so their mixture is ours only where it is tied."""
+    free, both, x = network("mix", 3, rank=2, n_experts=3), tied(), rows()
+    assert not torch.allclose(free(x), both(x))

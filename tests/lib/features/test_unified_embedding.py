@@ -10,8 +10,9 @@ from torch import nn
 
 from workbench.errors import InputError
 from workbench.lib.core.budget import count_params
-from workbench.lib.features.hashing import hash_rows, ids_of, mixed
+from workbench.lib.features.hashing import hash_rows, ids_of
 from workbench.lib.features.unified_embedding import (
+    SHARINGS,
     HashedEmbeddings,
     SharedBehind,
     UnifiedEmbedding,
@@ -27,15 +28,6 @@ N = 100_000
 def ids(n: int = 20) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     return torch.stack([torch.randint(size, (n,), generator=draw) for size in SIZES], 1)
-
-
-def test_splitmix_is_the_published_one():
-    """Its first outputs from the state 0 (the reference generator's)."""
-    assert [int(mixed(torch.tensor(0), salt)) & (2**64 - 1) for salt in range(3)] == [
-        0xE220A8397B1DCDAF,
-        0x6E789E6AA1B965F4,
-        0x06C45D188009454F,
-    ]
 
 
 def test_a_row_is_the_same_in_every_process():
@@ -67,6 +59,28 @@ def test_features_and_chunks_are_independent():
     both = [hash_rows(one, salt, m) == hash_rows(other, salt, m) for salt in (0, 1)]
     rate = float((both[0] & both[1]).double().mean())
     assert abs(rate - 1 / m**2) < 4 * (1 / m**2 / (N // 2)) ** 0.5
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_what_is_looked_up_are_the_rows(sharing: str):
+    """Values and gradients as by indexing, to the last bit."""
+    made = HashedEmbeddings(SIZES, 12, 5, sharing)
+    grad = torch.randn(20, 15, generator=torch.Generator().manual_seed(1))
+    found, plain = made(ids()), made.table[made.rows(ids())].flatten(1)
+    grads = (torch.autograd.grad(y, made.table, grad)[0] for y in (found, plain))
+    assert torch.equal(found, plain) and torch.equal(*grads)
+
+
+def test_several_values_of_a_feature_are_their_mean():
+    made = UnifiedEmbedding(50, 4, {"a": 3, "b": 1}, n_tables=2)
+    values = torch.tensor([[1, 2, 9], [3, 4, 4]])
+    several = made({"a": values, "b": values[:, 0]})
+    one = [made({"a": values[:, j], "b": values[:, 0]}) for j in range(3)]
+    assert torch.allclose(several["a"], sum(each["a"] for each in one) / 3, atol=1e-7)
+    assert torch.equal(several["b"], one[0]["b"])
+    both = torch.stack([values[:, 0], values[:, 0]], 1)
+    flat = made.tables.flatten(0, 1)[made.rows(both)].flatten(1)
+    assert torch.equal(made.concat(both), flat) and torch.equal(torch.cat([*one[0].values()], 1), flat)
 
 
 def test_a_table_is_as_large_whatever_there_is():

@@ -20,6 +20,7 @@ from workbench.kernels.block_sparse_attention import block_gate_topk, block_spar
 from workbench.kernels.block_sparse_attention.index import BlockIndex
 from workbench.kernels.column_adam import column_adam
 from workbench.kernels.haar import haar_dwt2, haar_idwt2
+from workbench.kernels.hashed_lookup import BY_ID, Lookups
 from workbench.kernels.moe_mlp import ACTIVATIONS, moe_mlp
 from workbench.kernels.pcb_merge import pcb_merge
 from workbench.kernels.plan import RoutePlan
@@ -407,7 +408,40 @@ def scans(draw: random.Random, native: bool) -> list[Call]:
     ]
 
 
-IN_C = (experts, bank, attention, gate, models, seeded, transforms, wavelets, shared, columns, scans)
+def lookups(draw: random.Random, native: bool) -> list[Call]:
+    """Sizes of tables are those of tensors, as in `seeded`."""
+    sizes, dim = [draw.choice((1, 2, 7, 40)) for _ in range(draw.randrange(1, 4))], draw.choice(WIDTHS)
+    count, fields, n = draw.randrange(1, 6), draw.randrange(1, 4), draw.choice((0, 1, 2, 31, 32, 33, 70))
+    table = [draw.randrange(len(sizes)) for _ in range(count)]
+    first = [draw.randrange(sizes[t]) for t in table]
+    rows = [draw.randrange(1, sizes[t] - begin + 1) for t, begin in zip(table, first, strict=True)]
+    salt = [draw.choice((BY_ID, 0, 5, 2**63 - 1)) for _ in range(count)]
+    slot = list(itertools.accumulate([0, *(draw.randrange(2) for _ in range(count - 1))]))
+    asked = Lookups(*map(tuple, (table, first, rows, salt, (draw.randrange(fields) for _ in range(count)), slot)))
+    by_id = min([size for size, salted in zip(rows, salt, strict=True) if salted == BY_ID], default=2**62)
+    how = {"mean": draw.random() < 0.5, "backend": "native" if native else draw.choice(("native", "reference"))}
+    arguments = {
+        "tables": torch.randn(sum(sizes), dim + draw.choice((0, 3)))[:, :dim],
+        "ids": torch.randint(by_id, (n, fields)),
+        "lookups": asked.flat(),
+    } | how
+
+    def split(tables):
+        return tables.split(sizes) if tables.shape[:1] == (sum(sizes),) else [tables]
+
+    def looked_up(tables, ids, flat, mean, backend):
+        return ops.hashed_lookup(list(split(tables)), ids, flat, mean, backend)
+
+    out, places = looked_up(*arguments.values())
+    kept = {"grad": torch.randn_like(out), "rows": places, "lookups": asked.flat()} | how
+
+    def back(grad, rows, flat, mean, backend):
+        return ops.hashed_scatter(grad, rows, flat, sizes, dim, mean, backend)
+
+    return [Call("hashed_lookup", looked_up, arguments), Call("hashed_scatter", back, kept)]
+
+
+IN_C = (experts, bank, attention, gate, models, seeded, transforms, wavelets, shared, columns, scans, lookups)
 
 
 def damaged(draw: random.Random, call: Call) -> Call:

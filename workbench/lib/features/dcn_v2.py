@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
+from workbench.kernels import Lookups, hashed_lookup
+from workbench.kernels.hashed_lookup import BY_ID
 from workbench.lib.core.observe import Announcing
 from workbench.lib.core.routing import Context, Routing
 
@@ -207,18 +209,14 @@ class FieldEmbeddings(nn.Module):
         for table in self.tables:
             nn.init.uniform_(table.weight, -SMALL, SMALL)
         self.widths = (width,) * len(self.tables)
+        fields, zeros = tuple(range(len(sizes))), (0,) * len(sizes)
+        self._lookups = Lookups(fields, zeros, tuple(sizes), (BY_ID,) * len(sizes), fields, fields)
 
     def forward(self, ids: Int64[Tensor, "batch fields"]) -> Float[Tensor, "batch d"]:
+        """Raises `InputError` where an id is no row of its table: 0 is for what a vocabulary does not have."""
         if ids.shape[1] != len(self.tables):
             raise InputError(f"ids have {ids.shape[1]} fields but must have {len(self.tables)}")
-        for field, table in enumerate(self.tables):
-            column = ids[:, field]
-            if len(column) and not (int(column.min()) >= 0 and int(column.max()) < table.num_embeddings):
-                raise InputError(
-                    f"ids of field {field} are from {int(column.min())} to {int(column.max())} but must be from 0 to "
-                    f"{table.num_embeddings - 1}: 0 is for what a vocabulary does not have"
-                )
-        return torch.cat([table(ids[:, field]) for field, table in enumerate(self.tables)], 1)
+        return hashed_lookup([table.weight for table in self.tables], ids, self._lookups)
 
 
 class DCNV2(nn.Module):

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
+from workbench.kernels import Lookups, hashed_lookup
+from workbench.kernels.hashed_lookup import BY_ID
 from workbench.lib.features.dcn_v2 import DCNV2, SMALL, CrossNetwork
 from workbench.lib.features.hashing import hash_rows
 
@@ -106,7 +108,19 @@ class UnifiedEmbedding(nn.Module):
 
     def concat(self, ids: Int64[Tensor, "batch features"]) -> Float[Tensor, "batch d"]:
         """The embeddings of all features side by side."""
-        return self.tables.flatten(0, 1)[self.rows(ids)].flatten(1)
+        if ids.shape[1] != len(self.features):
+            raise InputError(f"ids have {ids.shape[1]} features but must have {len(self.features)}")
+        return hashed_lookup([self.tables.flatten(0, 1)], ids, self._lookups((1,) * len(self.features)))
+
+    def _lookups(self, values: tuple[int, ...]) -> Lookups:
+        """Of so many values of each feature, beside each other, to the slots of its lookups."""
+        ends, n_tables = [0, *itertools.accumulate(values)], len(self.tables)
+        found = [
+            (0, place % n_tables * self.n_rows, self.n_rows, salt, field, place)
+            for place, (t, salt) in enumerate(zip(self._feature, self._salts, strict=True))
+            for field in range(ends[t], ends[t + 1])
+        ]
+        return Lookups(*zip(*found, strict=True))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch width"]]:
         """The embedding of each feature; of several values of one, (B, n), the mean of theirs.
@@ -119,17 +133,10 @@ class UnifiedEmbedding(nn.Module):
                 raise unknown("feature", name, self.features)
         if missing := [name for name in self.features if name not in batch]:
             raise InputError(f"batch lacks {', '.join(missing)} but must have every feature")
-        flat, found, place = self.tables.flatten(0, 1), {}, 0
-        for t, (name, chunks) in enumerate(self.features.items()):
-            values = batch[name] if batch[name].ndim == 2 else batch[name][:, None]
-            parts = []
-            for j in range(chunks):
-                salt = (self.seed * (1 << 16) + t) * CHUNKS + j
-                rows = hash_rows(values, salt, self.n_rows) + (place % len(self.tables)) * self.n_rows
-                parts.append(flat[rows].mean(1))
-                place += 1
-            found[name] = torch.cat(parts, 1)
-        return found
+        values = [batch[name] if batch[name].ndim == 2 else batch[name][:, None] for name in self.features]
+        lookups = self._lookups(tuple(each.shape[1] for each in values))
+        found = hashed_lookup([self.tables.flatten(0, 1)], torch.cat(values, 1), lookups, mean=True)
+        return dict(zip(self.features, found.split(self.widths, 1), strict=True))
 
 
 class HashedEmbeddings(nn.Module):
@@ -157,25 +164,34 @@ class HashedEmbeddings(nn.Module):
         self.starts = [0] * len(sizes) if sharing == "multiplexed" else starts[:-1]
         total = n_rows if sharing == "multiplexed" else starts[-1]
         self.table = nn.Parameter(torch.empty(total, dim).uniform_(-SMALL, SMALL))
+        fields = tuple(range(len(sizes)))
+        self._salts = tuple(BY_ID if sharing == "none" else self.seed * (1 << 16) + field for field in fields)
+        self._lookups = Lookups(
+            (0,) * len(sizes), tuple(self.starts), tuple(self.per_field), self._salts, fields, fields
+        )
 
     def rows(self, ids: Int64[Tensor, "batch fields"]) -> Int64[Tensor, "batch fields"]:
         """The row of each value."""
-        if ids.shape[1] != len(self.sizes):
-            raise InputError(f"ids have {ids.shape[1]} fields but must have {len(self.sizes)}")
-        found = []
-        for field, (size, count, start) in enumerate(zip(self.sizes, self.per_field, self.starts, strict=True)):
-            column = ids[:, field]
-            if len(column) and not (int(column.min()) >= 0 and int(column.max()) < size):
-                raise InputError(
-                    f"ids of field {field} are from {int(column.min())} to {int(column.max())} but must be from 0 to "
-                    f"{size - 1}"
-                )
-            rows = column if self.sharing == "none" else hash_rows(column, self.seed * (1 << 16) + field, count)
-            found.append(rows + start)
+        self._check(ids)
+        found = [
+            (ids[:, field] if salt == BY_ID else hash_rows(ids[:, field], salt, count)) + start
+            for field, (salt, count, start) in enumerate(zip(self._salts, self.per_field, self.starts, strict=True))
+        ]
         return torch.stack(found, 1)
 
+    def _check(self, ids: Tensor) -> None:
+        if ids.shape[1] != len(self.sizes):
+            raise InputError(f"ids have {ids.shape[1]} fields but must have {len(self.sizes)}")
+        if not len(ids):
+            return
+        ends = zip(ids.amin(0).tolist(), ids.amax(0).tolist(), self.sizes, strict=True)
+        for field, (low, high, size) in enumerate(ends):
+            if not 0 <= low <= high < size:
+                raise InputError(f"ids of field {field} are from {low} to {high} but must be from 0 to {size - 1}")
+
     def forward(self, ids: Int64[Tensor, "batch fields"]) -> Float[Tensor, "batch d"]:
-        return self.table[self.rows(ids)].flatten(1)
+        self._check(ids)
+        return hashed_lookup([self.table], ids, self._lookups)
 
 
 def _split(sizes: Sequence[int], n_rows: int, sharing: str) -> list[int]:
