@@ -27,7 +27,7 @@ FLOORS = (
     ("studies",),
     tuple(f"studies.{family}" for family in FAMILIES),
     ("live",),
-    ("doctor", "merging", "notebook", "verdicts"),
+    ("doctor", "merging", "notebook", "sliders", "verdicts"),
     ("notebook_grid",),
     ("cli",),
     ("__main__",),

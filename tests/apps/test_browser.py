@@ -421,12 +421,33 @@ def test_a_merge_that_is_none_is_named(visit):
     page.get_by_text("is unknown").wait_for(state="detached")
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_network_answers_while_a_knob_moves(visit, until, theme):
+    data.get("photos")
+    page = visit(f"sliders?size=smoke&network=deblur&theme={theme}", plots=1)
+    page.locator(".chip.finished").wait_for()
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 1280
+    until(lambda: papers(page) == {{"light": "#ffffff", "dark": "#161b21"}[theme]})
+
+    def shown() -> dict[str, str]:
+        return {image.get_attribute("alt"): image.get_attribute("src") for image in page.locator("img[alt]").all()}
+
+    until(lambda: shown().keys() == {"given", "the truth", "made of it", "made − given"})
+    for knob in range(page.locator(".noUi-base:visible").count()):
+        before, slider = shown(), page.locator(".noUi-base:visible").nth(knob).bounding_box()
+        page.mouse.click(slider["x"] + 0.6 * slider["width"], slider["y"] + slider["height"] / 2)
+        until(lambda before=before: shown()["made of it"] != before["made of it"])
+    before = shown()
+    page.get_by_label("Image").select_option("3")
+    until(lambda: shown()["the truth"] != before["the truth"])
+
+
 def test_the_index_lists_the_apps(visit, site, context):
     page = context.new_page()
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(site)
     links = page.locator("nav a").evaluate_all("links => links.map(link => link.href)")
-    assert links == [site + app for app in sorted([*APPS, "merging", "verdicts"])]
+    assert links == [site + app for app in sorted([*APPS, "merging", "sliders", "verdicts"])]
     assert all(url.startswith((site, "data:")) for url in asked)
     page.close()

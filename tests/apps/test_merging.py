@@ -12,10 +12,11 @@ from workbench.beds import digit_experts as bed
 from workbench.errors import InputError
 from workbench.lib import data
 from workbench.lib.core.merge import mergers
-from workbench.merging import measure, work
+from workbench.live import work
+from workbench.live.work import begin
+from workbench.merging import measure
 from workbench.merging.measure import Choice, Merges, methods, open_bed
 from workbench.merging.page import MergingPage
-from workbench.merging.work import bed_of, begin
 
 LAYER = "blocks.2.3.weight"
 NEED_MORE = {"fisher", "regmean", "adamerging", "concrete-subspace", "rmm"}
@@ -45,8 +46,8 @@ def models() -> tuple:
 @pytest.fixture
 def beds(monkeypatch: pytest.MonkeyPatch) -> dict:
     """No bed is open yet."""
-    monkeypatch.setattr(work, "_beds", {})
-    return work._beds
+    monkeypatch.setattr(work, "_opened", {})
+    return work._opened
 
 
 @pytest.fixture
@@ -56,6 +57,10 @@ def page(opened: Merges, beds, until) -> Iterator[MergingPage]:
     follow(page, until)
     yield page
     page.close()
+
+
+def bed_of(size: str, open_=open_bed) -> work.Job:
+    return work.opened(("merges", size), lambda: open_(size))
 
 
 def follow(page: MergingPage, until) -> None:

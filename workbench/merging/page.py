@@ -13,8 +13,8 @@ from workbench.live.views.card import Card, grid
 from workbench.live.views.markup import Markup, html, joined
 from workbench.live.views.plot import Pulse
 from workbench.live.views.readings import Nothing
-from workbench.merging.measure import SCALES, SIZES, Choice, Measured, Merges, methods
-from workbench.merging.work import Job, bed_of, begin
+from workbench.live.work import Job, begin, opened
+from workbench.merging.measure import SCALES, SIZES, Choice, Measured, Merges, methods, open_bed
 
 POLL_MS = 150  # a slider that is dragged is followed this often
 HEIGHT = 300
@@ -136,7 +136,9 @@ class MergingPage(pn.viewable.Viewer):
 
     def _choose_size(self) -> None:
         self.close()
-        self._bed, self._job, self._choice, self._told = bed_of(self.size.value), None, None, ""
+        size = self.size.value
+        self._bed = opened(("merges", size), lambda: open_bed(size))
+        self._job, self._choice, self._told = None, None, ""
         self.measured, self.layer.options = None, {}
 
     def _choose_method(self) -> None:

@@ -1,16 +1,15 @@
 """What takes long, in one thread of its own: a server's event loop is free to answer, and its pages take turns.
 
-One thread, because a bed is trained from torch's global generator, which is one for the whole process.
+One thread, because networks are trained from torch's global generator, which is one for the whole process.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from queue import SimpleQueue
 from threading import Thread
 from typing import Generic, TypeVar
 
 from workbench.errors import InputError
-from workbench.merging.measure import Merges, open_bed
 
 T = TypeVar("T")
 
@@ -45,7 +44,7 @@ class Job(Generic[T]):
         except InputError as error:
             self.error = str(error)
         except Exception as error:  # a page that says nothing would wait for ever
-            logging.getLogger(__name__).exception("a job of the page of merges failed")
+            logging.getLogger(__name__).exception("a job of a page failed")
             self.error = f"{type(error).__name__}: {error}"
         finally:
             self.done = True
@@ -53,7 +52,7 @@ class Job(Generic[T]):
 
 _waiting: SimpleQueue[Job] = SimpleQueue()
 _threads: list[Thread] = []
-_beds: dict[str, Job[str | Merges]] = {}
+_opened: dict[Hashable, Job] = {}
 
 
 def begin(results: Iterable[T]) -> Job[T]:
@@ -61,16 +60,16 @@ def begin(results: Iterable[T]) -> Job[T]:
     job: Job[T] = Job(results)
     _waiting.put(job)
     if not _threads:
-        _threads.append(Thread(target=_work, name="merging", daemon=True))  # a server that is ended does not wait
+        _threads.append(Thread(target=_work, name="work", daemon=True))  # a server that is ended does not wait
         _threads[0].start()
     return job
 
 
-def bed_of(size: str, open_: Callable[[str], Iterable[str | Merges]] = open_bed) -> Job[str | Merges]:
-    """The bed of a size, the same for all pages; one that failed is opened anew."""
-    if size not in _beds or _beds[size].error:
-        _beds[size] = begin(open_(size))
-    return _beds[size]
+def opened(key: Hashable, open_: Callable[[], Iterable[T]]) -> Job[T]:
+    """What is opened once and is the same for all pages; where that has failed it is opened anew."""
+    if key not in _opened or _opened[key].error:
+        _opened[key] = begin(open_())
+    return _opened[key]
 
 
 def _work() -> None:
