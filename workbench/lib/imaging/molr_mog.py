@@ -159,7 +159,7 @@ class MoLRMoG(nn.Module):
             raise InputError(f"weights is {weights.tolist()} but must be {len(bases)} numbers above 0")
         self.experts = nn.ModuleList(experts)
         for k, basis in enumerate(bases):
-            self.register_buffer(f"basis{k}", basis)
+            self.register_buffer(f"basis{k}", basis.contiguous())
         self.register_buffer("log_weights", (weights / weights.sum()).log().to(bases[0].dtype))
 
     @property
