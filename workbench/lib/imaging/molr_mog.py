@@ -26,8 +26,30 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from workbench.catalogue import Method
 from workbench.errors import InputError, unknown
 from workbench.lib.core.diffusion import VP, Schedule
+from workbench.lib.core.observe import Announcing
+from workbench.lib.core.routing import Context, Routing
+
+METHOD = Method(
+    slug="molr-mog",
+    title="Multi-Subspace Multi-Modal Modeling for Diffusion Models: Estimation, Convergence and Mixture of Experts",
+    family="imaging",
+    year=2026,
+    paper="ICLR 2026",
+    claim="A denoiser of low-rank mixtures of Gaussians in each subspace gives clear images where one Gaussian per "
+    "subspace does not.",
+    objects=("MoLRMoG", "LowRankMoG", "fit_subspaces", "fit_modes", "train_dsm", "MoLRDenoiser"),
+)
+
+
+def example() -> nn.Module:
+    """Three subspaces of two modes each, asked for the noise of tokens at one level."""
+    bases = torch.linalg.qr(torch.randn(3, 32, 6)).Q
+    prior = MoLRMoG([*bases], [LowRankMoG(6, n_modes=2, rank=3) for _ in bases])
+    return MoLRDenoiser(prior, VP(), level=0.5)
+
 
 METHODS = ("svd", "ksubspace")
 LOG_2PI = math.log(2 * math.pi)
@@ -137,7 +159,7 @@ class MoLRMoG(nn.Module):
             raise InputError(f"weights is {weights.tolist()} but must be {len(bases)} numbers above 0")
         self.experts = nn.ModuleList(experts)
         for k, basis in enumerate(bases):
-            self.register_buffer(f"basis{k}", basis)
+            self.register_buffer(f"basis{k}", basis.contiguous())
         self.register_buffer("log_weights", (weights / weights.sum()).log().to(bases[0].dtype))
 
     @property
@@ -187,6 +209,35 @@ class MoLRMoG(nn.Module):
             return -g[:, None] * self.score(x, s, g)
 
         return predict
+
+
+class MoLRDenoiser(Announcing):
+    """The noise that a prior sees in points, as a network of its parameters: x (B, D) or x and t (B, D + 1) -> (B, D).
+
+    What it announces is the mode, of all of all subspaces, that a point is mostly of.
+
+    Args:
+        level: t of every point; None where the last column of the input says it.
+    """
+
+    top_k = 1
+
+    def __init__(self, prior: MoLRMoG, schedule: VP, level: float | None = None):
+        super().__init__()
+        self.prior, self.schedule, self.level = prior, schedule, level
+        self.n_experts = sum(expert.n_modes for expert in prior.experts)
+
+    def forward(self, x: Float[Tensor, "B _"], context: Context | None = None) -> Float[Tensor, "B D"]:
+        if self.level is None:
+            x, t = x[:, :-1], x[:, -1]
+        else:
+            t = torch.full((len(x),), self.level)
+        if self.observed:
+            s, g = (part(t).to(x.dtype) for part in (self.schedule.signal, self.schedule.noise))
+            shares = self.prior.responsibilities(x, s, g)
+            weight, mode = shares.max(-1, keepdim=True)
+            self.announce(Routing.fixed(mode, weight, self.n_experts, probs=shares), context or Context())
+        return self.prior.predictor(self.schedule)(x, t)
 
 
 def fit_subspaces(
