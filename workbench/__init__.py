@@ -14,15 +14,15 @@
         ...
         watched.step(loss=loss.item())                    # after optimizer.step()
 
-65 of the 70 stand today: dynamoe, equifinality, rmoe, sigma-moe-tiny (routing); mixture-of-recursions, shallow-again,
+68 of the 70 stand today: dynamoe, equifinality, rmoe, sigma-moe-tiny (routing); mixture-of-recursions, shallow-again,
 stable-rps, unipool, widenet (sharing); cdsp-moe, scalezero (subspaces); charluma, dynamic-dino, flexmore, llava-mole,
 lora-mixer, mhr, mixlora, mole-diffusion, remix, smora (lora_experts); intrinsic-dimension, lora-variants, mos-shards,
 mosa, nola (adapters); lost, maestro, muon-pp, svd-free-dct, welore (low_rank); concrete-subspace, lora-lego,
 pcb-merging, rmm, sub-moe (merging); mixture-of-mamba, moe-redundancy, moma, uni-moe (modality); moa, moba (attention);
 climb, linear-dmo, ul2 (data_mixtures); frontier, hecate, parallel-folding, streaming-diloco, z-code-m3 (distributed);
 d2moe, deepspeed-moe, hybrimoe, moe-lens (serving); dcn-v2, unified-embedding (features); ascan, bossnas, fsap, neas,
-wavemix (search); multi-output-deblur (imaging); mixer, ofdm-isac (dynamics); sonicmoe (kernels). The others are
-planned.
+wavemix (search); molr-mog, multi-output-deblur, semi-parametric, tunable-conv (imaging); mixer, ofdm-isac (dynamics);
+sonicmoe (kernels). The others are planned.
 
 Importing this package is light: torch, panel and the rest are imported by the names that need them.
 """

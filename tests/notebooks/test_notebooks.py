@@ -34,6 +34,8 @@ VARIANTS = {  # what papermill runs beside the defaults: the tour, whose cells d
     "12_serving": {"seed": 7},
     "13_features": {"seed": 7},
     "14_search": {"seed": 7},
+    "15_imaging": {"seed": 7},
+    "16_dynamics": {"seed": 7},
 }
 COUNT_FIGURES = f"""
 FIGURES = 0

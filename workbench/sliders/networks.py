@@ -1,4 +1,4 @@
-"""What a network with knobs is, and what it says to an image at a setting of them. `workbench.sliders.opening` has all."""
+"""What a network with knobs is, and what it says to an image at a setting of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
