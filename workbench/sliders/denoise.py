@@ -32,7 +32,7 @@ class FaithfulOrSharp:
     )
     images = IMAGES
     knobs = (
-        Knob("faithful", 0, 1, 0.5, 0.01, "0 is sharp, 1 faithful"),
+        Knob("faithful", 0, 1, 0.5, 0.01, "0 is sharp"),
         Knob("noise", 0, 50, 25, 1, "deviation, of 255"),
     )
 
@@ -56,6 +56,7 @@ class FaithfulOrSharp:
             "PSNR, dB",
             {name: tuple(point) for name, point in points.items()},
             (rough[-1], quality[-1]),
+            line=True,
         )
         measures = {
             "PSNR of what was given": f"{psnr(given, truth).item():.2f} dB",

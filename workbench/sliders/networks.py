@@ -24,13 +24,18 @@ class Knob:
 
 @dataclass(frozen=True)
 class Curve:
-    """What there is to choose between, for the image on show: points by name, and where the chosen one lies."""
+    """What there is to choose between, for the image on show: points by name, and where the chosen one lies.
+
+    Attributes:
+        line: whether the points come one after the other.
+    """
 
     title: str
     x: str
     y: str
     points: Mapping[str, tuple[float, float]]
     chosen: tuple[float, float]
+    line: bool = False
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ class SlidersPage(pn.viewable.Viewer):
             parts = []
             for knob in network.knobs:
                 look = {"start": knob.low, "end": knob.high, "step": knob.step, "value": knob.value}
-                label = f"{knob.name}: {knob.about}" if knob.about else knob.name
-                slider = widget(pn.widgets.FloatSlider, 220, label=label, format="0[.]00", **look)
+                label = f"{knob.name} ({knob.about})" if knob.about else knob.name
+                slider = widget(pn.widgets.FloatSlider, 250, label=label, format="0[.]00", **look)
                 slider.param.watch(lambda _: self._answer(), "value")
                 self.sliders[knob.name] = slider
                 parts.append(slider)
@@ -136,7 +136,8 @@ class SlidersPage(pn.viewable.Viewer):
         self.cards["difference"].show([_images([("made − given", made - given)], signed=True)])
         self.cards["curve"].show([self._curve(answer)])
         rows = joined(html("<dt>{what}</dt><dd>{value}</dd>", what=k, value=v) for k, v in answer.measures.items())
-        about = html("<dl>{rows}</dl><p>{about}</p>", rows=rows, about=self._shown.about)
+        inside = '<div style="padding: 4px 14px"><dl>{rows}</dl><p>{about}</p></div>'
+        about = html(inside, rows=rows, about=self._shown.about)
         self.cards["measures"].show([about])
 
     def _curve(self, answer: Answer) -> go.Figure:
@@ -144,8 +145,9 @@ class SlidersPage(pn.viewable.Viewer):
         figure = blank(self.theme, curve.title, "", x=curve.x, y=curve.y, showlegend=False)
         xs, ys = zip(*curve.points.values(), strict=True)
         figure.add_scatter(
-            x=xs, y=ys, mode="markers+text", text=list(curve.points), textposition="top center", name="may be chosen",
-            marker={"size": 8, "color": colours.muted}, textfont={"size": 10, "color": colours.muted},
+            x=xs, y=ys, mode="lines+markers+text" if curve.line else "markers+text", name="may be chosen",
+            text=list(curve.points), textposition="top center", textfont={"size": 10, "color": colours.muted},
+            marker={"size": 8, "color": colours.muted}, line={"color": colours.grid},
         )  # fmt: skip
         figure.add_scatter(
             x=[curve.chosen[0]], y=[curve.chosen[1]], mode="markers", name="chosen",
@@ -199,14 +201,14 @@ def _images(images: list[tuple[str, np.ndarray]], signed: bool = False) -> Marku
     parts = [
         html(
             '<figure style="display: inline-block; margin: 0; {style}"><img alt="{name}" style="width: 100%; '
-            'image-rendering: pixelated" src="{source}"><figcaption>{name}</figcaption></figure>',
+            'image-rendering: pixelated" src="{source}"><figcaption style="font-weight: 600">{name}</figcaption></figure>',
             style=style_of,
             name=name,
             source=_png(_diverging(pixels) if signed else np.repeat(pixels[..., None], 3, -1)),
         )
         for name, pixels in images
     ]
-    return joined(parts, " ")
+    return html('<div style="padding: 12px 14px 0">{parts}</div>', parts=joined(parts, " "))
 
 
 def _diverging(change: np.ndarray, most: float = 0.1) -> np.ndarray:

@@ -6,7 +6,7 @@ from workbench.beds.restoration import pool
 from workbench.lib import data
 
 IMAGES = 8
-DULL = 20.0  # of 255: a window of a lesser deviation shows little
+DULL, DARK = 40.0, 60.0  # of 255: a window of a lesser deviation or mean shows little
 
 
 def windows(side: int) -> list[np.ndarray]:
@@ -21,6 +21,6 @@ def windows(side: int) -> list[np.ndarray]:
         image = images[sorted(images)[len(found) % len(images)]][0]
         top, left = (draw.integers(edge - side + 1) for edge in image.shape)
         window = image[top : top + side, left : left + side]
-        if window.std() > DULL:
+        if window.std() > DULL and window.mean() > DARK:
             found.append(window)
     return found
