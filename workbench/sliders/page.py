@@ -201,7 +201,7 @@ def _images(images: list[tuple[str, np.ndarray]], signed: bool = False) -> Marku
     parts = [
         html(
             '<figure style="display: inline-block; margin: 0; {style}"><img alt="{name}" style="width: 100%; '
-            'image-rendering: pixelated" src="{source}"><figcaption style="font-weight: 600">{name}</figcaption></figure>',
+            'image-rendering: pixelated" src="{source}"><figcaption><b>{name}</b></figcaption></figure>',
             style=style_of,
             name=name,
             source=_png(_diverging(pixels) if signed else np.repeat(pixels[..., None], 3, -1)),
