@@ -206,7 +206,7 @@ def test_c_and_python_say_the_same_of_a_plan_and_of_an_index(compiler):
         if "order" in given and "x" in given:
             made = RoutePlan(*(given[name] for name in PLAN), len(given["x"]), len(given["w1"]), given["top_k"])
             form, fits = made.require_form, experts.fits
-        elif "rows" in given:
+        elif "block_size" in given and "rows" in given:
             made = BlockIndex(given["block_size"], *(given[name] for name in INDEX))
             form, fits = lambda made=made, q=given["q"]: made.require_form(*q.shape[:2]), attention.fits
         else:

@@ -40,7 +40,7 @@ SAMPLE = ("mixlora", "charluma", "flexmore", "sigma-moe-tiny", "maestro")
 READY = [row.slug for row in catalogue.methods(status="ready")]
 #: No arm trains.
 STILL = {"moa", "sub-moe", "rmm", "lora-lego", "pcb-merging", "parallel-folding", "hecate", "hybrimoe"} | {
-    *("moe-lens", "ofdm-isac"),
+    *("moe-lens", "ofdm-isac", "frontier", "fsap"),
 }
 #: Families and systems that send no token anywhere.
 UNROUTED = {"adapters", "low_rank", "merging", "data_mixtures", "features"} | {

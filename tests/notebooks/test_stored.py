@@ -34,7 +34,7 @@ def texts(value: object) -> Iterator[str]:
             yield from texts(part)
 
 
-OF_TIMES = {"11_distributed", "12_serving"}
+OF_TIMES = {"11_distributed", "12_serving", "14_search"}
 """Notebooks whose subject is time: what they show is simulated, or read from records that travel with the package."""
 
 

@@ -15,7 +15,7 @@ Digits of 8 x 8 (`beds.retrieved_digits`): about 500 to train on, as many others
 
 Drawn is beside items that the proposal picks by their counts (m = 1), never beside neighbours of test images, and
 without guidance: an image for each of the test split, DDIM of 50 steps. Judged by the squared MMD from the test split,
-of the last two arms from its 8s and 9s.
+of the last two arms from its eights and nines.
 Steps and rate were fixed on the unconditional and the class-conditional network.
 """
 
@@ -66,10 +66,10 @@ RULE = (
     "seeds, paired where arms are compared. Four parts. Neighbours help: MMD, retrieved minus unconditional and "
     "retrieved minus random neighbours, at the same parameters, both lie below 0. It rivals the larger model: "
     f"retrieved minus the unconditional one of five times the parameters lies below {MARGIN:g}. A swap changes the "
-    "domain: of what is drawn after the database became unseen 8s and 9s, the share that an independent classifier "
-    f"reads as 8 or 9 lies above {SWAPPED:g}, and above that of a model trained beside random neighbours. It does not "
-    "paste: the mean distance of drawn images from the nearest of the database, over that of held-out images, lies "
-    f"above {COPIED:g}. Reproduced if all four hold. Not reproduced if retrieved minus unconditional or minus random "
+    "domain: of what is drawn after the database became unseen eights and nines, the share that an independent "
+    f"classifier reads as 8 or 9 lies above {SWAPPED:g}, and above that of one trained beside random neighbours. It "
+    "does not paste: the mean distance of drawn images from the nearest of the database, over that of held-out images, "
+    f"is above {COPIED:g}. Reproduced if all four hold. Not reproduced if retrieved minus unconditional or random "
     f"lies above 0, if retrieved minus the larger model lies above {MARGIN:g}, if the share lies below {SWAPPED:g} or "
     f"the ratio below {COPIED:g}. Not resolved otherwise. The effect is retrieved minus unconditional. The "
     "class-conditional model is reported and not judged."
